@@ -1,0 +1,307 @@
+"""RecBole's configuration with our defaults in it, and without its reach for ``sys.argv``."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import importlib.resources
+import pkgutil
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import recbole
+import yaml
+from recbole.config import Config
+from recbole.utils import ModelType, get_model
+
+import recbole_uip
+from recbole_uip.bridge import compat
+from recbole_uip.settings import SettingsError, UIPSettings
+
+__all__ = [
+    "UIPConfig",
+    "context_models",
+    "load_config_files",
+    "parse_command_line",
+    "read_properties",
+]
+
+_CONTEXT = "context_aware_recommender"
+# RecBole tells a model's type by its class. The folder tells as much without importing it, which
+# for decision trees would need xgboost or lightgbm.
+_OTHER_TYPES = {
+    "general_recommender": "a general model: it reads user and item IDs only",
+    "sequential_recommender": "a sequential model: it reads a user's item sequence",
+    "knowledge_aware_recommender": "a knowledge-aware model: it reads IDs and a knowledge graph",
+    "exlib_recommender": (
+        "a decision-tree model: RecBole trains it outside its own trainer, which profile fields "
+        "have not been tried with"
+    ),
+}
+
+
+# Text as it is: the template "{title}" would else become a mapping, the folder "2024" a number.
+_TEXTS = ("uip_item_text", "uip_lm", "uip_lm_adapter", "uip_lm_device", "uip_cache", "uip_output")
+
+
+class _Loader(yaml.FullLoader):
+    """RecBole's YAML loader; it adds its resolver to ``yaml.FullLoader`` itself, for everyone."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:
+         [-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
+        |\.[0-9_]+(?:[eE][-+][0-9]+)?
+        |[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*
+        |[-+]?\.(?:inf|Inf|INF)
+        |\.(?:nan|NaN|NAN))$""",
+        re.X,
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_properties(name: str) -> str | None:
+    """Text of the file ``name`` in ``properties/``, or None if there is no such file."""
+    try:
+        root = importlib.resources.files("recbole_uip.properties")
+    except ModuleNotFoundError:
+        # A checkout that is not installed: properties/ lies beside the package.
+        root = Path(recbole_uip.__file__).parents[1] / "properties"
+    file = root
+    for part in name.split("/"):
+        file = file / part
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def context_models() -> list[str]:
+    """Names of RecBole's context-aware models, the ones that read profile fields."""
+    from recbole.model import context_aware_recommender as package
+
+    names = {
+        name.lower(): name for name in dir(package) if isinstance(getattr(package, name), type)
+    }
+    return sorted(names[item.name] for item in pkgutil.iter_modules(package.__path__))
+
+
+def load_config_files(files: Sequence[str]) -> dict[str, Any]:
+    """Settings of YAML ``files``; a later file overrides an earlier one, key by key.
+
+    A path through ``properties/`` that is not there is looked up in the installed package.
+    """
+    settings: dict[str, Any] = {}
+    for file in files:
+        path = Path(file)
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        if text is None and "properties" in path.parts:
+            text = read_properties("/".join(path.parts[path.parts.index("properties") + 1 :]))
+        if text is None:
+            raise SettingsError(f"config_files: there is no file {str(file)!r}")
+        try:
+            loaded = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise SettingsError(f"config_files: {str(file)!r} is not YAML: {reason}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise SettingsError(f"config_files: {str(file)!r} does not map keys to values")
+        settings.update(loaded or {})
+    return settings
+
+
+def parse_command_line(arguments: Sequence[str]) -> dict[str, str]:
+    """``--key=value`` arguments as a dict of strings; only the first ``=`` separates.
+
+    Raises
+    ------
+    SettingsError
+        If an argument has another form, or a key comes twice with different values.
+    """
+    parsed: dict[str, str] = {}
+    for argument in arguments:
+        key, separator, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not separator or not key:
+            raise SettingsError(f"argument {argument!r} is not understood: write --key=value")
+        if parsed.setdefault(key, value) != value:
+            raise SettingsError(f"--{key} is given twice, as {parsed[key]!r} and as {value!r}")
+    return parsed
+
+
+def _convert(value: str) -> Any:
+    """A string as RecBole reads it, by literals and YAML where RecBole calls ``eval``."""
+    try:
+        literal = ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        literal = NotImplemented
+    if literal is None or isinstance(literal, (str, int, float, list, tuple, dict, bool)):
+        return literal
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if value in ("null", "~"):
+        return None
+    # Only brackets are YAML: a bare word such as "no" stays the word it is in RecBole.
+    if value.lstrip()[:1] in ("{", "["):
+        try:
+            return yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError:
+            return value
+    return value
+
+
+class UIPConfig(Config):
+    """RecBole's :class:`~recbole.config.Config` with the defaults of ``properties/`` in it.
+
+    Precedence, from weak to strong: RecBole's internal defaults, ``properties/uip.yaml``,
+    ``properties/dataset/<dataset>.yaml``, config files, config dict, command line.
+
+    Parameters
+    ----------
+    model : str or type, optional
+        A context-aware model of RecBole, or a class derived from one.
+    dataset : str, optional
+        Name of the dataset.
+    config_file_list : sequence of path, optional
+        YAML files; a later one overrides an earlier one.
+    config_dict : mapping, optional
+        Settings; strings are converted as RecBole does, but never evaluated as code.
+    command_line : sequence of str, optional
+        Arguments of the form ``--key=value``. RecBole reads ``sys.argv`` here; we do not.
+
+    Raises
+    ------
+    SettingsError
+        If a ``uip_*`` key is unknown or any setting cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | type | None = None,
+        dataset: str | None = None,
+        config_file_list: Sequence[str] | None = None,
+        config_dict: Mapping[str, Any] | None = None,
+        command_line: Sequence[str] = (),
+    ) -> None:
+        self._command_line = tuple(command_line)
+        # RecBole converts the strings of the dict in place; the caller's stays as it is.
+        super().__init__(
+            model, dataset, config_file_list, copy.deepcopy(dict(config_dict or {})) or None
+        )
+        modes = set(self.final_config_dict["eval_args"]["mode"].values())
+        if self.uip.facets and "full" in modes:
+            raise SettingsError(
+                "eval_args.mode=full ranks items for a user outside any interaction, where a "
+                "profile at a point in time has no value: set mode to labeled, or to sampled "
+                "candidates such as uni100"
+            )
+
+    @property
+    def uip(self) -> UIPSettings:
+        """The ``uip_*`` keys, parsed."""
+        return UIPSettings.from_dict(self.final_config_dict)
+
+    def compatibility_settings(self) -> None:
+        """Stand-ins in RecBole's modules, where RecBole would patch numpy for the whole process."""
+        compat.install()
+
+    def _init_parameters_category(self) -> None:
+        super()._init_parameters_category()
+        # RecBole appends a dataset's keys to these lists of its own modules: copies keep one
+        # run's keys out of the next.
+        self.parameters = {name: list(keys) for name, keys in self.parameters.items()}
+
+    def _build_yaml_loader(self) -> type:
+        return _Loader
+
+    def _convert_config_dict(self, config_dict: dict) -> dict:
+        for key, value in config_dict.items():
+            if isinstance(value, str):
+                text = key in _TEXTS and value not in ("None", "null", "~")
+                config_dict[key] = value if text else _convert(value)
+        return config_dict
+
+    def _load_config_files(self, file_list: Sequence[str] | None) -> dict:
+        return load_config_files(file_list or ())
+
+    def _load_cmd_line(self) -> dict:
+        return self._convert_config_dict(parse_command_line(self._command_line))
+
+    def _get_model_and_dataset(self, model: Any, dataset: str | None) -> tuple[str, type, str]:
+        for key, value in (("model", model), ("dataset", dataset)):
+            if value is None and key not in self.external_config_dict:
+                raise SettingsError(f"{key} is not set: give --{key}=NAME")
+        model = model if model is not None else self.external_config_dict["model"]
+        if isinstance(model, str):
+            _check_model_name(model)
+        elif model.type != ModelType.CONTEXT:
+            raise SettingsError(
+                f"model={model.__name__} is of type {model.type.name}, and reads no token fields "
+                "of the user: take a context-aware model"
+            )
+        return super()._get_model_and_dataset(model, dataset)
+
+    def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
+        super()._load_internal_config_dict(model, model_class, dataset)
+        for name in ("uip.yaml", f"dataset/{dataset}.yaml"):
+            if (text := read_properties(name)) is not None:
+                self.internal_config_dict.update(yaml.load(text, Loader=self.yaml_loader) or {})
+
+    def _set_default_parameters(self) -> None:
+        try:
+            super()._set_default_parameters()
+        except (NotImplementedError, RuntimeError) as error:
+            eval_args = self.final_config_dict.get("eval_args")
+            raise SettingsError(
+                f"{error} (metrics={self.final_config_dict.get('metrics')}, "
+                f"eval_args={eval_args}; as in RecBole, eval_args replaces the default as a "
+                "whole: give it a mode, such as labeled)"
+            ) from error
+
+    def __deepcopy__(self, memo: dict) -> UIPConfig:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            # Classes and loaders are shared; settings are copied.
+            new.__dict__[key] = value if isinstance(value, type) else copy.deepcopy(value, memo)
+        return new
+
+    def __reduce__(self) -> tuple:
+        state = dict(self.__dict__)
+        del state["yaml_loader"]
+        if self.model_class.__module__.startswith(f"recbole.model.{_CONTEXT}."):
+            state["model_class"] = None
+        return restore_config, (state,)
+
+
+def restore_config(state: dict) -> UIPConfig:
+    """Rebuild a pickled config from its plain values; no value is evaluated."""
+    config = UIPConfig.__new__(UIPConfig)
+    config.__dict__.update(state)
+    config.__dict__["yaml_loader"] = _Loader
+    if config.__dict__.get("model_class") is None:
+        _check_model_name(config.__dict__["model"])
+        config.__dict__["model_class"] = get_model(config.__dict__["model"])
+    return config
+
+
+def _check_model_name(model: str) -> None:
+    known = context_models()
+    if model in known:
+        return
+    for folder, reason in _OTHER_TYPES.items():
+        file = Path(recbole.__file__).parent / "model" / folder / f"{model.lower()}.py"
+        if model.isidentifier() and file.is_file():
+            raise SettingsError(
+                f"model={model} is {reason}. Profile IDs are token fields, which RecBole's "
+                f"context-aware models read: {', '.join(known)}"
+            )
+    nearest = difflib.get_close_matches(model, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise SettingsError(
+        f"model={model!r} is not a model of RecBole{hint}. Context-aware models are "
+        f"{', '.join(known)}"
+    )

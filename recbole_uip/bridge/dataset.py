@@ -1,0 +1,615 @@
+"""RecBole's dataset with profile IDs among its fields."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+import pickle
+import urllib.error
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
+from recbole.data.utils import create_samplers, get_dataloader
+from recbole.utils import FeatureSource, FeatureType
+
+from recbole_uip import profiles as profile_stage
+from recbole_uip.behaviours import TEST, TRAIN, VALID, Behaviours
+from recbole_uip.bridge.config import UIPConfig
+from recbole_uip.bridge.sources import download, item_texts, missing_files_error
+from recbole_uip.bridge.storage import atomic_write, load_pickle
+from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings
+
+__all__ = ["ROW", "UIPDataset", "create_dataset", "data_preparation"]
+
+logger = logging.getLogger(__name__)
+
+#: Column of ``inter_feat`` with the number of each interaction after filtering. It is data but
+#: not a field (it is missing from ``field2type``), so no model ever sees it.
+ROW = "uip_row"
+
+# Keys that say where things go or which of the fields a model is given, not what the fields are.
+_INERT = ("uip_output", "uip_cache", "uip_arms", "uip_user_id", "uip_lm_device")
+
+
+class _Series(pd.Series):
+    """A column whose ``agg(len)`` gives the length of each sequence, as before pandas 3."""
+
+    @property
+    def _constructor(self) -> type:
+        return _Series
+
+    def agg(self, func: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if func is len:
+            return self.map(len)
+        return super().agg(func, *args, **kwargs)
+
+    @property
+    def values(self) -> Any:
+        # Under copy-on-write these are read-only, and torch warns when it shares them.
+        values = super().values
+        if isinstance(values, np.ndarray) and not values.flags.writeable:
+            return values.copy()
+        return values
+
+
+class _Frame(pd.DataFrame):
+    """A frame of such columns. RecBole splits concatenated sequences by ``agg(len)``."""
+
+    @property
+    def _constructor(self) -> type:
+        return _Frame
+
+    @property
+    def _constructor_sliced(self) -> type:
+        return _Series
+
+
+class UIPDataset(Dataset):
+    """A RecBole dataset whose splits carry profile IDs as token fields.
+
+    It is used as RecBole's own: ``data_preparation(config, UIPDataset(config))`` gives
+    dataloaders that stock context-aware models train on. :meth:`build` splits as RecBole does,
+    infers the profiles once, and attaches every facet's fields; :meth:`select` then makes cheap
+    views of a split that show the fields of some facets only.
+
+    Parameters
+    ----------
+    config : UIPConfig
+
+    Attributes
+    ----------
+    behaviours : Behaviours or None
+        Every row after filtering, in the input's order; ids are RecBole's (0 is [PAD]).
+    profiles : Profiles or None
+        What the profile stage made of them.
+    settings : UIPSettings or None
+        What it was told, with ``auto`` decided by the data.
+    """
+
+    def __init__(self, config: UIPConfig) -> None:
+        if not isinstance(config, UIPConfig):
+            raise TypeError(f"UIPDataset needs a UIPConfig, not {type(config).__name__}")
+        self.behaviours: Behaviours | None = None
+        self.profiles = None
+        self.settings: UIPSettings | None = None
+        self._splits: list[UIPDataset] | None = None
+        self._raw_time: np.ndarray | None = None
+        self._hidden: frozenset[str] = frozenset()
+        self._match_fields: tuple[str, ...] = ()
+        super().__init__(config)
+
+    # Loading: what pandas 3 and numpy 2 no longer do as RecBole 1.2.1 expects.
+
+    def _load_data(self, token: str, dataset_path: str) -> None:
+        suffixes = [f"{name}.inter" for name in self.benchmark_filename_list or ()] or ["inter"]
+        files = [f"{token}.{suffix}" for suffix in suffixes]
+        if not os.path.isdir(dataset_path):
+            self._download()
+        missing = [name for name in files if not os.path.isfile(os.path.join(dataset_path, name))]
+        if missing:
+            raise missing_files_error(token, dataset_path, missing, "files are missing")
+        super()._load_data(token, dataset_path)
+
+    def _download(self) -> None:
+        files = [f"{self.dataset_name}.inter"]
+        url = self._get_download_url("url", allow_none=True)
+        if url is None:
+            raise missing_files_error(
+                self.dataset_name, self.dataset_path, files, "RecBole knows no download of it"
+            )
+        logger.info("downloading %s", url)
+        try:
+            download(self.dataset_name, url, self.dataset_path)
+        except (OSError, urllib.error.URLError) as error:
+            reason = getattr(error, "reason", error)
+            raise missing_files_error(
+                self.dataset_name,
+                self.dataset_path,
+                files,
+                f"it is not there, and its download failed ({reason})",
+            ) from error
+
+    def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
+        # RecBole's method fills missing sequences by a chained fillna(inplace=True), which
+        # pandas 3 ignores, and parses with pandas' slow engine.
+        load_col, unload_col = self._get_load_and_unload_col(source)
+        if load_col == set():
+            return None
+        separator, encoding = self.config["field_separator"], self.config["encoding"]
+        with open(filepath, encoding=encoding) as file:
+            header = file.readline().rstrip("\r\n").split(separator)
+        names, types = [], {}
+        for column in header:
+            name, colon, kind = column.partition(":")
+            if not colon or kind not in {ftype.value for ftype in FeatureType}:
+                known = ", ".join(ftype.value for ftype in FeatureType)
+                raise SettingsError(
+                    f"{filepath}: column {column!r} must be name:type with a type of {known}"
+                )
+            if (load_col is None or name in load_col) and name not in (unload_col or ()):
+                names.append(name)
+                types[column] = FeatureType(kind)
+        if not names:
+            logger.warning("no column of %s is loaded", filepath)
+            return None
+        frame = _Frame(
+            pd.read_csv(
+                filepath,
+                sep=separator,
+                usecols=list(types),
+                dtype={
+                    column: np.float64 if ftype == FeatureType.FLOAT else object
+                    for column, ftype in types.items()
+                },
+                encoding=encoding,
+                engine="c" if len(separator) == 1 else "python",
+            )
+        )[list(types)]
+        frame.columns = names
+        for name, ftype in zip(names, types.values(), strict=True):
+            if source != "link":
+                self.field2source[name] = source
+                self.field2type[name] = ftype
+                if ftype in (FeatureType.TOKEN, FeatureType.FLOAT):
+                    self.field2seqlen[name] = 1
+                if "float" in ftype.value:
+                    self.field2bucketnum[name] = 2
+            if ftype in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
+                frame[name] = self._split_sequences(name, ftype, frame[name])
+        return frame
+
+    def _split_sequences(self, name: str, ftype: FeatureType, column: pd.Series) -> pd.Series:
+        kind = str if ftype == FeatureType.TOKEN_SEQ else float
+        limit = (self.config["seq_len"] or {}).get(name)
+        separator = self.config["seq_separator"]
+        values = np.empty(len(column), dtype=object)
+        for row, text in enumerate(column.fillna("")):
+            parts = [kind(part) for part in text.split(separator) if part]
+            values[row] = np.array(parts[:limit] if limit else parts, dtype=kind)
+        longest = max((len(value) for value in values), default=0)
+        self.field2seqlen[name] = max(longest, 1)
+        return pd.Series(values, index=column.index)
+
+    def _remap_ID_all(self) -> None:
+        # The first step after filtering, and before RecBole fills, normalises and rounds to
+        # float32 what we need exact.
+        if self.time_field in self.inter_feat and (
+            self.field2type[self.time_field] == FeatureType.FLOAT
+        ):
+            self._raw_time = self.inter_feat[self.time_field].to_numpy(np.float64, copy=True)
+        super()._remap_ID_all()
+
+    def _fill_nan(self) -> None:
+        for feat_name in self.feat_name_list:
+            # Joining users and items to their ids has made plain frames of them.
+            feat = _Frame(getattr(self, feat_name))
+            setattr(self, feat_name, feat)
+            for field in feat:
+                ftype = self.field2type[field]
+                if ftype == FeatureType.TOKEN:
+                    feat[field] = feat[field].fillna(0).astype(np.int64)
+                elif ftype == FeatureType.FLOAT:
+                    feat[field] = feat[field].fillna(feat[field].mean())
+                else:
+                    dtype = np.int64 if ftype == FeatureType.TOKEN_SEQ else np.float64
+                    empty = np.array([], dtype=dtype)
+                    filled = np.empty(len(feat), dtype=object)
+                    for row, value in enumerate(feat[field]):
+                        filled[row] = empty if isinstance(value, float) else value
+                    feat[field] = filled
+
+    def _change_feat_format(self) -> None:
+        super()._change_feat_format()
+        self.inter_feat[ROW] = torch.arange(len(self.inter_feat))
+
+    def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
+        """Sort as RecBole does, but by the exact raw time where the key is the time field."""
+        if by == self.time_field and self._raw_time is not None:
+            time = self._raw_time[self.inter_feat[ROW].numpy()]
+            order = np.argsort(time if ascending else -time, kind="stable")
+            self.inter_feat._reindex(torch.from_numpy(order))
+        else:
+            super().sort(by, ascending)
+
+    # Profiles.
+
+    def build(self) -> list[UIPDataset]:
+        """Split the data, infer the profiles, and return the splits with every facet's fields.
+
+        Returns
+        -------
+        list of UIPDataset
+            Training, validation and test split. Calling it again returns new views of them, not
+            a new split.
+
+        Raises
+        ------
+        SettingsError
+            If the rows have no labels and RecBole samples no negatives, or a setting does not
+            fit the data.
+        """
+        if self._splits is None:
+            self._check_order()
+            splits = super().build()
+            self._check_labels()
+            self.behaviours = self._make_behaviours(splits)
+            self.profiles = self._infer()
+            for split in splits:
+                split.behaviours, split.profiles = self.behaviours, self.profiles
+                split.settings = self.settings
+            self._splits = splits
+        return [split.select() for split in self._splits]
+
+    def select(self, arm: ArmSettings | None = None, config: UIPConfig | None = None) -> UIPDataset:
+        """A view of this split for one arm; tensors are shared, fields are the arm's.
+
+        Parameters
+        ----------
+        arm : ArmSettings, optional
+            Facets to show and whether to show the user ID. By default every facet, and the user
+            ID as ``uip_user_id`` says.
+        config : UIPConfig, optional
+            The config of the model that will read the view.
+
+        Returns
+        -------
+        UIPDataset
+        """
+        config = config or self.config
+        if arm is None:
+            settings = config.uip
+            names = tuple(facet.name for facet in settings.facets)
+            arm = ArmSettings("all", names, settings.user_id if names else "keep")
+        view = copy.copy(self)
+        view.config = config
+        view._splits = None
+        for name in ("field2type", "field2source", "field2seqlen"):
+            setattr(view, name, dict(getattr(self, name)))
+        for name in ("field2id_token", "field2token_id"):
+            setattr(view, name, dict(getattr(self, name)))
+        view.inter_feat = Interaction(dict(self.inter_feat.interaction))
+        if self.user_feat is not None:
+            view.user_feat = Interaction(dict(self.user_feat.interaction))
+        if self.profiles is not None:
+            view._detach()
+            for field in self.profiles.fields:
+                if field.facet in arm.facets:
+                    view._attach(field)
+        view._hidden = frozenset([self.uid_field] if arm.user_id == "drop" else [])
+        if config["double_tower"] and not view.fields(
+            source=[FeatureSource.USER, FeatureSource.USER_ID]
+        ):
+            raise SettingsError(
+                f"arm {arm.name!r} leaves the user tower of {config['model']} without a field: "
+                "set user_id: keep in uip_arms, or give the arm a facet"
+            )
+        return view
+
+    def fields(self, ftype: Any = None, source: Any = None) -> list[str]:
+        """As in RecBole, without the user ID where the arm drops it.
+
+        The data keep the user ID, so ``num``, ``join`` and the samplers work as ever.
+        """
+        return [name for name in super().fields(ftype, source) if name not in self._hidden]
+
+    @property
+    def profile_fields(self) -> list[str]:
+        """Names of the profile fields that models see."""
+        names = [field.name for field in self.profiles.fields] if self.profiles else []
+        return [name for name in names if name in self.field2type]
+
+    def __getitem__(self, index: Any, join: bool = True) -> Interaction:
+        if isinstance(index, np.ndarray):
+            index = torch.from_numpy(index)
+        df = _take(self.inter_feat, index)
+        return self.join(df) if join else df
+
+    def join(self, df: Interaction) -> Interaction:
+        """Join user and item features; a match field follows the row's item.
+
+        RecBole samples a negative by copying the positive row and replacing its item. A code is
+        the user's and stays right; a match copied from the positive item would give the label
+        away, so it is computed for the item that is there.
+        """
+        for feat, key in ((self.user_feat, self.uid_field), (self.item_feat, self.iid_field)):
+            if feat is not None and key in df:
+                df.update(_take(feat, df[key]))
+        if self._match_fields and ROW in df and self.iid_field in df:
+            rows, items = df[ROW].numpy(), df[self.iid_field].numpy()
+            sampled = np.flatnonzero(items != self.behaviours.item[rows])
+            if len(sampled):
+                index = torch.from_numpy(sampled)
+                matches = self.profiles.match(rows[sampled], items[sampled])
+                for name in self._match_fields:
+                    column = df[name].clone()
+                    column[index] = torch.from_numpy(np.asarray(matches[name], dtype=np.int64))
+                    df[name] = column
+        return df
+
+    def _check_order(self) -> None:
+        if (
+            self.benchmark_filename_list is None
+            and self.config["eval_args"]["order"] == "TO"
+            and self.time_field not in self.inter_feat
+        ):
+            raise SettingsError(
+                f"eval_args.order=TO needs the time field {self.time_field!r}, which is not "
+                f"among the loaded fields {list(self.inter_feat)}: load it by load_col, name "
+                "it by TIME_FIELD, or set order to RO"
+            )
+
+    def _check_labels(self) -> None:
+        if self.label_field in self.inter_feat:
+            return
+        for phase in ("train", "valid", "test"):
+            if self.config[f"{phase}_neg_sample_args"]["distribution"] == "none":
+                key = "train_neg_sample_args" if phase == "train" else f"eval_args.mode.{phase}"
+                raise SettingsError(
+                    f"{key} samples no negatives, and the data have no label field "
+                    f"{self.label_field!r}: every row would be a positive. Make labels of ratings "
+                    "by threshold, such as threshold: {rating: 4}, name a 0/1 column by "
+                    "LABEL_FIELD, or have RecBole sample negatives by train_neg_sample_args: "
+                    "{distribution: uniform, sample_num: 1} and eval_args.mode: uni10"
+                )
+
+    def _make_behaviours(self, splits: list[UIPDataset]) -> Behaviours:
+        n_rows = sum(len(split.inter_feat) for split in splits)
+        user = np.empty(n_rows, dtype=np.int64)
+        item = np.empty(n_rows, dtype=np.int64)
+        split_of = np.empty(n_rows, dtype=np.int8)
+        liked = np.empty(n_rows) if self.label_field in self.inter_feat else None
+        for number, split in zip((TRAIN, VALID, TEST), splits, strict=True):
+            feat = split.inter_feat
+            rows = feat[ROW].numpy()
+            user[rows], item[rows] = feat[self.uid_field].numpy(), feat[self.iid_field].numpy()
+            split_of[rows] = number
+            if liked is not None:
+                liked[rows] = feat[self.label_field].numpy()
+        sizes = self.user_num, self.item_num
+        try:
+            return Behaviours(user, item, liked, self._raw_time, split_of, *sizes)
+        except ValueError as error:
+            raise SettingsError(f"dataset {self.dataset_name!r}: {error}") from error
+
+    def _infer(self) -> Any:
+        settings = self.config.uip
+        if self._raw_time is None and settings.time == "point_in_time":
+            raise SettingsError(
+                f"uip_time=point_in_time needs the time field {self.time_field!r} as a loaded "
+                "float field: load it by load_col, or set uip_time to static"
+            )
+        if self._raw_time is None and settings.refresh:
+            raise SettingsError(
+                f"uip_refresh={settings.refresh:g}s needs timestamps, which the data lack: "
+                "drop uip_refresh"
+            )
+        if self._raw_time is None and settings.time == "auto" and settings.facets:
+            logger.warning(
+                "the data have no timestamps, so profiles are static: the features of a training "
+                "row then hold that row's own label"
+            )
+        settings = self.settings = self._resolve(settings)
+        texts = None
+        if settings.item_text and any(facet.source == "lm" for facet in settings.facets):
+            texts = item_texts(
+                os.path.join(self.dataset_path, f"{self.dataset_name}.item"),
+                settings.item_text,
+                self.iid_field,
+                self.field2token_id[self.iid_field],
+                self.item_num,
+                self.config["field_separator"],
+                self.config["encoding"],
+            )
+        return profile_stage.infer(self.behaviours, texts, settings)
+
+    def _resolve(self, settings: UIPSettings) -> UIPSettings:
+        """``settings`` with ``auto`` decided by what the data are."""
+        if settings.time == "auto":
+            time = "static" if self._raw_time is None else "point_in_time"
+            settings = dataclasses.replace(settings, time=time)
+        if settings.history == "auto":
+            ordered = self.behaviours.is_time_ordered
+            settings = dataclasses.replace(settings, history="observed" if ordered else "train")
+        return settings
+
+    def _detach(self) -> None:
+        """Take every profile field out of this view."""
+        for field in self.profiles.fields:
+            for feat in (self.inter_feat, self.user_feat):
+                if feat is not None and field.name in feat:
+                    feat.drop(field.name)
+            for table in (
+                self.field2type,
+                self.field2source,
+                self.field2seqlen,
+                self.field2id_token,
+                self.field2token_id,
+            ):
+                table.pop(field.name, None)
+        self._match_fields = ()
+
+    def _attach(self, field: profile_stage.ProfileField) -> None:
+        """Add one profile field to this view."""
+        name, of_user = field.name, field.kind != "match"
+        towers = bool(self.config["double_tower"])
+        if towers and not of_user:
+            logger.info(
+                "%s crosses user and item, so %s has no tower for it: left out",
+                name,
+                self.config["model"],
+            )
+            return
+        values = torch.from_numpy(np.ascontiguousarray(field.values, dtype=np.int64))
+        if of_user and self.profiles.static:
+            table = torch.zeros(self.user_num, dtype=torch.int64)
+            table[torch.from_numpy(self.behaviours.user)] = values
+            if self.user_feat is None:
+                self.user_feat = Interaction({self.uid_field: torch.arange(self.user_num)})
+            self.user_feat[name] = table
+            source = FeatureSource.USER
+        else:
+            self.inter_feat[name] = values[self.inter_feat[ROW]]
+            # The source only tells a two-tower model which tower reads the field.
+            source = FeatureSource.USER if towers else FeatureSource.INTERACTION
+            if not of_user:
+                self._match_fields += (name,)
+        self.set_field_property(name, FeatureType.TOKEN, source, 1)
+        tokens = np.array(["[PAD]", *map(str, range(1, field.size + 1))])
+        self.field2id_token[name] = tokens
+        self.field2token_id[name] = {token: index for index, token in enumerate(tokens)}
+
+    # Saving.
+
+    def save(self) -> None:
+        """Write the dataset to ``checkpoint_dir``, as RecBole does, but whole or not at all."""
+        path = _saved_dataset(self.config)
+        logger.info("saving the filtered dataset to %s", path)
+        with atomic_write(path) as file:
+            pickle.dump(self, file)
+
+    def __getstate__(self) -> dict:
+        # Frames go as arrays: pickled frames name pandas internals that differ by version.
+        state = dict(self.__dict__)
+        del state["logger"]
+        for name in self.feat_name_list:
+            if isinstance(state[name], pd.DataFrame):
+                frame = state[name]
+                state[name] = {"frame": {field: frame[field].to_numpy() for field in frame}}
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.logger = logging.getLogger()
+        for name in self.feat_name_list:
+            if isinstance(state[name], dict):
+                setattr(self, name, _Frame(state[name]["frame"]))
+
+
+def _take(feat: Interaction, index: Any) -> Interaction:
+    # Interaction's own indexing makes a Python list of the index, and a tensor of it per field:
+    # most of the time of a batch.
+    return Interaction({name: column[index] for name, column in feat.interaction.items()})
+
+
+def create_dataset(config: UIPConfig) -> UIPDataset:
+    """The dataset of ``config``: a saved one, where nothing it depends on has changed."""
+    path = config["dataset_save_path"] or _saved_dataset(config)
+    if os.path.isfile(path):
+        dataset = load_pickle(path)
+        if isinstance(dataset, UIPDataset) and _unchanged(config, dataset.config):
+            logger.info("loading the filtered dataset from %s", path)
+            dataset.config = config
+            return dataset
+    dataset = UIPDataset(config)
+    if config["save_dataset"]:
+        dataset.save()
+    return dataset
+
+
+def data_preparation(
+    config: UIPConfig, dataset: UIPDataset, arm: ArmSettings | None = None
+) -> tuple[Any, Any, Any]:
+    """RecBole's ``data_preparation`` for one arm of a dataset.
+
+    The splits and profiles of ``dataset`` are made once, however many arms and models read them.
+
+    Returns
+    -------
+    train_data, valid_data, test_data : AbstractDataLoader
+    """
+    if dataset._splits is None:
+        saved = _load_splits(config)
+        if saved is None:
+            dataset.build()
+            if config["save_dataloaders"]:
+                _save_dataloaders(config, dataset)
+        else:
+            dataset._splits = saved
+            dataset.behaviours, dataset.profiles = saved[0].behaviours, saved[0].profiles
+            dataset.settings = saved[0].settings
+    views = [split.select(arm, config) for split in dataset._splits]
+    return _dataloaders(config, dataset, views)
+
+
+def _dataloaders(config: UIPConfig, dataset: UIPDataset, splits: list) -> tuple[Any, Any, Any]:
+    samplers = create_samplers(config, dataset, splits)
+    return tuple(
+        get_dataloader(config, phase)(
+            config, split, sampler, shuffle=config["shuffle"] if phase == "train" else False
+        )
+        for phase, split, sampler in zip(("train", "valid", "test"), splits, samplers, strict=True)
+    )
+
+
+def _saved_dataset(config: UIPConfig) -> str:
+    return os.path.join(config["checkpoint_dir"], f"{config['dataset']}-{UIPDataset.__name__}.pth")
+
+
+def _saved_dataloaders(config: UIPConfig) -> str:
+    return os.path.join(
+        config["checkpoint_dir"], f"{config['dataset']}-for-{config['model']}-dataloader.pth"
+    )
+
+
+def _unchanged(config: UIPConfig, saved: UIPConfig, *more: str) -> bool:
+    """Whether every setting that shapes the data is the same, as RecBole compares its own."""
+    keys = {*config.parameters["Dataset"], "dataset", "data_path", "seed", "repeatable", *more}
+    keys |= {
+        key
+        for settings in (config, saved)
+        for key in settings.final_config_dict
+        if key.startswith("uip_") and key not in _INERT
+    }
+    return all(config[key] == saved[key] for key in keys)
+
+
+def _save_dataloaders(config: UIPConfig, dataset: UIPDataset) -> None:
+    path = _saved_dataloaders(config)
+    logger.info("saving the split dataloaders to %s", path)
+    saved = []
+    for loader in _dataloaders(config, dataset, dataset.build()):
+        state = loader.generator.get_state()
+        # RecBole's own file format: generators do not pickle, their states do.
+        loader.generator = loader.sampler.generator = None
+        saved.append((loader, state))
+    with atomic_write(path) as file:
+        pickle.dump(saved, file)
+
+
+def _load_splits(config: UIPConfig) -> list[UIPDataset] | None:
+    path = config["dataloaders_save_path"] or _saved_dataloaders(config)
+    if not os.path.isfile(path):
+        return None
+    splits = [loader._dataset for loader, _ in load_pickle(path)]
+    if not all(isinstance(split, UIPDataset) for split in splits) or not _unchanged(
+        config, splits[0].config, "eval_args"
+    ):
+        return None
+    logger.info("loading the split dataloaders from %s", path)
+    return splits

@@ -1,0 +1,296 @@
+"""Train RecBole's models with and without profile fields, on the same rows, side by side."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from recbole.evaluator.metrics import AUC, LogLoss
+from recbole.utils import init_seed
+
+from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
+from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
+from recbole_uip.bridge.metrics import gauc
+from recbole_uip.bridge.storage import atomic_write, plain
+from recbole_uip.bridge.trainer import make_trainer
+from recbole_uip.settings import ArmSettings, SettingsError
+
+__all__ = ["run_recbole_uip", "train_arm", "write_profiles"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "DeepFM"
+DEFAULT_DATASET = "ml-100k"
+_PACKAGES = ("recbole-uip", "recbole", "torch", "numpy", "pandas", "scikit-learn", "transformers")
+_SPLITS = np.array(["train", "valid", "test"])
+
+
+def run_recbole_uip(
+    model: str | Sequence[str] | None = None,
+    dataset: str | Sequence[str] | None = None,
+    config_files: Sequence[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    command_line: Sequence[str] = (),
+    command: str | None = None,
+) -> dict:
+    """Infer profiles and train each model once per arm; the plain model is one of the arms.
+
+    All arms share rows, split, seed, budget and regularisation; ``uip_arms`` says which fields
+    each is given. Artefacts go to ``uip_output`` (by default ``<checkpoint_dir>/uip-<dataset>``):
+    ``results.json``, ``profiles.parquet`` and the best checkpoint of each arm.
+
+    Parameters
+    ----------
+    model, dataset : str or sequence of str
+        Names; a string may list several, separated by commas. Without them, ``model`` and
+        ``dataset`` of the settings, else DeepFM and ml-100k. With several datasets each has a
+        subfolder of ``uip_output``.
+    config_files : sequence of path, optional
+    config : mapping, optional
+        Any RecBole or ``uip_*`` settings; stronger than the files.
+    command_line : sequence of str, optional
+        ``--key=value`` arguments; stronger than ``config``.
+    command : str, optional
+        How this run was started, for the record.
+
+    Returns
+    -------
+    dict
+        What ``results.json`` holds; with several datasets, a dict of these by dataset.
+
+    Raises
+    ------
+    SettingsError
+        If a setting cannot be used; nothing has been trained then.
+    """
+    given = {
+        **load_config_files(config_files or ()),
+        **(config or {}),
+        **parse_command_line(command_line),
+    }
+    models = _names("model", given.get("model", DEFAULT_MODEL) if model is None else model)
+    datasets = _names(
+        "dataset", given.get("dataset", DEFAULT_DATASET) if dataset is None else dataset
+    )
+    configs = {
+        name: [
+            UIPConfig(each, name, config_files, config, command_line=command_line)
+            for each in models
+        ]
+        for name in datasets
+    }
+    results = {}
+    for name, of_models in configs.items():
+        output = of_models[0].uip.output
+        if output is None:
+            output = Path(of_models[0]["checkpoint_dir"], f"uip-{name}")
+        elif len(datasets) > 1:
+            output = output / name
+        results[name] = _run_dataset(of_models, output, command)
+    return results if len(datasets) > 1 else results[datasets[0]]
+
+
+def _names(key: str, value: str | Sequence[str]) -> list[str]:
+    names = value.split(",") if isinstance(value, str) else list(value)
+    names = [name.strip() for name in names]
+    if not names or not all(names) or len(set(names)) != len(names):
+        raise SettingsError(f"{key}={value!r} must list at least one name, each once")
+    return names
+
+
+def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) -> dict:
+    config = configs[0]
+    settings = config.uip
+    init_seed(config["seed"], config["reproducibility"])
+    started = time.perf_counter()
+    dataset = create_dataset(config)
+    loaded = time.perf_counter()
+    # Builds the splits and the profiles, or finds them saved.
+    data_preparation(config, dataset)
+    inferred = time.perf_counter()
+    path = output / "profiles.parquet"
+    field_bytes = write_profiles(path, dataset)
+    results: dict[str, Any] = {
+        "dataset": config["dataset"],
+        "seed": config["seed"],
+        "models": {},
+        "cost": {
+            **plain(dataset.profiles.cost),
+            "data_seconds": loaded - started,
+            "profile_seconds": inferred - loaded,
+            "field_bytes": field_bytes,
+            "train_seconds": {},
+        },
+        "protocol": _protocol(config, dataset),
+        "profiles": plain(dataset.profiles.report),
+        "artefacts": {"results": str(output / "results.json"), "profiles": str(path)},
+        "versions": _versions(),
+        "command": command or f"run_recbole_uip(dataset={config['dataset']!r})",
+    }
+    runs = [(each, arm) for each in configs for arm in settings.arms]
+    for number, (each, arm) in enumerate(runs, start=1):
+        logger.info("%d of %d: training %s, arm %s", number, len(runs), each["model"], arm.name)
+        outcome, _ = train_arm(each, dataset, arm, output / "checkpoints")
+        name = each["model"]
+        results["cost"]["train_seconds"].setdefault(name, {})[arm.name] = outcome.pop("seconds")
+        results["models"].setdefault(name, {})[arm.name] = outcome
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    results["cost"]["peak_memory_bytes"] = usage * (1 if sys.platform == "darwin" else 1024)
+    with atomic_write(output / "results.json", "w") as file:
+        json.dump(_finite(results), file, indent=2, allow_nan=False)
+        file.write("\n")
+    return results
+
+
+def train_arm(
+    config: UIPConfig, dataset: UIPDataset, arm: ArmSettings, checkpoints: Path
+) -> tuple[dict, dict[str, dict[str, np.ndarray]]]:
+    """Train and evaluate one model on one arm's view of ``dataset``.
+
+    Returns
+    -------
+    outcome : dict
+        ``valid`` and ``test`` metrics, ``fields`` the model reads, ``config`` and ``seconds``.
+    predictions : dict
+        For ``valid`` and ``test``, the arrays ``row``, ``user``, ``item``, ``label``, ``score``.
+    """
+    # Models write into their config; the next arm must find it as the user gave it.
+    config = copy.deepcopy(config)
+    train_data, valid_data, test_data = data_preparation(config, dataset, arm)
+    seed, reproducibility = config["seed"], config["reproducibility"]
+    init_seed(seed + config["local_rank"], reproducibility)
+    model = config.model_class(config, train_data.dataset).to(config["device"])
+    trainer = make_trainer(config, model)
+    trainer.saved_model_file = str(checkpoints / f"{config['model']}-{arm.name}.pth")
+    started = time.perf_counter()
+    trainer.fit(train_data, valid_data, saved=True, show_progress=config["show_progress"])
+    seconds = time.perf_counter() - started
+    outcome: dict[str, Any] = {}
+    predictions = {}
+    for name, data in (("valid", valid_data), ("test", test_data)):
+        # Where candidates are sampled at evaluation, every arm must meet the same ones.
+        init_seed(seed, reproducibility)
+        reported = trainer.evaluate(data, show_progress=config["show_progress"]) or {}
+        predictions[name] = trainer.predictions
+        outcome[name] = {**plain(dict(reported)), **_metrics(config, predictions[name])}
+    outcome["fields"] = _model_fields(model)
+    outcome["profile_fields"] = [name for name in outcome["fields"] if name.startswith("uip_")]
+    outcome["user_id"] = arm.user_id
+    outcome["config"] = plain(config.final_config_dict)
+    outcome["seconds"] = seconds
+    return outcome, predictions
+
+
+def _metrics(config: UIPConfig, predictions: dict[str, np.ndarray]) -> dict[str, float]:
+    """RecBole's AUC and LogLoss without its rounding, and GAUC."""
+    if not predictions:
+        return {"auc": math.nan, "logloss": math.nan, "gauc": math.nan}
+    label, score = predictions["label"], predictions["score"]
+    return {
+        "auc": float(AUC(config).metric_info(score, label)),
+        "logloss": float(LogLoss(config).metric_info(score, label)),
+        "gauc": gauc(predictions["user"], label, score),
+    }
+
+
+def _model_fields(model: Any) -> list[str]:
+    lists = (
+        "token_field_names",
+        "float_field_names",
+        "token_seq_field_names",
+        "float_seq_field_names",
+    )
+    fields = []
+    for name in lists:
+        for item in getattr(model, name, ()):
+            # Two-tower models keep (tower, names) pairs in some lists.
+            fields += [item] if isinstance(item, str) else list(item)
+    return fields
+
+
+def write_profiles(path: Path, dataset: UIPDataset) -> int:
+    """Write every interaction with its profile fields, in the input's order after filtering.
+
+    Returns
+    -------
+    int
+        Bytes that the profile fields take in memory, in the smallest integers that hold them.
+    """
+    behaviours, profiles = dataset.behaviours, dataset.profiles
+    columns: dict[str, Any] = {
+        dataset.uid_field: dataset.id2token(dataset.uid_field, behaviours.user),
+        dataset.iid_field: dataset.id2token(dataset.iid_field, behaviours.item),
+    }
+    if behaviours.time is not None:
+        columns[dataset.time_field] = behaviours.time
+    columns["split"] = pa.array(_SPLITS[behaviours.split]).dictionary_encode()
+    if behaviours.liked is not None:
+        columns[dataset.label_field] = behaviours.liked.astype(np.int8)
+    size = 0
+    for field in profiles.fields:
+        values = field.values.astype(np.min_scalar_type(field.size))
+        columns[field.name] = values
+        size += values.nbytes
+    with atomic_write(path) as file:
+        pq.write_table(pa.table(columns), file)
+    return size
+
+
+def _protocol(config: UIPConfig, dataset: UIPDataset) -> dict:
+    settings, eval_args = dataset.settings, config["eval_args"]
+    counts = np.bincount(dataset.behaviours.split, minlength=3)
+    liked = dataset.behaviours.liked
+    return {
+        "split": plain(config["benchmark_filename"] or eval_args["split"]),
+        "order": eval_args["order"],
+        "group_by": eval_args["group_by"],
+        "mode": plain(eval_args["mode"]),
+        "rows": dict(zip(_SPLITS.tolist(), counts.tolist(), strict=True)),
+        "threshold": plain(config["threshold"]),
+        "liked_share": None if liked is None else float(liked.mean()),
+        "train_neg_sample_args": plain(config["train_neg_sample_args"]),
+        "time": settings.time,
+        "history": settings.history,
+        "refresh_seconds": settings.refresh,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    if versions["recbole-uip"] is None:
+        # A checkout that is not installed.
+        from recbole_uip import __version__
+
+        versions["recbole-uip"] = __version__
+    return versions
+
+
+def _finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: infinities as strings, NaN (no such metric) as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

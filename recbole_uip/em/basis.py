@@ -1,0 +1,215 @@
+r"""Directions in which users differ, not in which items differ.
+
+Item vectors are whitened by their second moment over training events (the Fisher information
+of the scores, :math:`H = E[g g^\top]`). In that space the between-user covariance B of the
+weighted mean scores is estimated without bias from two halves of each user's events, whose
+noises are independent: :math:`B = E_u[\,y_u^A {y_u^B}^\top]`. Its leading eigenvectors are the
+basis, their eigenvalues the prior variances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+
+from recbole_uip.em.weights import Evidence
+
+__all__ = ["Basis", "fit", "half_means", "supported_directions", "whiten"]
+
+SMALLEST_VARIANCE = 1e-6
+# Numbers of leading item directions that are tried.
+DIRECTIONS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Item vectors in between-user directions, scaled so that one event has unit noise.
+
+    Attributes
+    ----------
+    vectors : ndarray of float64, shape (n_items, rank)
+    mean : ndarray of float64, shape (rank,)
+        Mean offset over users.
+    variance : ndarray of float64, shape (rank,)
+        Prior (between-user) variance of the offset, in units of one event's noise.
+    """
+
+    vectors: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+
+    def posterior(self, offset: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Posterior mean deviation from the average user, lambda / (lambda + noise) (y - mean).
+
+        Parameters
+        ----------
+        offset : ndarray, shape (n, rank)
+        noise : ndarray, shape (n,)
+            Infinite without evidence, which gives zero.
+        """
+        shrinkage = self.variance / (self.variance + noise[:, None])
+        return shrinkage * (offset - self.mean)
+
+
+def whiten(
+    vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None, floor: float = 1e-6
+) -> np.ndarray:
+    """Centre and whiten item vectors over events, leading directions first.
+
+    Parameters
+    ----------
+    vectors : ndarray, shape (n_items, d)
+    item_counts : ndarray, shape (n_items,)
+        Number of training events of each item.
+    keep : int, optional
+        Largest number of directions kept.
+    floor : float
+        Directions with less than this share of the largest eigenvalue are numerically empty
+        and dropped.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_items, at most keep)
+        Over events, the mean is zero and the second moment the identity.
+    """
+    share = item_counts / item_counts.sum()
+    centred = np.asarray(vectors, dtype=np.float64) - share @ vectors
+    n_items, dim = centred.shape
+    weighted = centred * np.sqrt(share)[:, None]
+    if dim <= n_items:
+        values, directions = scipy.linalg.eigh(weighted.T @ weighted)
+    else:
+        # The Gram matrix has the same non-zero spectrum and is smaller.
+        values, left = scipy.linalg.eigh(weighted @ weighted.T)
+        scale = np.sqrt(np.maximum(values, np.finfo(float).tiny))
+        directions = weighted.T @ left / scale
+    order = np.argsort(-values)[: min(keep or dim, n_items, dim)]
+    order = order[values[order] > floor * max(values[order[0]], np.finfo(float).tiny)]
+    return centred @ (directions[:, order] / np.sqrt(values[order]))
+
+
+def fit(
+    whitened: np.ndarray,
+    user: np.ndarray,
+    item: np.ndarray,
+    evidence: Evidence,
+    n_users: int,
+    rank: int,
+) -> Basis:
+    """Leading eigenvectors of the between-user covariance, from training events.
+
+    Parameters
+    ----------
+    whitened : ndarray, shape (n_items, m)
+        Leading directions first. How many of them the data can bear is decided by
+        :func:`supported_directions`.
+    user, item : ndarray of int64, shape (n_events,)
+        Training events, each user's in the order of time (so that alternate events make two
+        comparable halves).
+    evidence : Evidence
+        Of the same events.
+    n_users : int
+    rank : int
+        Number of directions, at most m. One whose estimated variance is not positive keeps a
+        tiny prior variance, so that every fold has the same rank.
+    """
+    half_a, half_b, user_weight = half_means(whitened, user, item, evidence, n_users)
+    mean = user_weight @ (half_a + half_b) / (2 * user_weight.sum())
+    half_a, half_b = half_a - mean, half_b - mean
+    # Two groups of users, for choosing the number of directions; their sum is the estimate.
+    groups = [
+        _cross_covariance(half_a[group::2], half_b[group::2], user_weight[group::2])
+        for group in (0, 1)
+    ]
+    keep = supported_directions(groups, rank)
+    between = (groups[0] + groups[1])[:keep, :keep] / user_weight.sum()
+    values, directions = _leading(between, rank)
+    vectors = whitened[:, :keep] @ directions
+    noise = _event_noise(vectors, item, evidence, values)
+    return Basis(
+        vectors=vectors / np.sqrt(noise),
+        mean=(mean[:keep] @ directions) / np.sqrt(noise),
+        variance=np.maximum(values / noise, SMALLEST_VARIANCE),
+    )
+
+
+def supported_directions(groups: list[np.ndarray], rank: int) -> int:
+    """Number of leading item directions in which a basis of ``rank`` generalises best.
+
+    In m directions a between-user covariance has m^2 numbers, and few users cannot bear many:
+    its leading eigenvectors are then noise. So the basis of either group of users is judged by
+    the between-user variance that it finds in the other group.
+
+    Parameters
+    ----------
+    groups : two ndarrays, shape (m, m)
+        Between-user covariances, times the groups' weights.
+    rank : int
+    """
+    m = len(groups[0])
+    candidates = sorted({min(m, max(rank, size)) for size in DIRECTIONS} | {m})
+
+    def captured(keep: int) -> float:
+        total = 0.0
+        for own, other in (groups, groups[::-1]):
+            _, directions = _leading(own[:keep, :keep], rank)
+            total += np.einsum("ij,ik,kj->", directions, other[:keep, :keep], directions)
+        return total
+
+    return max(candidates, key=captured)
+
+
+def _cross_covariance(half_a: np.ndarray, half_b: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    cross = (half_a * weight[:, None]).T @ half_b
+    return (cross + cross.T) / 2
+
+
+def _leading(symmetric: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ``rank`` largest eigenvalues and their eigenvectors, largest first."""
+    m = len(symmetric)
+    values, vectors = scipy.linalg.eigh(symmetric, subset_by_index=[max(m - rank, 0), m - 1])
+    return values[::-1], vectors[:, ::-1]
+
+
+def half_means(
+    whitened: np.ndarray, user: np.ndarray, item: np.ndarray, evidence: Evidence, n_users: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean weighted scores of two halves of each user's events, and each user's weight.
+
+    Users with evidence in one half alone are left out. A user's weight is its number of events
+    in the smaller half, up to a limit: past it, more events no longer make a user's mean
+    offset a better sample of how users differ.
+    """
+    counted = np.flatnonzero(evidence.count > 0)
+    counted = counted[np.argsort(user[counted], kind="stable")]
+    position = np.arange(len(counted)) - np.searchsorted(user[counted], user[counted])
+    means, counts = [], []
+    for parity in (0, 1):
+        chosen = counted[position % 2 == parity]
+        shape = (n_users, len(whitened))
+        at = (user[chosen], item[chosen])
+        sums = scipy.sparse.csr_array((evidence.weight[chosen], at), shape=shape) @ whitened
+        count = np.bincount(user[chosen], weights=evidence.count[chosen], minlength=n_users)
+        means.append(sums / np.maximum(count, 1e-12)[:, None])
+        counts.append(count)
+    smaller = np.minimum(*counts)
+    both = smaller > 0
+    if both.sum() < 2:
+        raise ValueError(
+            f"only {int(both.sum())} users have two training events that count as evidence: "
+            "a basis of between-user directions needs at least 2; take source: constant facets"
+        )
+    return means[0][both], means[1][both], np.minimum(smaller[both], 20.0)
+
+
+def _event_noise(
+    vectors: np.ndarray, item: np.ndarray, evidence: Evidence, between: np.ndarray
+) -> np.ndarray:
+    """Within-user variance of one event's weighted score, per direction."""
+    counted = evidence.count > 0
+    mass = np.bincount(item[counted], weights=evidence.weight[counted] ** 2, minlength=len(vectors))
+    second_moment = mass @ vectors**2 / counted.sum()
+    return np.maximum(second_moment - between, 0.1 * second_moment)

@@ -1,0 +1,175 @@
+r"""Item vectors from behaviour alone: logistic matrix factorisation of the training rows.
+
+The model is that of :mod:`recbole_uip.em.filter`, logit p(like | u, i) = a_i + b_u + d_u' g_i,
+with Gaussian priors on all of its parts. It is fitted by alternating Newton steps for users and
+items from a truncated SVD of the evidence (a MAP version of Johnson, 2014, with the labels of
+rated items in place of counts). Without labels the SVD is all there is.
+
+Vectors are fitted out of fold by user: the vectors that a user's rows meet were shaped by
+other users' labels only. Each fold has a rotation of its own, so codes, which compare users
+across folds, align the folds first (orthogonal Procrustes).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+import scipy.sparse.linalg
+import scipy.special
+
+__all__ = ["align", "logistic_factors", "svd_vectors", "user_folds"]
+
+# Prior precisions of items against a prior of one for users. Nothing is sensitive to them.
+ITEM_PRECISION = 3.0
+INTERCEPT_PRECISION = 0.5
+SWEEPS = 2
+# Root mean square of the starting vectors: small, so that the first step is taken with care.
+START_SCALE = 0.3
+BLOCK_ROWS = 20_000
+
+
+def user_folds(n_users: int, folds: int, seed: int) -> np.ndarray:
+    """Fold of each user, balanced and random, shape (n_users,)."""
+    return np.random.default_rng(seed).permutation(np.arange(n_users) % folds)
+
+
+def svd_vectors(
+    user: np.ndarray,
+    item: np.ndarray,
+    weight: np.ndarray,
+    n_users: int,
+    n_items: int,
+    rank: int,
+    seed: int = 0,
+) -> np.ndarray:
+    """Right singular vectors of the users x items matrix of evidence, times singular values.
+
+    Parameters
+    ----------
+    user, item : ndarray of int64, shape (n_events,)
+    weight : ndarray of float64, shape (n_events,)
+        Evidence weights; the weights of repeated pairs add up.
+    n_users, n_items : int
+    rank : int
+        Number of vectors; padded with zeros where the matrix is smaller.
+    seed : int
+
+    Returns
+    -------
+    ndarray of float64, shape (n_items, rank)
+        Zero rows for items without events.
+    """
+    matrix = scipy.sparse.csr_array((weight, (user, item)), shape=(n_users, n_items))
+    rows, columns = (np.flatnonzero(matrix.count_nonzero(axis=axis)) for axis in (1, 0))
+    matrix = matrix[rows][:, columns]
+    vectors = np.zeros((n_items, rank))
+    kept = min(rank, min(matrix.shape) - 1)
+    if kept < 1:
+        raise ValueError(
+            f"collaborative item vectors need training events of at least 2 users on at least "
+            f"2 items, but there are {matrix.shape[0]} users on {matrix.shape[1]} items"
+        )
+    start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
+    _, values, right = scipy.sparse.linalg.svds(matrix, k=kept, v0=start, solver="arpack")
+    order = np.argsort(-values)
+    vectors[columns, :kept] = (values[order, None] * right[order]).T
+    return vectors
+
+
+def logistic_factors(
+    user: np.ndarray,
+    item: np.ndarray,
+    liked: np.ndarray,
+    n_users: int,
+    rate: np.ndarray,
+    start: np.ndarray,
+    sweeps: int = SWEEPS,
+) -> np.ndarray:
+    """Item vectors of the logistic factor model, by alternating Newton steps.
+
+    Parameters
+    ----------
+    user, item : ndarray of int64, shape (n_events,)
+    liked : ndarray of float64, shape (n_events,)
+    n_users : int
+    rate : ndarray of float64, shape (n_items,)
+        Smoothed like rates; their logits are the prior means of the intercepts.
+    start : ndarray of float64, shape (n_items, rank)
+        Where the item vectors start, up to scale.
+    sweeps : int
+        Newton steps for all users and all items.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_items, rank)
+    """
+    rank = start.shape[1]
+    prior_intercept = scipy.special.logit(rate)
+    root_mean_square = np.sqrt((start**2).mean(axis=0))
+    # Column 0: b_u of a user beside the items' ones, and a_i's deviation beside the users' ones.
+    items = np.zeros((len(start), rank + 1))
+    items[:, 1:] = START_SCALE * start / np.where(root_mean_square > 0, root_mean_square, 1.0)
+    users = np.zeros((n_users, rank + 1))
+    user_precision = np.ones(rank + 1)
+    item_precision = np.full(rank + 1, ITEM_PRECISION)
+    item_precision[0] = INTERCEPT_PRECISION
+    by_user, by_item = np.argsort(user, kind="stable"), np.argsort(item, kind="stable")
+    for _ in range(sweeps):
+        offset = prior_intercept[item] + items[item, 0]
+        design = np.column_stack([np.ones(len(items)), items[:, 1:]])
+        users = _newton_step(
+            users, user[by_user], item[by_user], liked[by_user], offset[by_user],
+            design, user_precision,
+        )  # fmt: skip
+        offset = prior_intercept[item] + users[user, 0]
+        design = np.column_stack([np.ones(n_users), users[:, 1:]])
+        items = _newton_step(
+            items, item[by_item], user[by_item], liked[by_item], offset[by_item],
+            design, item_precision,
+        )  # fmt: skip
+    return items[:, 1:]
+
+
+def _newton_step(
+    coefficients: np.ndarray,
+    row: np.ndarray,
+    column: np.ndarray,
+    liked: np.ndarray,
+    offset: np.ndarray,
+    design: np.ndarray,
+    precision: np.ndarray,
+) -> np.ndarray:
+    """One Newton step of a ridge logistic regression for every row at once.
+
+    ``row`` is sorted. Since the design of an event depends on its column alone, the Hessians of
+    all rows are one sparse product: (rows x columns of curvatures) @ (columns x outer products).
+    """
+    width = design.shape[1]
+    outer = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
+    updated = coefficients.copy()
+    for low in range(0, len(coefficients), BLOCK_ROWS):
+        high = min(low + BLOCK_ROWS, len(coefficients))
+        first, last = np.searchsorted(row, [low, high])
+        events = slice(first, last)
+        at = (row[events] - low, column[events])
+        shape = (high - low, len(design))
+        logit = offset[events] + (coefficients[row[events]] * design[at[1]]).sum(axis=1)
+        probability = scipy.special.expit(logit)
+        curvature = scipy.sparse.csr_array((probability * (1 - probability), at), shape=shape)
+        residual = scipy.sparse.csr_array((liked[events] - probability, at), shape=shape)
+        hessian = (curvature @ outer).reshape(-1, width, width) + np.diag(precision)
+        gradient = residual @ design - precision * coefficients[low:high]
+        step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        # A full step may overshoot where curvatures vanish; no trait moves further than this.
+        updated[low:high] += step / np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / 3)
+    return updated
+
+
+def align(vectors: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Rotate ``vectors`` to ``reference``: argmin over orthogonal R of ||vectors R - reference||.
+
+    Both have shape (n_items, rank).
+    """
+    rotation, _ = scipy.linalg.orthogonal_procrustes(vectors, reference)
+    return vectors @ rotation

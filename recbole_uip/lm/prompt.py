@@ -1,0 +1,352 @@
+"""The prompt: facets with names and soft tokens, the block mask, and the behaviour text.
+
+``{name of facet 1}[θ_1]{name of facet 2}[θ_2] … {behaviour text}{feedback ending}``
+
+Attention is causal. In addition θ_f and the tokens of name f attend to no other facet, so that
+θ_f is a function of its own facet alone, all layers through; behaviour tokens see everything
+before them. Tokens that the tokenizer puts before every text (a BOS token, where the LM was
+trained with one) come first and are seen by all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from recbole_uip.lm.backbone import Backbone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Ending",
+    "Prompt",
+    "build",
+    "content_key",
+    "feedback_logit",
+    "inputs",
+    "log_likelihood",
+    "logits",
+    "sum_log_probs",
+    "tokenize",
+    "verb_difference",
+]
+
+# part of every cache key: raise it when the prompt or what is kept of a score changes
+VERSION = 1
+SOFT = -1  # stands for a soft token among token ids
+LEAD = -1  # stands for "no facet" among the blocks
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The feedback ending, up to the verb: where liked and disliked first differ.
+
+    Attributes
+    ----------
+    common : tuple of int
+        Token ids that the two endings share before the verb.
+    liked, disliked : int
+        Token ids of the two verbs.
+    """
+
+    common: tuple[int, ...]
+    liked: int
+    disliked: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt's prefix, F facets, and its feedback ending.
+
+    Attributes
+    ----------
+    names : tuple of str, length F
+        Facet names in words.
+    lead_ids : tuple of int
+        Tokens before the first facet.
+    name_ids : tuple of tuple of int, length F
+        Token ids of each facet's name.
+    ending : Ending or None
+    """
+
+    names: tuple[str, ...]
+    lead_ids: tuple[int, ...]
+    name_ids: tuple[tuple[int, ...], ...]
+    ending: Ending | None = None
+
+    @property
+    def n_facets(self) -> int:
+        """Number of facets F."""
+        return len(self.names)
+
+    @cached_property
+    def token_ids(self) -> torch.Tensor:
+        """Token ids of the prefix, ``SOFT`` at soft tokens; int64, shape (P,)."""
+        ids = list(self.lead_ids)
+        for name in self.name_ids:
+            ids += [*name, SOFT]
+        return torch.tensor(ids)
+
+    @cached_property
+    def block(self) -> torch.Tensor:
+        """Facet of each position of the prefix, ``LEAD`` before the first; shape (P,)."""
+        blocks = [LEAD] * len(self.lead_ids)
+        for facet, name in enumerate(self.name_ids):
+            blocks += [facet] * (len(name) + 1)
+        return torch.tensor(blocks)
+
+    @cached_property
+    def soft_positions(self) -> torch.Tensor:
+        """Positions of θ_1 … θ_F; shape (F,)."""
+        return torch.nonzero(self.token_ids == SOFT).flatten()
+
+    def __len__(self) -> int:
+        """Length P of the prefix."""
+        return len(self.token_ids)
+
+    def mask(self, n_behaviour: int = 0) -> torch.Tensor:
+        """Who may attend to whom: bool, shape (P + n, P + n), row = query, column = key."""
+        n_prefix = len(self)
+        allowed = torch.ones(n_prefix + n_behaviour, n_prefix + n_behaviour).tril().bool()
+        same = (self.block[:, None] == self.block) | (self.block == LEAD)
+        allowed[:n_prefix, :n_prefix] &= same
+        return allowed
+
+    def theta0(self, backbone: Backbone) -> torch.Tensor:
+        """θ⁰: the mean embedding of each facet's name tokens; float32, shape (F, d)."""
+        weight = backbone.model.get_input_embeddings().weight
+        rows = [
+            weight[list(ids)].to(torch.promote_types(weight.dtype, torch.float32)).mean(0)
+            for ids in self.name_ids
+        ]
+        return torch.stack(rows)
+
+
+def build(
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    endings: tuple[str, str] | None = None,
+) -> Prompt:
+    """Tokenize the facet names and the endings.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    names : sequence of str
+        Facet names in words, at least one.
+    endings : (liked, disliked), optional
+        Such as ``(" and loved it", " and hated it")``.
+
+    Returns
+    -------
+    Prompt
+
+    Raises
+    ------
+    ValueError
+        If a name has no tokens, or no token tells one ending from the other.
+    """
+    if not names:
+        raise ValueError("facets is empty: a prompt needs the name of at least one facet")
+    name_ids = tokenize(tokenizer, names)
+    for name, ids in zip(names, name_ids, strict=True):
+        if not ids:
+            raise ValueError(f"facet name {name!r} has no tokens; give it at least one word")
+    ending = None
+    if endings is not None:
+        liked, disliked = tokenize(tokenizer, endings)
+        shared = min(len(liked), len(disliked))
+        n_common = next((i for i in range(shared) if liked[i] != disliked[i]), shared)
+        if n_common == shared:
+            raise ValueError(
+                f"endings {endings!r}: no token tells them apart (one begins with the other); "
+                "choose two verbs, such as ' and loved it' and ' and hated it'"
+            )
+        ending = Ending(tuple(liked[:n_common]), liked[n_common], disliked[n_common])
+    return Prompt(
+        names=tuple(names),
+        lead_ids=tuple(_lead_ids(tokenizer)),
+        name_ids=tuple(tuple(ids) for ids in name_ids),
+        ending=ending,
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> list[list[int]]:
+    """Token ids of each string as the continuation of a running text (after a space)."""
+    # behind an anchor, because tokenizers treat the very beginning of a text differently
+    # (SentencePiece puts a space of its own there)
+    anchor = "x"
+    head = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+    running = [f"{anchor} {string.strip()}" if string.strip() else anchor for string in strings]
+    if not running:
+        return []
+    n_head = len(head)
+    ids = tokenizer(running, add_special_tokens=False)["input_ids"]
+    for position, row in enumerate(ids):
+        if row[:n_head] != head:
+            # a tokenizer without word boundaries merged the anchor into the text
+            ids[position] = tokenizer(running[position][1:], add_special_tokens=False)["input_ids"]
+        else:
+            ids[position] = row[n_head:]
+    return ids
+
+
+def content_key(
+    fingerprint: str,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    endings: tuple[str, str] | None,
+) -> str:
+    """Hash of everything a text's scores depend on, but for the text; hexadecimal."""
+    parts = [VERSION, fingerprint, str(dtype), list(names), list(endings) if endings else None]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def inputs(
+    backbone: Backbone, prompt: Prompt, theta: torch.Tensor, texts: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Arguments of a transformers model: prompt and behaviour texts, padded on the right.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    prompt : Prompt
+    theta : Tensor, shape (F, d) or (n, F, d)
+        Soft tokens, shared or one set per text.
+    texts : n sequences of int
+        Token ids of the behaviour texts; T is the length of the longest.
+
+    Returns
+    -------
+    dict
+        ``inputs_embeds`` (n, P + T, d), differentiable in ``theta``; ``attention_mask``,
+        additive, (n, 1, P + T, P + T); ``position_ids`` (n, P + T).
+    """
+    device = backbone.device
+    n_texts, n_prefix = len(texts), len(prompt)
+    longest = max((len(text) for text in texts), default=0)
+    ids = torch.zeros(n_texts, n_prefix + longest, dtype=torch.long)
+    ids[:, :n_prefix] = prompt.token_ids.clamp(min=0)
+    real = torch.zeros(n_texts, n_prefix + longest, dtype=torch.bool)
+    real[:, :n_prefix] = True
+    for row, text in enumerate(texts):
+        ids[row, n_prefix : n_prefix + len(text)] = torch.tensor(list(text), dtype=torch.long)
+        real[row, n_prefix : n_prefix + len(text)] = True
+    embeds = backbone.model.get_input_embeddings()(ids.to(device))
+    theta = theta.to(device=device, dtype=embeds.dtype).expand(n_texts, -1, -1)
+    embeds = embeds.index_copy(1, prompt.soft_positions.to(device), theta)
+    # a padding token sees itself too, or its softmax would be 0/0
+    allowed = prompt.mask(longest) & (real[:, None, :] | torch.eye(real.shape[1]).bool())
+    mask = torch.zeros(allowed.shape, dtype=embeds.dtype)
+    mask.masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
+    positions = torch.arange(n_prefix + longest, device=device).expand(n_texts, -1)
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": mask[:, None].to(device),
+        "position_ids": positions,
+    }
+
+
+def logits(
+    backbone: Backbone, prompt: Prompt, theta: torch.Tensor, texts: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Next-token logits from the prefix's last position on, through transformers' public API.
+
+    Works for any causal LM that takes embeddings and a 4-D mask, and is differentiable in
+    ``theta``. The fast path of :mod:`recbole_uip.lm.llama` is tested against it.
+
+    Parameters
+    ----------
+    backbone, prompt, theta, texts
+        As in :func:`inputs`.
+
+    Returns
+    -------
+    Tensor of at least float32, shape (n, T + 1, vocabulary)
+        ``[:, t]`` are the logits of behaviour token t.
+    """
+    keep = max((len(text) for text in texts), default=0) + 1
+    output = backbone.model(
+        **inputs(backbone, prompt, theta, texts), use_cache=False, logits_to_keep=keep
+    ).logits[:, -keep:]
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def log_likelihood(
+    backbone: Backbone, prompt: Prompt, theta: torch.Tensor, texts: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """log p(text | prompt(θ)), differentiable in θ; nats.
+
+    Parameters
+    ----------
+    backbone, prompt, theta, texts
+        As in :func:`inputs`; each text has at least one token.
+
+    Returns
+    -------
+    Tensor, shape (n,)
+        Sum over the text's tokens of their log-probability; the ending is not part of it.
+    """
+    return sum_log_probs(logits(backbone, prompt, theta, texts), texts)
+
+
+def feedback_logit(
+    backbone: Backbone, prompt: Prompt, theta: torch.Tensor, texts: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """log p(verb liked) − log p(verb disliked) after each text, differentiable in θ; nats.
+
+    Parameters
+    ----------
+    backbone, prompt, theta, texts
+        As in :func:`inputs`; ``prompt.ending`` must be there.
+
+    Returns
+    -------
+    Tensor, shape (n,)
+
+    Raises
+    ------
+    ValueError
+        If the prompt has no ending.
+    """
+    if prompt.ending is None:
+        raise ValueError("prompt.ending is None: build the prompt with endings")
+    full = [[*text, *prompt.ending.common] for text in texts]
+    return verb_difference(logits(backbone, prompt, theta, full), prompt.ending, full)
+
+
+def sum_log_probs(logits: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Sum of the log-probabilities of the texts' tokens; logits as from :func:`logits`."""
+    lengths = [len(text) for text in texts]
+    device = logits.device
+    rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(lengths)).to(device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    targets = torch.tensor([token for text in texts for token in text], device=device)
+    log_probs = logits[rows, positions].log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return log_probs.new_zeros(len(texts)).index_add(0, rows, log_probs)
+
+
+def verb_difference(
+    logits: torch.Tensor, ending: Ending, texts: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Difference of the verbs' logits after each text (common ending included)."""
+    last = torch.tensor([len(text) for text in texts], device=logits.device)
+    rows = torch.arange(len(texts), device=logits.device)
+    return logits[rows, last, ending.liked] - logits[rows, last, ending.disliked]
+
+
+def _lead_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that the tokenizer puts before a text, such as BOS."""
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    special = tokenizer("x")["input_ids"]
+    for start in range(len(special) - len(plain) + 1):
+        if special[start : start + len(plain)] == plain:
+            return special[:start]
+    return []

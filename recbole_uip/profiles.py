@@ -1,0 +1,256 @@
+"""From events and item texts to profile fields: the pipeline that ties lm and em together.
+
+This module knows no RecBole: the bridge and the bank call it with plain arrays.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from recbole_uip.behaviours import Behaviours
+from recbole_uip.em import basis, collaborative, states, weights
+from recbole_uip.em.facet import Facet, FacetField, ItemVectors, Observations
+from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
+
+__all__ = ["ProfileField", "Profiles", "infer"]
+
+logger = logging.getLogger(__name__)
+
+# Leading Fisher directions of the LM's scores that a basis may use.
+LM_DIRECTIONS = 700
+
+
+@dataclass(frozen=True)
+class ProfileField:
+    """One token field.
+
+    Attributes
+    ----------
+    name : str
+        Field name, such as ``uip_interests`` or ``uip_taste_match_20``.
+    facet : str
+        The facet it belongs to.
+    kind : {"code", "bin", "match"}
+        A code of the user, a bin of the user, or a bin of the user and the row's item.
+    values : ndarray of int64, shape (n_rows,)
+        Token of each row: 0 for [PAD] (no history), else 1 to ``size``.
+    size : int
+        Number of tokens, [PAD] not counted.
+    """
+
+    name: str
+    facet: str
+    kind: str
+    values: np.ndarray
+    size: int
+
+
+@dataclass
+class Profiles:
+    """The profile stage's result.
+
+    Attributes
+    ----------
+    fields : tuple of ProfileField
+    static : bool
+        Whether a user has the same tokens in all rows.
+    cost : dict of str to float
+        ``lm_tokens``, ``lm_seconds``, ``em_seconds``, ``bytes_per_row``.
+    report : dict of str to dict
+        What each facet's fit has to say, by facet.
+    facets : dict of str to Facet
+        The fitted facets.
+    observations : dict of str to Observations
+        What each was fitted on.
+    """
+
+    fields: tuple[ProfileField, ...]
+    static: bool
+    cost: dict[str, float] = field(default_factory=dict)
+    report: dict[str, dict] = field(default_factory=dict)
+    facets: dict[str, Facet] = field(default_factory=dict)
+    observations: dict[str, Observations] = field(default_factory=dict)
+
+    def match(self, rows: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
+        """Match fields of the users and times of ``rows``, with other ``items``.
+
+        Parameters
+        ----------
+        rows, items : ndarray of int64, shape (n,)
+
+        Returns
+        -------
+        dict of str to ndarray of int64, shape (n,)
+            Tokens, by field name.
+        """
+        tokens = {}
+        for name, facet in self.facets.items():
+            tokens |= facet.match_tokens(self.observations[name], rows, items)
+        return tokens
+
+
+def infer(
+    behaviours: Behaviours, item_texts: Sequence[str | None] | None, settings: UIPSettings
+) -> Profiles:
+    """Infer every facet of ``settings``, fitted on the training rows alone.
+
+    Parameters
+    ----------
+    behaviours : Behaviours
+    item_texts : sequence of str or None, length n_items
+        None or an empty text for an item that has none; only ``source: lm`` reads them.
+    settings : UIPSettings
+
+    Raises
+    ------
+    SettingsError
+        If a facet cannot be inferred from this data.
+    """
+    started = time.perf_counter()
+    if not behaviours.train.any():
+        raise SettingsError("the training split has no rows: profiles have nothing to learn from")
+    static = _is_static(behaviours, settings)
+    history = _history(behaviours, settings, static)
+    train_events = behaviours.in_time_order(behaviours.train)
+    rate = None
+    if behaviours.liked is not None:
+        train = behaviours.train
+        rate = weights.like_rate(
+            behaviours.item[train], behaviours.liked[train], behaviours.n_items
+        )
+    result = Profiles((), static)
+    scores = _score_texts(behaviours, item_texts, settings, result)
+    fields: list[ProfileField] = []
+    for facet_settings in tqdm(settings.facets, desc="profiles", leave=False, delay=2):
+        name = facet_settings.name
+        try:
+            evidence = weights.evidence(
+                facet_settings.weight, behaviours.item, behaviours.liked, rate
+            )
+            observed = Observations(behaviours, history, evidence, rate, train_events)
+            facet = Facet(
+                facet_settings, settings.codebook, empty=settings.empty, seed=settings.seed
+            )
+            vectors = _item_vectors(facet_settings, observed, scores, settings)
+            facet_fields = facet.fit(vectors, observed).transform(observed)
+        except ValueError as error:
+            raise SettingsError(f"uip_facets.{name}: {error}") from error
+        result.facets[name], result.observations[name] = facet, observed
+        result.report[name] = facet.report()
+        fields += [_profile_field(name, item) for item in facet_fields]
+    result.fields = tuple(fields)
+    result.cost["em_seconds"] = time.perf_counter() - started - result.cost.get("lm_seconds", 0.0)
+    return result
+
+
+def _profile_field(facet: str, item: FacetField) -> ProfileField:
+    return ProfileField(item.name, facet, item.kind, item.values, item.size)
+
+
+def _is_static(behaviours: Behaviours, settings: UIPSettings) -> bool:
+    if settings.time == "point_in_time" and behaviours.time is None:
+        raise SettingsError(
+            "uip_time=point_in_time needs timestamps, and the data has none: set RecBole's "
+            "TIME_FIELD and load_col, or uip_time=static"
+        )
+    static = settings.time == "static" or behaviours.time is None
+    if static and settings.facets:
+        logger.warning(
+            "static profiles: every training row's own label is part of its profile, which "
+            "misleads the CTR model; use timestamps and uip_time=point_in_time where you can"
+        )
+    return static
+
+
+def _history(behaviours: Behaviours, settings: UIPSettings, static: bool) -> states.History:
+    """What each row may see. A training row never sees a held-out event."""
+
+    def index(is_event: np.ndarray) -> states.History:
+        time = None if static else behaviours.time
+        return states.index_history(
+            behaviours.user, time, is_event, behaviours.n_users, settings.refresh
+        )
+
+    if static or settings.history != "observed":
+        return index(behaviours.train)
+    everything = np.ones(len(behaviours), dtype=bool)
+    if behaviours.is_time_ordered:
+        # Held-out events come after every training row, so one timeline a user serves both.
+        return index(everything)
+    return index(behaviours.train).followed_by(index(everything), ~behaviours.train)
+
+
+def _item_vectors(
+    facet: FacetSettings, observed: Observations, scores: np.ndarray | None, settings: UIPSettings
+) -> ItemVectors:
+    """Whitened item vectors of a facet, by its source, and the folds of users."""
+    behaviours, train = observed.behaviours, observed.train_events
+    n_users, n_items = behaviours.n_users, behaviours.n_items
+    if facet.source == "constant":
+        return ItemVectors([np.ones((n_items, 1))], np.zeros(n_users, dtype=np.int64))
+    fold = collaborative.user_folds(n_users, settings.folds, settings.seed)
+    if facet.source == "lm":
+        # The LM knows nobody's labels, but the basis that a facet makes of its scores does.
+        return ItemVectors([scores] * settings.folds, fold)
+    rank = max(facet.rank if facet.codes else 0, facet.match.rank if facet.match else 0)
+    by_fold = []
+    for index in range(settings.folds):
+        chosen = train[fold[behaviours.user[train]] != index]
+        user, item = behaviours.user[chosen], behaviours.item[chosen]
+        evidence, rate = observed.refitted(facet.weight, chosen)
+        vectors = collaborative.svd_vectors(
+            user, item, evidence.weight, n_users, n_items, rank, settings.seed
+        )
+        if behaviours.liked is not None:
+            vectors = collaborative.logistic_factors(
+                user, item, behaviours.liked[chosen], n_users, rate, vectors
+            )
+        by_fold.append(basis.whiten(vectors, np.bincount(item, minlength=n_items)))
+    return ItemVectors(by_fold, fold)
+
+
+def _score_texts(
+    behaviours: Behaviours,
+    item_texts: Sequence[str | None] | None,
+    settings: UIPSettings,
+    result: Profiles,
+) -> np.ndarray | None:
+    """Whitened LM scores of every item, shape (n_items, m).
+
+    Items without text have the mean score, and so say nothing.
+    """
+    facets = [facet.prompt for facet in settings.facets if facet.source == "lm"]
+    if not facets:
+        return None
+    from recbole_uip import lm
+
+    rows = [row for row, text in enumerate(item_texts or ()) if text]
+    if not rows:
+        raise SettingsError(
+            "no item has a text, so source: lm facets cannot be inferred: check uip_item_text, or "
+            "take source: collaborative or constant"
+        )
+    endings = settings.endings if behaviours.liked is not None else None
+    scored = lm.score(
+        [item_texts[row] for row in rows], facets, endings, settings.lm, settings.cache
+    )
+    result.cost |= {"lm_tokens": scored.lm_tokens, "lm_seconds": scored.seconds}
+    parts = [scored.text] if scored.feedback is None else [scored.text, scored.feedback]
+    vectors = np.concatenate([part.reshape(len(rows), -1) for part in parts], axis=1)
+    train_items = behaviours.item[behaviours.train]
+    counts = np.bincount(train_items, minlength=behaviours.n_items)[rows]
+    if not counts.any():
+        raise SettingsError(
+            "no item of the training rows has a text, so source: lm facets cannot be inferred: "
+            "check uip_item_text and the .item file"
+        )
+    whitened = basis.whiten(vectors, counts, keep=LM_DIRECTIONS)
+    spread = np.zeros((len(item_texts), whitened.shape[1]))
+    spread[rows] = whitened
+    return spread

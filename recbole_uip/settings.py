@@ -1,0 +1,449 @@
+"""What a user may set: frozen dataclasses, parsed strictly from ``uip_*`` keys.
+
+A key that does not exist, a value of the wrong type and a combination that makes no
+sense each raise :class:`SettingsError`, which names the key, the value and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "ArmSettings",
+    "CodebookSettings",
+    "FacetSettings",
+    "LMSettings",
+    "MatchSettings",
+    "SettingsError",
+    "UIPSettings",
+    "default_cache_dir",
+    "parse_duration",
+]
+
+SOURCES = ("lm", "collaborative", "constant")
+WEIGHTS = ("positive", "negative", "all", "contrast")
+POSTERIORS = ("auto", "filter", "sums")
+DEFAULT_LM = "SmolLM2-135M"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message names the key, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """The item's side of a facet: quantile bins of what the profile says of the row's item.
+
+    Parameters
+    ----------
+    posterior : {"auto", "filter", "sums"}
+        E-step: the online Laplace filter of the labels' likelihood, or the closed form on
+        running sums. ``auto`` takes the filter for contrast weights, and sums otherwise.
+    rank : int
+        Number of between-user directions.
+    bins : int
+        Number of quantile bins, each one token of the field.
+    half_life : tuple of float
+        Forgetting, in events of the user; one field each. ``inf`` never forgets.
+    """
+
+    posterior: str = "auto"
+    rank: int = 24
+    bins: int = 32
+    half_life: tuple[float, ...] = (math.inf,)
+
+
+@dataclass(frozen=True)
+class FacetSettings:
+    """One facet of a profile.
+
+    Parameters
+    ----------
+    name : str
+        Name of the facet, and stem of its fields (``uip_<name>``).
+    source : {"lm", "collaborative", "constant"}
+        Where the item vectors come from.
+    weight : {"positive", "negative", "all", "contrast"}
+        Evidence weight of an event.
+    prompt : str
+        The facet's name in words, as it stands in the prompt (``source: lm``).
+    codes : int
+        Size of the codebook; 0 for no code field.
+    rank : int
+        Number of between-user directions that are quantised.
+    levels : int
+        Residual quantisation levels, one code field each.
+    half_life : tuple of float
+        Forgetting of the code's state, in events; one field each.
+    bins : int
+        Quantile bins of a one-dimensional facet (``source: constant``).
+    match : MatchSettings or None
+        The match field, if any.
+    """
+
+    name: str
+    source: str = "lm"
+    weight: str = "contrast"
+    prompt: str = ""
+    codes: int = 32
+    rank: int = 16
+    levels: int = 1
+    half_life: tuple[float, ...] = (math.inf,)
+    bins: int = 24
+    match: MatchSettings | None = None
+
+
+@dataclass(frozen=True)
+class CodebookSettings:
+    """How a codebook is fitted (see :class:`recbole_uip.em.mixture.CodebookMixture`).
+
+    ``sample`` is the number of point-in-time states of training rows it is fitted on.
+    """
+
+    sample: int = 10_000
+    n_init: int = 1
+    max_iter: int = 100
+    tol: float = 1e-3
+
+
+@dataclass(frozen=True)
+class LMSettings:
+    """Which language model scores the item texts, and how.
+
+    Parameters
+    ----------
+    name : str
+        Hub id, local folder, GGUF file, or ``SmolLM2-135M`` (the default, which can also
+        come from a PyPI wheel).
+    adapter : str or None
+        Folder or hub id of a PEFT adapter, merged into the frozen LM.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    dtype : str
+        ``auto``, ``float32`` or ``bfloat16``.
+    batch_tokens : int
+        Token budget of one batch.
+    """
+
+    name: str = DEFAULT_LM
+    adapter: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class ArmSettings:
+    """One side of a comparison: which facets a model is given.
+
+    Parameters
+    ----------
+    name : str
+        Name of the arm, as it stands in the results.
+    facets : tuple of str
+        Facets whose fields the model sees; empty for the plain model.
+    user_id : {"keep", "drop"}
+        Whether the model also sees the user ID.
+    """
+
+    name: str
+    facets: tuple[str, ...] = ()
+    user_id: str = "keep"
+
+
+@dataclass(frozen=True)
+class UIPSettings:
+    """All ``uip_*`` keys; see ``properties/uip.yaml`` for the defaults and their meaning."""
+
+    facets: tuple[FacetSettings, ...] = ()
+    item_text: str | None = None
+    endings: tuple[str, str] | None = None
+    lm: LMSettings = field(default_factory=LMSettings)
+    codebook: CodebookSettings = field(default_factory=CodebookSettings)
+    time: str = "auto"
+    history: str = "auto"
+    refresh: float = 0.0
+    user_id: str = "drop"
+    empty: str = "pad"
+    folds: int = 4
+    arms: tuple[ArmSettings, ...] = ()
+    seed: int = 2020
+    cache: Path = field(default_factory=lambda: default_cache_dir())
+    output: Path | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> UIPSettings:
+        """Parse the ``uip_*`` keys of ``config`` (other keys are not looked at, save ``seed``).
+
+        Raises
+        ------
+        SettingsError
+            If a key is unknown, or a value is not valid.
+        """
+        given = {key: value for key, value in config.items() if key.startswith("uip_")}
+        for key in given:
+            if key not in _KEYS:
+                raise SettingsError(f"unknown setting {key!r}{_nearest(key, _KEYS)}")
+        given = {key: value for key, value in given.items() if value is not None}
+        facets = _parse_facets(given.get("uip_facets", {}))
+        user_id = _choice("uip_user_id", given.get("uip_user_id", "drop"), ("keep", "drop"))
+        settings = cls(
+            facets=facets,
+            item_text=_parse_text("uip_item_text", given.get("uip_item_text")),
+            endings=_parse_endings(given.get("uip_endings")),
+            lm=LMSettings(
+                name=_typed("uip_lm", given.get("uip_lm", DEFAULT_LM), str),
+                adapter=_optional("uip_lm_adapter", given.get("uip_lm_adapter"), str),
+                device=str(given.get("uip_lm_device", "auto")),
+                dtype=_choice(
+                    "uip_lm_dtype",
+                    given.get("uip_lm_dtype", "auto"),
+                    ("auto", "float32", "bfloat16"),
+                ),
+                batch_tokens=_positive(
+                    "uip_lm_batch_tokens", given.get("uip_lm_batch_tokens", 1024)
+                ),
+            ),
+            codebook=_parse_section(
+                CodebookSettings, "uip_codebook", given.get("uip_codebook", {})
+            ),
+            time=_choice(
+                "uip_time", given.get("uip_time", "auto"), ("auto", "point_in_time", "static")
+            ),
+            history=_choice(
+                "uip_history", given.get("uip_history", "auto"), ("auto", "train", "observed")
+            ),
+            refresh=parse_duration("uip_refresh", given.get("uip_refresh", 0)),
+            user_id=user_id,
+            empty=_choice("uip_empty", given.get("uip_empty", "pad"), ("pad", "prior")),
+            folds=_positive("uip_folds", given.get("uip_folds", 4), minimum=2),
+            arms=_parse_arms(given.get("uip_arms"), facets, user_id),
+            seed=int(config.get("seed", 2020)),
+            cache=Path(given.get("uip_cache") or default_cache_dir()).expanduser(),
+            output=Path(given["uip_output"]).expanduser() if "uip_output" in given else None,
+        )
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        lm_facets = [facet.name for facet in self.facets if facet.source == "lm"]
+        if lm_facets and self.item_text is None:
+            raise SettingsError(
+                f"uip_item_text is not set, and the facets {lm_facets} read the items' texts: "
+                'set it to a template of item fields such as "{movie_title} ({genre})", or take '
+                "facets with source: collaborative or constant"
+            )
+        if self.time == "static" and self.refresh:
+            raise SettingsError(
+                f"uip_refresh={self.refresh:g}s has no meaning with uip_time=static: "
+                "set uip_time=point_in_time or drop uip_refresh"
+            )
+
+    def facets_of(self, arm: ArmSettings) -> tuple[FacetSettings, ...]:
+        """The facets that ``arm`` uses, in the order of ``uip_facets``."""
+        return tuple(facet for facet in self.facets if facet.name in arm.facets)
+
+
+_KEYS = (
+    "uip_facets",
+    "uip_item_text",
+    "uip_endings",
+    "uip_lm",
+    "uip_lm_adapter",
+    "uip_lm_device",
+    "uip_lm_dtype",
+    "uip_lm_batch_tokens",
+    "uip_codebook",
+    "uip_time",
+    "uip_history",
+    "uip_refresh",
+    "uip_user_id",
+    "uip_empty",
+    "uip_folds",
+    "uip_arms",
+    "uip_cache",
+    "uip_output",
+)
+
+
+def default_cache_dir() -> Path:
+    """``$RECBOLE_UIP_CACHE``, else ``recbole_uip`` in the user's cache folder."""
+    if folder := os.environ.get("RECBOLE_UIP_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recbole_uip"
+
+
+def parse_duration(key: str, value: Any) -> float:
+    """Seconds in ``value``: a number, alone or with one of the units s, m, h, d, w."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", str(value))
+    if match is None:
+        raise SettingsError(f"{key}={value!r} is not a duration: write 0s, 30m, 1h, 1d or 1w")
+    unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
+    return float(match[1]) * unit
+
+
+def _nearest(word: str, words: tuple[str, ...]) -> str:
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+    return f"; did you mean {found[0]!r}?" if found else f"; known are {', '.join(words)}"
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise SettingsError(f"{key}={value!r} must be of type {kind.__name__}")
+    return value
+
+
+def _optional(key: str, value: Any, kind: type) -> Any:
+    return None if value is None else _typed(key, value, kind)
+
+
+def _choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise SettingsError(f"{key}={value!r} must be one of {', '.join(choices)}")
+    return value
+
+
+def _positive(key: str, value: Any, minimum: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise SettingsError(f"{key}={value!r} must be an integer of at least {minimum}")
+    return value
+
+
+def _parse_text(key: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    _typed(key, value, str)
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None]
+    except ValueError as error:
+        raise SettingsError(f"{key}={value!r} is not a template: {error}") from None
+    if not names or not all(name.isidentifier() for name in names):
+        raise SettingsError(
+            f"{key}={value!r} must name at least one item field in braces, "
+            'such as "{movie_title} ({genre})"'
+        )
+    return value
+
+
+def _parse_endings(value: Any) -> tuple[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or set(value) != {"liked", "disliked"}:
+        raise SettingsError(
+            f"uip_endings={value!r} must have the two keys liked and disliked, "
+            'such as {liked: " and loved it", disliked: " and hated it"}'
+        )
+    endings = tuple(_typed(f"uip_endings.{key}", value[key], str) for key in ("liked", "disliked"))
+    if endings[0] == endings[1]:
+        raise SettingsError(f"uip_endings: liked and disliked are both {endings[0]!r}")
+    return endings
+
+
+def _parse_half_life(key: str, value: Any) -> tuple[float, ...]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    parsed = []
+    for item in values:
+        try:
+            number = float(item)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(item, bool) or not number > 0:
+            raise SettingsError(f"{key}={item!r} must be a positive number of events, or inf")
+        parsed.append(number)
+    if not parsed or len(set(parsed)) != len(parsed):
+        raise SettingsError(f"{key}={value!r} must hold at least one half-life, each once")
+    return tuple(parsed)
+
+
+def _parse_section(kind: type, key: str, value: Any, **fixed: Any) -> Any:
+    """Build the dataclass ``kind`` from a mapping, checking names and types of its fields."""
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"{key}={value!r} must be a mapping")
+    names = tuple(item.name for item in dataclasses.fields(kind) if item.name not in fixed)
+    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
+    parsed = dict(fixed)
+    for name, item in value.items():
+        path = f"{key}.{name}"
+        if name not in names:
+            raise SettingsError(f"unknown setting {path!r}{_nearest(str(name), names)}")
+        if name == "half_life":
+            item = _parse_half_life(path, item)
+        elif name == "match":
+            item = None if item is None else _parse_section(MatchSettings, path, item)
+        elif name == "source":
+            _choice(path, item, SOURCES)
+        elif name == "weight":
+            _choice(path, item, WEIGHTS)
+        elif name == "posterior":
+            _choice(path, item, POSTERIORS)
+        elif isinstance(defaults[name], int):
+            _positive(path, item, minimum=0 if name == "codes" else 1)
+        elif isinstance(defaults[name], float):
+            item = float(_typed(path, item, (int, float)))
+        else:
+            _typed(path, item, str)
+        parsed[name] = item
+    return kind(**parsed)
+
+
+def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"uip_facets={value!r} must map facet names to their settings")
+    facets = []
+    for name, section in value.items():
+        key = f"uip_facets.{name}"
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise SettingsError(f"{key}: a facet's name is lower-case letters, digits and _")
+        facet = _parse_section(FacetSettings, key, section or {}, name=name)
+        if facet.source == "lm" and not facet.prompt:
+            facet = dataclasses.replace(facet, prompt=name.replace("_", " "))
+        if facet.source != "lm" and facet.prompt:
+            raise SettingsError(
+                f"{key}.prompt={facet.prompt!r} has no meaning with source: {facet.source}"
+            )
+        if facet.match and facet.weight != "contrast" and facet.match.posterior == "filter":
+            raise SettingsError(
+                f"{key}.match.posterior=filter needs weight: contrast, but weight is "
+                f"{facet.weight}: set weight: contrast or posterior: sums"
+            )
+        if facet.source != "constant" and facet.codes == 0 and facet.match is None:
+            raise SettingsError(f"{key} has codes: 0 and no match, so it gives no field")
+        facets.append(facet)
+    return tuple(facets)
+
+
+def _parse_arms(
+    value: Any, facets: tuple[FacetSettings, ...], user_id: str
+) -> tuple[ArmSettings, ...]:
+    names = tuple(facet.name for facet in facets)
+    if value is None:
+        return (ArmSettings("plain"), ArmSettings("uip", names, user_id))
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"uip_arms={value!r} must map arm names to their settings")
+    arms = []
+    for name, section in value.items():
+        key = f"uip_arms.{name}"
+        section = dict(section or {})
+        wanted = section.pop("facets", "all")
+        arm_user_id = _choice(f"{key}.user_id", section.pop("user_id", user_id), ("keep", "drop"))
+        if section:
+            unknown = next(iter(section))
+            raise SettingsError(
+                f"unknown setting {f'{key}.{unknown}'!r}"
+                f"{_nearest(str(unknown), ('facets', 'user_id'))}"
+            )
+        wanted = names if wanted == "all" else tuple(wanted or ())
+        for facet in wanted:
+            if facet not in names:
+                raise SettingsError(f"{key}.facets: no facet {facet!r}{_nearest(facet, names)}")
+        arms.append(ArmSettings(str(name), wanted, arm_user_id))
+    return tuple(arms)

@@ -1,0 +1,373 @@
+import logging
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import COMPANY, LENIENCY, field_table, rows_of
+from recbole.data import data_preparation as recbole_data_preparation
+from recbole.utils import FeatureSource, FeatureType, init_seed
+
+from recbole_uip.behaviours import TEST, TRAIN, VALID
+from recbole_uip.bridge import UIPDataset, create_dataset, data_preparation
+from recbole_uip.bridge.dataset import ROW
+from recbole_uip.settings import ArmSettings, SettingsError
+
+SAMPLED = {
+    "train_neg_sample_args": {"distribution": "uniform", "sample_num": 2},
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"},
+}
+# Without ratings there is no contrast; every event counts.
+IMPLICIT_FACETS = {"company": {**COMPANY, "weight": "all"}}
+
+
+def test_fields_are_tokens_of_the_interaction(small):
+    dataset = UIPDataset(small.config())
+    splits = dataset.build()
+    table = field_table(dataset)
+    assert {field.kind for field in dataset.profiles.fields} == {"bin", "code", "match"}
+    for split, number in zip(splits, (TRAIN, VALID, TEST), strict=True):
+        assert (dataset.behaviours.split[rows_of(split)] == number).all()
+        assert set(split.profile_fields) == set(table)
+        for field in dataset.profiles.fields:
+            name = field.name
+            assert split.field2type[name] == FeatureType.TOKEN
+            assert split.field2source[name] == FeatureSource.INTERACTION
+            assert split.field2seqlen[name] == 1
+            assert split.num(name) == field.size + 1
+            assert split.field2id_token[name][0] == "[PAD]"
+            assert split.token2id(name, str(field.size)) == field.size
+            assert name in split.fields(ftype=[FeatureType.TOKEN])
+            values = split.inter_feat[name].numpy()
+            assert (values == table[name][rows_of(split)]).all()
+            assert values.min() >= 0
+            assert values.max() <= field.size
+    assert any((values > 0).any() for values in table.values())
+    assert ROW not in splits[0].fields()
+
+
+def test_rows_are_the_inputs_rows(small):
+    dataset = UIPDataset(small.config())
+    dataset.build()
+    behaviours = dataset.behaviours
+    raw = pd.DataFrame(small.rows)
+    assert dataset.id2token("user_id", behaviours.user).tolist() == raw[0].tolist()
+    assert dataset.id2token("item_id", behaviours.item).tolist() == raw[1].tolist()
+    assert (behaviours.liked == (raw[2] >= 4)).all()
+    assert (behaviours.time == raw[3]).all()
+
+
+def test_time_order_is_exact_and_stable(small):
+    train, valid, test = UIPDataset(small.config(normalize_all=True)).build()
+    order = np.concatenate([rows_of(split) for split in (train, valid, test)])
+    time = np.array([row[3] for row in small.rows])
+    assert len(np.unique(time.astype(np.float32))) < len(np.unique(time))
+    assert (order == np.argsort(time, kind="stable")).all()
+
+
+def test_recboles_own_data_preparation(small):
+    config = small.config()
+    init_seed(1, True)
+    train, valid, test = recbole_data_preparation(config, UIPDataset(config))
+    batch = next(iter(train))
+    assert "uip_leniency_5" in " ".join(batch.columns)
+    assert len(valid.dataset) == len(test.dataset) == 40
+
+
+def test_filtering_comes_before_the_rows(atomic):
+    atomic.rows[7][2] = 3
+    config = atomic.write().config(val_interval={"rating": "[0,3);(3,5]"})
+    dataset = UIPDataset(config)
+    dataset.build()
+    kept = [row for row in atomic.rows if row[2] != 3]
+    assert 0 < len(kept) < len(atomic.rows)
+    assert (dataset.behaviours.time == [row[3] for row in kept]).all()
+
+
+def test_select_shows_one_arms_fields(small):
+    config = small.config()
+    dataset = UIPDataset(config)
+    train = dataset.build()[0]
+    plain = train.select(ArmSettings("plain"))
+    some = train.select(ArmSettings("some", ("leniency",), "drop"))
+    assert plain.profile_fields == []
+    assert not any(name.startswith("uip") for name in plain.fields())
+    assert "user_id" in plain.fields()
+    assert some.profile_fields and all("leniency" in name for name in some.profile_fields)
+    assert "user_id" not in some.fields()
+    # Out of the fields, not out of the data.
+    assert some.num("user_id") == some.user_num
+    assert "user_id" in some.inter_feat
+    assert set(some.select(ArmSettings("all", ("leniency", "company"))).profile_fields) == set(
+        field_table(dataset)
+    )
+    assert "user_id" in UIPDataset(small.config(uip_user_id="keep")).build()[0].fields()
+    # Views share tensors, but no tables.
+    assert plain.inter_feat["item_id"] is train.inter_feat["item_id"]
+    assert "uip_leniency" in "".join(train.fields())
+
+
+def test_profiles_are_inferred_once(small, monkeypatch):
+    from recbole_uip import profiles
+
+    calls = []
+    original = profiles.infer
+    monkeypatch.setattr(profiles, "infer", lambda *a: calls.append(1) or original(*a))
+    config = small.config()
+    dataset = UIPDataset(config)
+    for arm in config.uip.arms:
+        data_preparation(config, dataset, arm)
+    dataset.build()
+    assert len(calls) == 1
+
+
+def test_benchmark_files(small):
+    folder = small.folder / small.name
+    header, *lines = (folder / "small.inter").read_text().splitlines()
+    parts = {"train": lines[:300], "valid": lines[300:350], "test": lines[350:]}
+    for name, part in parts.items():
+        (folder / f"small.{name}.inter").write_text("\n".join([header, *part]) + "\n")
+    (folder / "small.inter").unlink()
+    dataset = UIPDataset(small.config(benchmark_filename=["train", "valid", "test"]))
+    splits = dataset.build()
+    assert [len(split) for split in splits] == [300, 50, 50]
+    assert (np.concatenate([rows_of(split) for split in splits]) == np.arange(400)).all()
+    assert all(split.profile_fields for split in splits)
+    assert dataset.settings.history == "train"  # these files are not in time order
+
+
+def test_no_user_features(atomic):
+    atomic.users = False
+    dataset = UIPDataset(atomic.write().config())
+    assert dataset.build()[0].profile_fields
+
+
+def test_missing_item_features_are_filled(atomic):
+    # Items without a row in the .item file, and one with an empty sequence: pandas 3 would leave
+    # NaN where RecBole fills in place.
+    atomic.items = [
+        (item, title, "" if item == "i3" else genre) for item, title, genre in atomic.items[:10]
+    ]
+    dataset = UIPDataset(atomic.write().config(filter_inter_by_user_or_item=False))
+    dataset.build()
+    genre = dataset.item_feat["genre"]
+    assert len(genre) == 16
+    empty = [0, *dataset.token2id("item_id", ["i3", *(f"i{n}" for n in range(10, 15))])]
+    assert not genre[empty].any()
+    assert genre[dataset.token2id("item_id", "i1")].all()
+
+
+def test_float_sequences_are_normalised(small):
+    path = small.folder / small.name / "small.item"
+    lines = path.read_text().splitlines()
+    values = ["w:float_seq", *(f"{n} {n + 1}" if n % 3 else "" for n in range(15))]
+    path.write_text("\n".join(f"{a}\t{b}" for a, b in zip(lines, values, strict=True)) + "\n")
+    load_col = {"inter": ["user_id", "item_id", "rating", "timestamp"], "item": ["item_id", "w"]}
+    dataset = UIPDataset(small.config(load_col=load_col, normalize_all=True))
+    dataset.build()
+    values = dataset.item_feat["w"]
+    assert values.shape == (16, 2)
+    assert values.max() == 1
+    assert values[dataset.token2id("item_id", "i4")].tolist() == pytest.approx([3 / 14, 4 / 14])
+
+
+def test_item_texts_reach_the_profile_stage(small, monkeypatch):
+    from recbole_uip import profiles
+
+    seen = {}
+
+    def infer(behaviours, texts, settings):
+        seen["texts"] = texts
+        return profiles.Profiles((), static=False)
+
+    monkeypatch.setattr(profiles, "infer", infer)
+    facets = {"interests": {"prompt": "interests", "source": "lm"}}
+    dataset = UIPDataset(small.config(uip_facets=facets, uip_item_text="{title} ({genre})"))
+    dataset.build()
+    # The title is not loaded as a feature, and is the raw text.
+    assert "title" not in dataset.field2type
+    assert seen["texts"][0] is None
+    assert seen["texts"][dataset.token2id("item_id", "i1")] == "Film 1 (Drama Comedy)"
+    assert len(seen["texts"]) == dataset.item_num
+    with pytest.raises(SettingsError, match="'year'.*title"):
+        UIPDataset(small.config(uip_facets=facets, uip_item_text="{year}")).build()
+
+
+def test_without_timestamps_profiles_are_static_with_a_warning(atomic, caplog):
+    atomic.columns = atomic.columns[:3]
+    eval_args = {
+        "split": {"RS": [0.8, 0.1, 0.1]},
+        "order": "RO",
+        "group_by": None,
+        "mode": "labeled",
+    }
+    atomic.write()
+    with caplog.at_level(logging.WARNING):
+        dataset = UIPDataset(atomic.config(eval_args=eval_args))
+        train = dataset.build()[0]
+    assert "own label" in caplog.text
+    assert dataset.profiles.static
+    assert dataset.behaviours.time is None
+    assert dataset.settings.history == "train"
+    for field in dataset.profiles.fields:
+        source = FeatureSource.INTERACTION if field.kind == "match" else FeatureSource.USER
+        assert train.field2source[field.name] == source
+        batch = train[np.arange(len(train))]
+        assert (batch[field.name].numpy() == field.values[rows_of(train)]).all()
+    with pytest.raises(SettingsError, match="uip_time"):
+        UIPDataset(atomic.config(eval_args=eval_args, uip_time="point_in_time")).build()
+    with pytest.raises(SettingsError, match="TIME_FIELD"):
+        UIPDataset(atomic.config()).build()
+
+
+def test_a_missing_timestamp_is_an_error(atomic):
+    atomic.rows[5][3] = ""
+    with pytest.raises(SettingsError, match="finite timestamp"):
+        UIPDataset(atomic.write().config()).build()
+
+
+def test_positives_alone_are_an_error(atomic):
+    atomic.columns = ("user_id:token", "item_id:token", "timestamp:float")
+    with pytest.raises(SettingsError, match="train_neg_sample_args.*threshold"):
+        UIPDataset(atomic.write().config(uip_facets=IMPLICIT_FACETS)).build()
+
+
+def test_sampled_negatives_have_matches_of_their_own(atomic):
+    atomic.columns = ("user_id:token", "item_id:token", "timestamp:float")
+    config = atomic.write().config(uip_facets=IMPLICIT_FACETS, **SAMPLED)
+    dataset = UIPDataset(config)
+    loaders = data_preparation(config, dataset)
+    assert dataset.behaviours.liked is None
+    changed = 0
+    names = [field.name for field in dataset.profiles.fields if field.kind == "match"]
+    codes = [field.name for field in dataset.profiles.fields if field.kind == "code"]
+    table = field_table(dataset)
+    for loader in loaders:
+        for batch in loader:
+            batch = batch if loader is loaders[0] else batch[0]
+            rows, items = batch[ROW].numpy(), batch["item_id"].numpy()
+            negative = batch["label"].numpy() == 0
+            assert negative.mean() > 0.5
+            assert (items[~negative] == dataset.behaviours.item[rows[~negative]]).all()
+            expected = dataset.profiles.match(rows, items)
+            for name in names:
+                values = batch[name].numpy()
+                assert (values == expected[name]).all()
+                assert (values[~negative] == table[name][rows[~negative]]).all()
+                changed += (values != table[name][rows])[negative].sum()
+            for name in codes:
+                assert (batch[name].numpy() == table[name][rows]).all()
+    assert changed > 100
+
+
+def test_match_of_a_rows_own_item_is_its_field(small):
+    dataset = UIPDataset(small.config())
+    dataset.build()
+    rows = np.arange(len(dataset.behaviours))
+    matches = dataset.profiles.match(rows, dataset.behaviours.item)
+    table = field_table(dataset)
+    assert matches
+    for name, values in matches.items():
+        assert (values == table[name]).all()
+
+
+def test_two_towers_put_codes_on_the_users_side(small, caplog):
+    config = small.config("DSSM")
+    with caplog.at_level(logging.INFO):
+        train = UIPDataset(config).build()[0]
+    kinds = {field.name: field.kind for field in train.profiles.fields}
+    assert "left out" in caplog.text
+    assert train.profile_fields
+    for name in train.profile_fields:
+        assert kinds[name] != "match"
+        assert train.field2source[name] == FeatureSource.USER
+    with pytest.raises(SettingsError, match="user tower"):
+        no_users = small.config("DSSM", unload_col=None)
+        train.user_feat = None
+        for name in ("age",):
+            del train.field2type[name], train.field2source[name]
+        train.select(ArmSettings("bare", (), "drop"), no_users)
+
+
+def test_saved_dataset(small):
+    config = small.config(save_dataset=True)
+    first = create_dataset(config)
+    path = small.folder / "saved" / "small-UIPDataset.pth"
+    assert path.is_file()
+    (small.folder / small.name / "small.inter").unlink()  # only the saved file is left
+    second = create_dataset(small.config())
+    first.build(), second.build()
+    for name, values in field_table(first).items():
+        assert (values == field_table(second)[name]).all()
+    assert (second.behaviours.time == first.behaviours.time).all()
+    # Another uip_ setting shapes other data, so the saved file does not serve it.
+    with pytest.raises(SettingsError, match=r"small\.inter"):
+        create_dataset(small.config(uip_folds=3))
+    # What only says where things go does not.
+    assert create_dataset(small.config(uip_output="elsewhere")).build()
+    moved = path.rename(small.folder / "other.pth")
+    assert create_dataset(small.config(dataset_save_path=str(moved))).build()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_saved_dataloaders(small, sampled, monkeypatch):
+    from recbole_uip import profiles
+
+    settings = SAMPLED if sampled else {}
+    config = small.config(save_dataloaders=True, **settings)
+    dataset = UIPDataset(config)
+    first = data_preparation(config, dataset)
+    path = small.folder / "saved" / "small-for-FM-dataloader.pth"
+    assert path.is_file()
+    monkeypatch.setattr(profiles, "infer", None)  # not needed again
+    later = small.config(dataloaders_save_path=str(path), **settings)
+    second = data_preparation(later, UIPDataset(later))
+    for one, other in zip(first, second, strict=True):
+        assert one.dataset.fields() == other.dataset.fields()
+        assert len(one) == len(other)
+    for one, other in zip(first[0], second[0], strict=True):
+        for column in one.columns:
+            if not (sampled and column not in ("user_id", ROW)):
+                assert torch.equal(one[column], other[column]), column
+    changed = small.config(uip_folds=3, dataloaders_save_path=str(path), **settings)
+    with pytest.raises(TypeError):  # infer is called, for the saved file does not fit
+        data_preparation(changed, UIPDataset(changed))
+
+
+def test_dataloaders_saved_by_recbole_are_read_by_us(small):
+    config = small.config(save_dataloaders=True)
+    first = recbole_data_preparation(config, UIPDataset(config))
+    later = small.config()
+    second = data_preparation(later, UIPDataset(later))
+    for one, other in zip(first, second, strict=True):
+        assert one.dataset.profile_fields
+        assert one.dataset.fields() == other.dataset.fields()
+
+
+def test_dataloaders_saved_by_us_are_read_by_recbole(small):
+    # With sampled candidates: RecBole's reload of labeled ones asks a sampler that is not there.
+    config = small.config(save_dataloaders=True, **SAMPLED)
+    first = data_preparation(config, UIPDataset(config))
+    later = small.config(**SAMPLED)
+    second = recbole_data_preparation(later, UIPDataset(later))
+    for one, other in zip(first, second, strict=True):
+        assert other.dataset.profile_fields
+        assert one.dataset.fields() == other.dataset.fields()
+
+
+def test_datasets_pickle(small):
+    dataset = pickle.loads(pickle.dumps(UIPDataset(small.config())))
+    assert dataset.build()[0].profile_fields
+
+
+def test_needs_our_config():
+    with pytest.raises(TypeError, match="UIPConfig"):
+        UIPDataset({})
+
+
+def test_leniency_alone(small):
+    dataset = UIPDataset(small.config(uip_facets={"leniency": LENIENCY}))
+    dataset.build()
+    assert len(dataset.profiles.fields) == 2
+    assert {field.kind for field in dataset.profiles.fields} == {"bin"}

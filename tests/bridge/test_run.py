@@ -1,0 +1,281 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import LENIENCY
+
+import recbole_uip
+from recbole_uip import cli
+from recbole_uip.bridge import run as run_module
+from recbole_uip.bridge.report import format_report
+from recbole_uip.bridge.run import run_recbole_uip
+from recbole_uip.settings import SettingsError
+
+
+@pytest.fixture
+def go(small, tmp_path):
+    """Run on the small dataset; the keys are the fixture's config's."""
+
+    def go(**more):
+        external = dict(small.config().variable_config_dict)
+        external["uip_output"] = str(tmp_path / "out")
+        return run_recbole_uip("FM", "small", config={**external, **more})
+
+    return go
+
+
+def test_results(go, tmp_path):
+    results = go(command="ignored")
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"dataset", "seed", "models", "cost", "versions", "command"} <= set(results)
+    assert results["dataset"] == "small"
+    assert results["seed"] == 2020
+    arms = results["models"]["FM"]
+    assert list(arms) == ["plain", "uip"]
+    for name, arm in arms.items():
+        assert {"valid", "test", "fields", "config"} <= set(arm)
+        for part in ("valid", "test"):
+            assert {"auc", "logloss", "gauc"} <= set(arm[part])
+        assert arm["config"]["learning_rate"] == arms["plain"]["config"]["learning_rate"]
+        assert any(field.startswith("uip_") for field in arm["fields"]) == (name == "uip")
+        assert ("user_id" in arm["fields"]) == (name == "plain")
+    assert arms["plain"]["config"] == arms["uip"]["config"]
+    cost = results["cost"]
+    assert cost["field_bytes"] > 0
+    assert cost["peak_memory_bytes"] > 1e7
+    assert set(cost["train_seconds"]["FM"]) == {"plain", "uip"}
+    assert results["protocol"]["rows"] == {"train": 320, "valid": 40, "test": 40}
+    assert results["protocol"]["history"] == "observed"
+    report = format_report(results)
+    for words in (
+        "AUC",
+        "LogLoss",
+        "GAUC",
+        "plain",
+        "uip_leniency",
+        "rating >= 4",
+        "RS [0.8",
+        "order TO",
+        "results.json",
+        "profiles.parquet",
+        "history observed",
+    ):
+        assert words in report
+
+
+def test_profiles_parquet(go, small, tmp_path):
+    go()
+    table = pd.read_parquet(tmp_path / "out" / "profiles.parquet")
+    raw = pd.DataFrame(small.rows, columns=["user", "item", "rating", "time"])
+    assert table["user_id"].tolist() == raw["user"].tolist()
+    assert table["item_id"].tolist() == raw["item"].tolist()
+    assert table["timestamp"].tolist() == raw["time"].tolist()
+    assert (table["label"] == (raw["rating"] >= 4)).all()
+    assert table["split"].value_counts().to_dict() == {"train": 320, "valid": 40, "test": 40}
+    assert table["timestamp"][table["split"] == "train"].max() <= (
+        table["timestamp"][table["split"] == "test"].min()
+    )
+    fields = [name for name in table if name.startswith("uip_")]
+    assert len(fields) == 4
+    assert all(table[name].between(0, 6).all() for name in fields)
+
+
+def test_arms_and_runs_are_reproducible(go):
+    arms = {
+        "plain": {"facets": [], "user_id": "keep"},
+        "again": {"facets": [], "user_id": "keep"},
+        "leniency": {"facets": ["leniency"], "user_id": "keep"},
+    }
+    models = go(uip_arms=arms)["models"]["FM"]
+    assert models["plain"]["test"] == models["again"]["test"]
+    assert models["leniency"]["test"] != models["plain"]["test"]
+    assert go(uip_arms=arms)["models"]["FM"]["leniency"]["test"] == models["leniency"]["test"]
+
+
+def test_arms_meet_the_same_sampled_candidates(go, monkeypatch):
+    seen = {}
+    original = run_module.train_arm
+
+    def spy(config, dataset, arm, checkpoints):
+        outcome, predictions = original(config, dataset, arm, checkpoints)
+        seen[arm.name] = predictions
+        return outcome, predictions
+
+    monkeypatch.setattr(run_module, "train_arm", spy)
+    go(
+        train_neg_sample_args={"distribution": "uniform", "sample_num": 1},
+        eval_args={"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"},
+        epochs=2,
+    )
+    for part in ("valid", "test"):
+        for column in ("row", "item", "label"):
+            one, other = (seen[arm][part][column] for arm in ("plain", "uip"))
+            assert np.array_equal(one, other)
+
+
+def test_several_models_and_datasets(small, tmp_path):
+    other = type(small)(small.folder, "other", small.rows[:300], items=small.items).write()
+    external = dict(other.config().variable_config_dict)
+    external |= {"uip_output": str(tmp_path / "out"), "uip_facets": {"leniency": LENIENCY}}
+    results = run_recbole_uip("FM, LR", ["small", "other"], config=external)
+    assert list(results) == ["small", "other"]
+    assert list(results["other"]["models"]) == ["FM", "LR"]
+    for name in results:
+        assert (tmp_path / "out" / name / "results.json").is_file()
+        assert len(pd.read_parquet(tmp_path / "out" / name / "profiles.parquet")) == (
+            400 if name == "small" else 300
+        )
+
+
+def test_no_test_rows_give_no_figures(go):
+    eval_args = {"split": {"LS": "valid_only"}, "order": "TO", "mode": "labeled"}
+    results = go(eval_args=eval_args)
+    assert results["protocol"]["rows"]["test"] == 0
+    assert np.isnan(results["models"]["FM"]["uip"]["test"]["auc"])
+    assert "-" in format_report(results)
+
+
+def test_an_interrupt_leaves_no_half_written_file(go, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module.pq, "write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr(run_module.json, "dump", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "profiles.parquet",
+        "checkpoints",
+    }
+
+
+def test_names_must_be_names():
+    for value in ("", [], "FM,,LR", "FM,FM"):
+        with pytest.raises(SettingsError, match="each once"):
+            run_recbole_uip(value, "ml-100k")
+
+
+def test_exported_from_the_package():
+    assert recbole_uip.run_recbole_uip is run_recbole_uip
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = recbole_uip.nonsense
+
+
+def arguments(small, tmp_path, *more):
+    settings = small.config().variable_config_dict
+    keys = ("data_path", "checkpoint_dir", "eval_args", "epochs", "show_progress", "gpu_id")
+    line = [f"--{key}={settings[key]}" for key in keys]
+    return [
+        "--model=FM",
+        "--dataset=small",
+        *line,
+        "--load_col={inter: [user_id, item_id, rating, timestamp]}",
+        "--threshold={rating: 4}",
+        "--uip_facets={mood: {source: constant, half_life: [5, inf]}}",
+        f"--uip_output={tmp_path / 'out'}",
+        *more,
+    ]
+
+
+def test_command_line(small, tmp_path, capsys):
+    assert cli.main(["run", *arguments(small, tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "uip_mood_5" in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["command"].startswith("recbole-uip run --model=FM")
+    assert cli.run_main(arguments(small, tmp_path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["--uip_facet=1"], "did you mean 'uip_facets'"),
+        (["--uip_refresh=soon"], "uip_refresh='soon'"),
+        (["--model=BPR"], "general model"),
+        (["--epochs", "3"], "--key=value"),
+        (["--config_files", "missing.yaml"], "missing.yaml"),
+        (["--dataset=no-such-data", "--uip_facets={}"], "no-such-data.inter"),
+    ],
+)
+def test_bad_settings_exit_with_2_and_one_line(line, words, capsys):
+    assert cli.run_main([*line, "--gpu_id="]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1
+
+
+def test_usage_errors_exit_with_2():
+    assert cli.main([]) == 2
+    assert cli.main(["nonsense"]) == 2
+    assert cli.main(["--help"]) == 0
+
+
+def test_exit_codes_of_interrupts_and_accidents(monkeypatch, capsys):
+    def fail_with(error):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(run_module, "run_recbole_uip", fail)
+        return cli.run_main([])
+
+    assert fail_with(KeyboardInterrupt()) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert fail_with(RuntimeError("what is this")) == 1
+    assert "what is this" in capsys.readouterr().err
+
+
+def test_config_files_in_any_form(small, tmp_path):
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("epochs: 2\nlearning_rate: 0.5\n")
+    second.write_text("learning_rate: 0.25\n")
+    line = [each for each in arguments(small, tmp_path) if not each.startswith("--epochs")]
+    for form in ([str(first), str(second)], [f"{first},{second}"], [f"{first} {second}"]):
+        assert cli.run_main([*line, "--config_files", *form]) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        config = results["models"]["FM"]["uip"]["config"]
+        assert (config["epochs"], config["learning_rate"]) == (2, 0.25)
+
+
+BLOCKER = """
+import sys
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+
+
+sys.meta_path.insert(0, Blocker())
+{code}
+"""
+
+
+def in_subprocess(blocked, code):
+    program = BLOCKER.format(blocked=blocked, code=code)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def test_runs_where_ray_is_not_importable(small, tmp_path):
+    line = arguments(small, tmp_path)
+    code = f"from recbole_uip.cli import run_main\nsys.exit(run_main({line!r}))"
+    done = in_subprocess({"ray"}, code)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
+def test_the_core_imports_no_recbole():
+    code = (
+        "import recbole_uip, recbole_uip.settings, recbole_uip.behaviours, recbole_uip.profiles, "
+        "recbole_uip.cli"
+    )
+    done = in_subprocess({"recbole"}, code)
+    assert done.returncode == 0, done.stderr

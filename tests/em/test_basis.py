@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.special
+
+from recbole_uip.em import basis, states, weights
+
+from .conftest import make_world
+
+
+def train_events(behaviours):
+    history = states.index_history(
+        behaviours.user, behaviours.time, behaviours.train, behaviours.n_users
+    )
+    return history.events
+
+
+def fitted(world, rank, n_items_whitened=None):
+    behaviours = world.behaviours
+    train = train_events(behaviours)
+    item, liked = behaviours.item[train], behaviours.liked[train]
+    rate = weights.like_rate(item, liked, behaviours.n_items)
+    evidence = weights.evidence("contrast", item, liked, rate)
+    counts = np.bincount(item, minlength=behaviours.n_items)
+    whitened = basis.whiten(world.vectors, counts)
+    return basis.fit(
+        whitened, behaviours.user[train], item, evidence, behaviours.n_users, rank
+    ), whitened
+
+
+def test_whitened_vectors_have_mean_zero_and_identity_moment():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 3.0
+    counts = rng.integers(0, 9, 50)
+    whitened = basis.whiten(vectors, counts)
+    share = counts / counts.sum()
+    np.testing.assert_allclose(share @ whitened, 0.0, atol=1e-10)
+    np.testing.assert_allclose((whitened * share[:, None]).T @ whitened, np.eye(6), atol=1e-8)
+
+
+def test_wide_vectors_give_the_same_inner_products_as_the_pseudo_inverse():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(12, 40))
+    counts = np.ones(12)
+    whitened = basis.whiten(vectors, counts)
+    centred = vectors - vectors.mean(axis=0)
+    expected = centred @ np.linalg.pinv(centred.T @ centred / 12) @ centred.T
+    np.testing.assert_allclose(whitened @ whitened.T, expected, atol=1e-6)
+
+
+def test_empty_directions_are_dropped():
+    rng = np.random.default_rng(0)
+    vectors = np.zeros((30, 5))
+    vectors[:, :2] = rng.normal(size=(30, 2))
+    assert basis.whiten(vectors, np.ones(30)).shape == (30, 2)
+
+
+def test_keep_takes_the_leading_directions():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(30, 5)) * [9, 5, 1, 0.5, 0.1]
+    whole = basis.whiten(vectors, np.ones(30))
+    np.testing.assert_allclose(
+        np.abs(basis.whiten(vectors, np.ones(30), keep=2)), np.abs(whole[:, :2])
+    )
+
+
+def test_planted_taste_directions_are_found():
+    world = make_world(n_users=1500, events_per_user=60)
+    found, _ = fitted(world, rank=2)
+    # The planted directions are the first two columns of the item vectors.
+    angles = scipy.linalg.subspace_angles(
+        found.vectors, world.vectors[:, :2] - world.vectors[:, :2].mean(axis=0)
+    )
+    assert np.cos(angles).min() > 0.97
+    assert found.variance[0] > found.variance[1] > 0
+
+
+def test_between_user_variance_is_not_biased_by_noise():
+    # Without any taste, mean scores still scatter; the two halves must not call that taste.
+    world = make_world(n_users=1500, events_per_user=20, rank=0, noise_directions=4)
+    found, _ = fitted(world, rank=4)
+    assert abs(found.variance.mean()) < 0.01
+
+
+def test_one_event_has_unit_noise():
+    world = make_world(n_users=1500, events_per_user=60)
+    found, _ = fitted(world, rank=6)
+    behaviours = world.behaviours
+    train = train_events(behaviours)
+    item, liked = behaviours.item[train], behaviours.liked[train]
+    rate = weights.like_rate(item, liked, behaviours.n_items)
+    scores = found.vectors[item] * (liked - rate[item])[:, None]
+    total = scores.var(axis=0)
+    np.testing.assert_allclose(total, 1.0 + found.variance, rtol=0.1)
+
+
+def test_posterior_shrinks_with_noise():
+    prior = basis.Basis(np.zeros((1, 2)), np.array([1.0, 0.0]), np.array([2.0, 0.5]))
+    posterior = prior.posterior(np.array([[3.0, 1.0]] * 3), np.array([0.0, 0.5, np.inf]))
+    np.testing.assert_allclose(posterior, [[2.0, 1.0], [1.6, 0.5], [0.0, 0.0]])
+
+
+def test_too_few_users_is_said():
+    evidence = weights.Evidence(np.ones(2), np.ones(2))
+    with pytest.raises(ValueError, match="only 1 users have two training events"):
+        basis.fit(np.eye(3), np.zeros(2, dtype=int), np.array([0, 1]), evidence, 4, 2)

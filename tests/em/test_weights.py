@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+
+from recbole_uip.em.weights import evidence, like_rate
+
+ITEM = np.array([0, 0, 0, 1])
+LIKED = np.array([1.0, 1.0, 0.0, 0.0])
+
+
+def test_like_rate_is_smoothed_towards_the_overall_rate():
+    rate = like_rate(ITEM, LIKED, n_items=3, prior_count=2.0)
+    np.testing.assert_allclose(rate, [(2 + 1.0) / 5, 1.0 / 3, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "count"),
+    [
+        ("positive", [1, 1, 0, 0], [1, 1, 0, 0]),
+        ("negative", [0, 0, 1, 1], [0, 0, 1, 1]),
+        ("all", [1, 1, 1, 1], [1, 1, 1, 1]),
+        ("contrast", [0.4, 0.4, -0.6, -0.2], [1, 1, 1, 1]),
+    ],
+)
+def test_weights(kind, weight, count):
+    found = evidence(kind, ITEM, LIKED, np.array([0.6, 0.2]))
+    np.testing.assert_allclose(found.weight, weight)
+    np.testing.assert_allclose(found.count, count)
+
+
+@pytest.mark.parametrize("kind", ["positive", "all"])
+def test_without_labels_every_event_is_positive(kind):
+    assert (evidence(kind, ITEM, None, None).weight == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["negative", "contrast"])
+def test_without_labels_some_weights_have_no_meaning(kind):
+    with pytest.raises(ValueError, match=f"weight '{kind}' needs"):
+        evidence(kind, ITEM, None, None)

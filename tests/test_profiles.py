@@ -1,0 +1,295 @@
+"""The pipeline on arrays: what may depend on what, and how well known traits come out.
+
+Leaks through RecBole's splits are tested in tests/bridge; here are the fitted parameters.
+"""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from recbole_uip.behaviours import TEST, TRAIN, VALID
+from recbole_uip.em import states, weights
+from recbole_uip.em.facet import Facet, Observations
+from recbole_uip.profiles import infer
+from recbole_uip.settings import SettingsError, UIPSettings
+
+from .em.conftest import make_world
+
+FACETS = {
+    "leniency": {"source": "constant", "half_life": [5, "inf"], "bins": 8},
+    "company": {
+        "source": "collaborative",
+        "codes": 4,
+        "rank": 3,
+        "levels": 2,
+        "match": {"rank": 3, "bins": 8, "half_life": [20, "inf"]},
+    },
+    "sums": {
+        "source": "collaborative",
+        "weight": "contrast",
+        "codes": 0,
+        "match": {"rank": 3, "bins": 8, "posterior": "sums"},
+    },
+    "likes": {"source": "collaborative", "weight": "positive", "codes": 4, "rank": 3},
+}
+
+
+def settings(**keys):
+    return UIPSettings.from_dict({"uip_facets": FACETS, "uip_history": "observed", **keys})
+
+
+def with_labels(behaviours, rows):
+    liked = behaviours.liked.copy()
+    liked[rows] = 1 - liked[rows]
+    return dataclasses.replace(behaviours, liked=liked)
+
+
+def parameters(profiles):
+    """Everything that was fitted, as one list of arrays."""
+    out = []
+    for facet in profiles.facets.values():
+        for basis in facet.bases_:
+            out += [basis.vectors, basis.mean, basis.variance]
+        for codebook in facet.codebooks_.values():
+            for level in codebook.levels_:
+                out += [level.codewords_, level.weights_, level.variance_]
+        out += list(facet.edges_.values()) + [getattr(facet, "prior_scales_", ())]
+    out += [observed.rate for observed in profiles.observations.values()]
+    return out
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_world()
+
+
+@pytest.fixture(scope="module")
+def inferred(world):
+    return infer(world.behaviours, None, settings())
+
+
+def test_fields(inferred, world):
+    fields = {item.name: item for item in inferred.fields}
+    assert list(fields) == [
+        "uip_leniency_5",
+        "uip_leniency_inf",
+        "uip_company",
+        "uip_company_level2",
+        "uip_company_match_20",
+        "uip_company_match_inf",
+        "uip_sums_match",
+        "uip_likes",
+    ]
+    for item in fields.values():
+        assert item.values.shape == (len(world.behaviours),)
+        assert item.values.min() == 0 and item.values.max() <= item.size
+        assert len(np.unique(item.values[item.values > 0])) > 1
+
+
+def test_profiles_tell_likes_apart(inferred, world):
+    test = world.behaviours.split == TEST
+    liked = world.behaviours.liked[test]
+    auc = {f.name: roc_auc_score(liked, f.values[test]) for f in inferred.fields}
+    rate = inferred.observations["company"].rate[world.behaviours.item[test]]
+    by_item = roc_auc_score(liked, rate)
+    assert auc["uip_leniency_inf"] > 0.6
+    assert auc["uip_company_match_inf"] > by_item + 0.1
+    assert auc["uip_sums_match"] > 0.55
+
+
+@pytest.mark.parametrize("history", ["observed", "train"])
+@pytest.mark.parametrize("split", [VALID, TEST])
+def test_held_out_labels_reach_no_parameter_and_no_earlier_row(world, history, split):
+    behaviours = world.behaviours
+    before = infer(behaviours, None, settings(uip_history=history))
+    changed = np.flatnonzero(behaviours.split == split)[::7]
+    after = infer(with_labels(behaviours, changed), None, settings(uip_history=history))
+    for old, new in zip(parameters(before), parameters(after), strict=True):
+        np.testing.assert_array_equal(old, new)
+    first = np.full(behaviours.n_users, np.inf)
+    np.minimum.at(first, behaviours.user[changed], behaviours.time[changed])
+    untouched = behaviours.time <= first[behaviours.user]
+    moved = 0
+    for old, new in zip(before.fields, after.fields, strict=True):
+        if history == "train":
+            np.testing.assert_array_equal(old.values, new.values)
+        np.testing.assert_array_equal(old.values[untouched], new.values[untouched])
+        moved += (old.values != new.values).sum()
+    # The check can fail: later rows of the same users do see the changed labels.
+    assert (moved > 0) == (history == "observed")
+
+
+def test_with_parameters_held_a_row_sees_neither_its_label_nor_the_future(world, inferred):
+    """The labels of some training rows change; the facets, once fitted, stay as they are."""
+    behaviours = world.behaviours
+    rng = np.random.default_rng(0)
+    changed = rng.choice(np.flatnonzero(behaviours.train), 40, replace=False)
+    flipped = with_labels(behaviours, changed)
+    first = np.full(behaviours.n_users, np.inf)
+    np.minimum.at(first, behaviours.user[changed], behaviours.time[changed])
+    untouched = behaviours.time <= first[behaviours.user]
+    for name, facet in inferred.facets.items():
+        old = inferred.observations[name]
+        evidence = weights.evidence(facet.settings.weight, flipped.item, flipped.liked, old.rate)
+        new = Observations(flipped, old.history, evidence, old.rate, old.train_events)
+        moved = 0
+        for before, after in zip(facet.transform(old), facet.transform(new), strict=True):
+            np.testing.assert_array_equal(before.values[untouched], after.values[untouched])
+            moved += (before.values != after.values).sum()
+        assert moved > 0, name
+
+
+def test_collaborative_vectors_are_out_of_fold(world, inferred):
+    """A user's labels change the vectors of the other folds, never those that the user meets."""
+    behaviours = world.behaviours
+    user = 5
+    rows = np.flatnonzero(behaviours.train & (behaviours.user == user))
+    rate = inferred.observations["likes"].rate
+    after = infer(with_labels(behaviours, rows), None, settings())
+    facet_before, facet_after = inferred.facets["likes"], after.facets["likes"]
+    fold = facet_before.fold_[user]
+    assert fold == facet_after.fold_[user]
+    for index, (old, new) in enumerate(zip(facet_before.bases_, facet_after.bases_, strict=True)):
+        same = np.array_equal(old.vectors, new.vectors)
+        assert same == (index == fold)
+    assert rate is not None
+
+
+def test_static_profiles_are_one_per_user(world):
+    profiles = infer(world.behaviours, None, settings(uip_time="static"))
+    assert profiles.static
+    for item in profiles.fields:
+        if item.kind != "match":
+            for user in range(20):
+                assert len(np.unique(item.values[world.behaviours.user == user])) == 1
+
+
+def test_refresh_delays_history(world):
+    delayed = infer(world.behaviours, None, settings(uip_refresh=10))
+    history = delayed.observations["leniency"].history
+    fresh = states.index_history(
+        world.behaviours.user,
+        world.behaviours.time,
+        np.ones(len(world.behaviours), dtype=bool),
+        world.behaviours.n_users,
+    )
+    assert (history.seen <= fresh.seen).all() and (history.seen < fresh.seen).any()
+    early = world.behaviours.time < 10
+    assert (delayed.fields[0].values[early] == 0).all()
+
+
+def test_users_without_history_get_pad_or_the_prior(world):
+    padded = infer(world.behaviours, None, settings())
+    prior = infer(world.behaviours, None, settings(uip_empty="prior"))
+    new = padded.observations["leniency"].history.seen == 0
+    assert new.any()
+    for pad_field, prior_field in zip(padded.fields, prior.fields, strict=True):
+        assert (pad_field.values[new] == 0).all()
+        assert (prior_field.values > 0).all()
+        if prior_field.kind == "code":
+            assert (prior_field.values[new] == 1).all()
+
+
+def test_match_of_other_items(world, inferred):
+    behaviours = world.behaviours
+    rows = np.array([5, 5, 9])
+    tokens = inferred.match(rows, behaviours.item[rows])
+    assert set(tokens) == {f.name for f in inferred.fields if f.kind == "match"}
+    for item in inferred.fields:
+        if item.kind == "match":
+            np.testing.assert_array_equal(tokens[item.name], item.values[rows])
+    every = inferred.match(np.full(80, 3001), np.arange(80))
+    assert len(np.unique(every["uip_company_match_inf"])) > 2
+
+
+def test_implicit_feedback(world):
+    behaviours = dataclasses.replace(world.behaviours, liked=None)
+    implicit = {
+        "likes": {**FACETS["likes"], "match": {"rank": 3, "bins": 8}},
+        "habits": {"source": "collaborative", "weight": "all", "codes": 4, "rank": 3},
+    }
+    profiles = infer(behaviours, None, settings(uip_facets=implicit))
+    assert [f.name for f in profiles.fields] == [
+        "uip_likes",
+        "uip_likes_match",
+        "uip_habits",
+    ]
+    with pytest.raises(SettingsError, match="uip_facets.leniency: weight 'contrast' needs"):
+        infer(behaviours, None, settings())
+
+
+def test_point_in_time_without_timestamps_is_refused(world, caplog):
+    behaviours = dataclasses.replace(world.behaviours, time=None)
+    with pytest.raises(SettingsError, match="needs timestamps"):
+        infer(behaviours, None, settings(uip_time="point_in_time"))
+    with caplog.at_level(logging.WARNING):
+        assert infer(behaviours, None, settings()).static
+    assert "static profiles" in caplog.text
+
+
+def test_no_training_rows_is_said(world):
+    behaviours = dataclasses.replace(
+        world.behaviours, split=np.full(len(world.behaviours), VALID, dtype=np.int8)
+    )
+    with pytest.raises(SettingsError, match="training split has no rows"):
+        infer(behaviours, None, settings())
+
+
+def test_lm_facets_need_texts(world):
+    facets = {"interests": {"weight": "positive"}}
+    with pytest.raises(SettingsError, match="no item has a text"):
+        infer(
+            world.behaviours,
+            [None] * world.behaviours.n_items,
+            settings(uip_facets=facets, uip_item_text="{title}"),
+        )
+
+
+def test_same_seed_same_profiles(world, inferred):
+    again = infer(world.behaviours, None, settings())
+    for old, new in zip(inferred.fields, again.fields, strict=True):
+        np.testing.assert_array_equal(old.values, new.values)
+
+
+def test_too_few_rows_for_the_codebook_names_the_facet(world):
+    facets = {"company": {**FACETS["company"], "codes": 10_000_000}}
+    with pytest.raises(SettingsError, match="uip_facets.company: n_codes=10000000"):
+        infer(world.behaviours, None, settings(uip_facets=facets))
+
+
+def test_the_order_of_rows_does_not_matter(world, inferred):
+    order = np.random.default_rng(1).permutation(len(world.behaviours))
+    b = world.behaviours
+    shuffled = dataclasses.replace(
+        b,
+        user=b.user[order],
+        item=b.item[order],
+        liked=b.liked[order],
+        time=b.time[order],
+        split=b.split[order],
+    )
+    # A bin of a constant facet has no sampling in it, so it must not move but for the order in
+    # which events of equal time are added.
+    again = infer(shuffled, None, settings(uip_facets={"leniency": FACETS["leniency"]}))
+    moved = (again.fields[1].values != inferred.fields[1].values[order]).mean()
+    assert moved < 0.01
+
+
+@pytest.mark.parametrize("module", ["lm", "em", "profiles", "settings", "behaviours"])
+def test_the_core_never_imports_recbole(module):
+    code = (
+        f"import sys, recbole_uip.{module}; "
+        "sys.exit(any(name.split('.')[0] in ('recbole', 'ray') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_facet_attributes_are_learned_only_by_fitting():
+    facet = Facet(settings().facets[0])
+    assert not [name for name in vars(facet) if name.endswith("_")]
+    assert TRAIN == 0

@@ -1,0 +1,105 @@
+import math
+
+import pytest
+
+from recbole_uip.settings import SettingsError, UIPSettings, parse_duration
+
+FACETS = {
+    "interests": {"weight": "positive"},
+    "taste": {"weight": "contrast", "match": {"rank": 8, "half_life": [20, "inf"]}},
+    "leniency": {"source": "constant", "half_life": [5, "inf"]},
+}
+TEXT = "{title}"
+
+
+def parse(**keys):
+    return UIPSettings.from_dict({"uip_item_text": TEXT, "uip_facets": FACETS, **keys})
+
+
+def test_facets_are_parsed():
+    interests, taste, leniency = parse().facets
+    assert interests.prompt == "interests" and interests.source == "lm"
+    assert taste.match.half_life == (20.0, math.inf) and taste.match.bins == 32
+    assert leniency.half_life == (5.0, math.inf) and leniency.prompt == ""
+
+
+def test_default_arms_are_plain_and_uip():
+    plain, uip = parse().arms
+    assert (plain.name, plain.facets, plain.user_id) == ("plain", (), "keep")
+    assert (uip.name, uip.user_id) == ("uip", "drop")
+    assert uip.facets == ("interests", "taste", "leniency")
+
+
+def test_arms_are_parsed():
+    arms = parse(
+        uip_arms={
+            "plain": {"facets": [], "user_id": "keep"},
+            "some": {"facets": ["leniency"]},
+            "all": None,
+        }
+    ).arms
+    assert [arm.facets for arm in arms] == [
+        (),
+        ("leniency",),
+        ("interests", "taste", "leniency"),
+    ]
+    assert [arm.user_id for arm in arms] == ["keep", "drop", "drop"]
+
+
+def test_other_keys_are_not_looked_at():
+    assert parse(learning_rate=1, seed=7).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("0s", 0), (90, 90), ("30m", 1800), ("1h", 3600), ("1.5d", 129600)]
+)
+def test_durations(value, seconds):
+    assert parse_duration("uip_refresh", value) == seconds
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"uip_facet": {}}, "unknown setting 'uip_facet'; did you mean 'uip_facets'"),
+        ({"uip_time": "sometimes"}, "uip_time='sometimes' must be one of"),
+        ({"uip_refresh": "soon"}, "uip_refresh='soon' is not a duration"),
+        ({"uip_refresh": "1h", "uip_time": "static"}, "has no meaning with uip_time=static"),
+        ({"uip_item_text": None}, r"uip_item_text is not set.*\['interests', 'taste'\]"),
+        ({"uip_item_text": "no field"}, "must name at least one item field"),
+        ({"uip_item_text": "{open"}, "is not a template"),
+        ({"uip_endings": {"liked": "a"}}, "must have the two keys liked and disliked"),
+        ({"uip_endings": {"liked": "a", "disliked": "a"}}, "liked and disliked are both 'a'"),
+        ({"uip_folds": 1}, "uip_folds=1 must be an integer of at least 2"),
+        ({"uip_facets": {"Big": {}}}, "uip_facets.Big: a facet's name is lower-case"),
+        ({"uip_facets": {"a": {"rnak": 3}}}, "'uip_facets.a.rnak'; did you mean 'rank'"),
+        ({"uip_facets": {"a": {"codes": "x"}}}, "uip_facets.a.codes='x' must be an integer"),
+        ({"uip_facets": {"a": {"codes": True}}}, "uip_facets.a.codes=True must be an integer"),
+        ({"uip_facets": {"a": {"half_life": -1}}}, "half_life=-1 must be a positive number"),
+        ({"uip_facets": {"a": {"half_life": [1, 1]}}}, "each once"),
+        ({"uip_facets": {"a": {"source": "magic"}}}, "source='magic' must be one of"),
+        ({"uip_facets": {"a": {"codes": 0}}}, "gives no field"),
+        (
+            {"uip_facets": {"a": {"source": "constant", "prompt": "x"}}},
+            "prompt='x' has no meaning with source: constant",
+        ),
+        (
+            {"uip_facets": {"a": {"weight": "all", "match": {"posterior": "filter"}}}},
+            "posterior=filter needs weight: contrast",
+        ),
+        ({"uip_arms": {"x": {"facets": ["tast"]}}}, "no facet 'tast'; did you mean 'taste'"),
+        ({"uip_arms": {"x": {"user": 1}}}, "unknown setting 'uip_arms.x.user'"),
+        ({"uip_lm_dtype": "int3"}, "uip_lm_dtype='int3' must be one of"),
+        ({"uip_codebook": {"sample": 0}}, "uip_codebook.sample=0 must be an integer"),
+    ],
+)
+def test_bad_settings_name_key_value_and_way_out(keys, message):
+    with pytest.raises(SettingsError, match=message):
+        parse(**keys)
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("RECBOLE_UIP_CACHE", str(tmp_path))
+    assert parse().cache == tmp_path
+    monkeypatch.delenv("RECBOLE_UIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert parse().cache == tmp_path / "xdg" / "recbole_uip"

@@ -116,6 +116,10 @@ def fit(
         Number of directions, at most m. One whose estimated variance is not positive keeps a
         tiny prior variance, so that every fold has the same rank.
     """
+    if not evidence.weight.any():
+        raise ValueError(
+            "no training event is evidence for it: there is none of its kind (liked, disliked)"
+        )
     half_a, half_b, user_weight = half_means(whitened, user, item, evidence, n_users)
     mean = user_weight @ (half_a + half_b) / (2 * user_weight.sum())
     half_a, half_b = half_a - mean, half_b - mean

@@ -35,6 +35,8 @@ def like_rate(
 ) -> np.ndarray:
     """Smoothed like rate p_i = (likes_i + a p) / (n_i + a), p the overall rate, a ``prior_count``.
 
+    The overall rate is smoothed by half an event of each kind, so no rate is ever 0 or 1.
+
     Parameters
     ----------
     item : ndarray of int, shape (n_events,)
@@ -46,7 +48,7 @@ def like_rate(
     -------
     ndarray of float64, shape (n_items,)
     """
-    overall = float(np.mean(liked)) if len(liked) else 0.5
+    overall = (np.sum(liked) + 0.5) / (len(liked) + 1.0)
     likes = np.bincount(item, weights=liked, minlength=n_items)
     counts = np.bincount(item, minlength=n_items)
     return (likes + prior_count * overall) / (counts + prior_count)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_uip.settings import DEFAULT_LM, LMSettings
+from recbole_uip.settings import DEFAULT_LM, LMSettings, SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ WHEEL = _Wheel(
 )
 
 
-class ModelError(RuntimeError):
+class ModelError(SettingsError):
     """A language model or adapter that cannot be had; the message names the ways out."""
 
 

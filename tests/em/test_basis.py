@@ -104,3 +104,23 @@ def test_too_few_users_is_said():
     evidence = weights.Evidence(np.ones(2), np.ones(2))
     with pytest.raises(ValueError, match="only 1 users have two training events"):
         basis.fit(np.eye(3), np.zeros(2, dtype=int), np.array([0, 1]), evidence, 4, 2)
+
+
+def test_no_evidence_is_said():
+    evidence = weights.Evidence(np.zeros(4), np.zeros(4))
+    with pytest.raises(ValueError, match="no training event is evidence"):
+        basis.fit(np.eye(3), np.zeros(4, dtype=int), np.arange(4) % 3, evidence, 1, 2)
+
+
+def test_directions_are_given_up_where_users_are_few():
+    rng = np.random.default_rng(0)
+    m, rank = 64, 2
+
+    def covariance(n_users, strength):
+        taste = np.zeros((n_users, m))
+        taste[:, :rank] = rng.normal(size=(n_users, rank)) * strength
+        halves = [taste + rng.normal(size=(n_users, m)) for _ in range(2)]
+        return halves[0].T @ halves[1] / 2 + halves[1].T @ halves[0] / 2
+
+    weak = [covariance(100, 0.6) for _ in range(2)]
+    assert basis.supported_directions(weak, rank) < m

@@ -36,3 +36,9 @@ def test_without_labels_every_event_is_positive(kind):
 def test_without_labels_some_weights_have_no_meaning(kind):
     with pytest.raises(ValueError, match=f"weight '{kind}' needs"):
         evidence(kind, ITEM, None, None)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_like_rate_is_never_certain(label):
+    rate = like_rate(ITEM, np.full(4, label), n_items=2)
+    assert (rate > 0).all() and (rate < 1).all()

@@ -1,4 +1,4 @@
-"""Command line: ``recbole-uip run`` and the script ``run_recbole_uip.py``."""
+"""Command line: ``recbole-uip SUBCOMMAND`` and the script ``run_recbole_uip.py``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recbole_uip import __version__
@@ -41,6 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_run_arguments(run)
     run.set_defaults(function=_run, parser=run)
+    _add_bench(subcommands)
+    summary = subcommands.add_parser(
+        "summary",
+        help="means over seeds and paired differences from plain, of finished runs",
+        allow_abbrev=False,
+    )
+    summary.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="output folder of a run, or of several"
+    )
+    summary.set_defaults(function=_summary, parser=summary)
     return _guarded(parser, arguments)
 
 
@@ -68,6 +79,39 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", "-d", help="dataset, or several: a,b (default: ml-100k, which RecBole carries)"
     )
+    _add_config_files(parser)
+
+
+def _add_bench(subcommands: argparse._SubParsersAction) -> None:
+    bench = subcommands.add_parser(
+        "bench", help="what a stage costs on this machine, next to its floor", allow_abbrev=False
+    )
+    stages = bench.add_subparsers(metavar="STAGE", required=True)
+    profiles = stages.add_parser(
+        "profiles",
+        help="LM scoring, reading the scores, and the profile stage",
+        epilog=_OVERRIDES,
+        allow_abbrev=False,
+    )
+    profiles.add_argument(
+        "--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)"
+    )
+    _add_config_files(profiles)
+    profiles.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    profiles.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="runs of all but the LM scoring (default: 3)",
+    )
+    profiles.add_argument(
+        "--items", type=int, metavar="N", help="score only the first N distinct item texts"
+    )
+    profiles.set_defaults(function=_bench_profiles, parser=profiles)
+
+
+def _add_config_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config_files",
         nargs="+",
@@ -105,7 +149,7 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
     from recbole_uip.bridge.report import format_report
     from recbole_uip.bridge.run import run_recbole_uip
 
-    files = [name for part in namespace.config_files for name in re.split(r"[,\s]+", part) if name]
+    files = _config_files(namespace)
     given = {**load_config_files(files), **parse_command_line(overrides)}
     _log_to_stderr(str(given.get("state") or "INFO"))
     results = run_recbole_uip(
@@ -113,6 +157,39 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
     )
     for each in [results] if "models" in results else results.values():
         print("\n" + format_report(each))
+
+
+def _bench_profiles(namespace: Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.bridge.config import load_config_files, parse_command_line
+    from recbole_uip.evidence.bench import bench_profiles, format_bench, write_bench
+
+    files = _config_files(namespace)
+    given = {**load_config_files(files), **parse_command_line(overrides)}
+    _log_to_stderr(str(given.get("state") or "INFO"))
+    results = bench_profiles(
+        namespace.dataset,
+        files,
+        command_line=overrides,
+        repeats=namespace.repeats,
+        items=namespace.items,
+        command=command,
+    )
+    if namespace.json is not None:
+        write_bench(namespace.json, results)
+    print(format_bench(results))
+
+
+def _summary(namespace: Namespace, overrides: list[str], command: str) -> None:
+    if overrides:
+        raise SettingsError(f"argument {overrides[0]!r} is not understood: summary takes folders")
+    from recbole_uip.evidence.summary import format_summary, read_results, summarise
+
+    print(format_summary(summarise(read_results(namespace.folders))))
+
+
+def _config_files(namespace: Namespace) -> list[str]:
+    """The names given to ``--config_files``, separated by spaces or commas."""
+    return [name for part in namespace.config_files for name in re.split(r"[,\s]+", part) if name]
 
 
 class _Handler(logging.Handler):

@@ -109,7 +109,7 @@ class CodebookSettings:
     ``sample`` is the number of point-in-time states of training rows it is fitted on.
     """
 
-    sample: int = 10_000
+    sample: int = 5_000
     n_init: int = 1
     max_iter: int = 100
     tol: float = 1e-3

@@ -9,6 +9,7 @@ basis, their eigenvalues the prior variances.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,11 @@ import scipy.sparse
 
 from recbole_uip.em.weights import Evidence
 
-__all__ = ["Basis", "fit", "half_means", "supported_directions", "whiten"]
+__all__ = ["Basis", "fit", "half_means", "merge", "supported_directions", "whiten"]
 
 SMALLEST_VARIANCE = 1e-6
 # Numbers of leading item directions that are tried.
-DIRECTIONS = (16, 32, 64, 128, 256)
+DIRECTIONS = (32, 128)
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,14 @@ class Basis:
 
 
 def whiten(
-    vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None, floor: float = 1e-6
+    vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None, floor: float = 1e-5
 ) -> np.ndarray:
     """Centre and whiten item vectors over events, leading directions first.
 
     Parameters
     ----------
-    vectors : ndarray, shape (n_items, d)
+    vectors : ndarray of float32 or float64, shape (n_items, d)
+        The decomposition is done in this precision.
     item_counts : ndarray, shape (n_items,)
         Number of training events of each item.
     keep : int, optional
@@ -75,20 +77,23 @@ def whiten(
     ndarray of float64, shape (n_items, at most keep)
         Over events, the mean is zero and the second moment the identity.
     """
-    share = item_counts / item_counts.sum()
-    centred = np.asarray(vectors, dtype=np.float64) - share @ vectors
+    share = (item_counts / item_counts.sum()).astype(vectors.dtype)
+    centred = vectors - share @ vectors
+    root = np.sqrt(share)
     n_items, dim = centred.shape
-    weighted = centred * np.sqrt(share)[:, None]
     if dim <= n_items:
+        weighted = centred * root[:, None]
         values, directions = scipy.linalg.eigh(weighted.T @ weighted)
+        coordinates = centred @ directions
     else:
-        # The Gram matrix has the same non-zero spectrum and is smaller.
-        values, left = scipy.linalg.eigh(weighted @ weighted.T)
-        scale = np.sqrt(np.maximum(values, np.finfo(float).tiny))
-        directions = weighted.T @ left / scale
+        # The Gram matrix has the same non-zero spectrum, and is smaller.
+        inner = centred @ centred.T
+        values, left = scipy.linalg.eigh(inner * np.outer(root, root))
+        scale = np.sqrt(np.maximum(values, np.finfo(values.dtype).tiny))
+        coordinates = inner @ (left * root[:, None] / scale)
     order = np.argsort(-values)[: min(keep or dim, n_items, dim)]
-    order = order[values[order] > floor * max(values[order[0]], np.finfo(float).tiny)]
-    return centred @ (directions[:, order] / np.sqrt(values[order]))
+    order = order[values[order] > floor * max(values[order[0]], np.finfo(values.dtype).tiny)]
+    return (coordinates[:, order] / np.sqrt(values[order])).astype(np.float64)
 
 
 def fit(
@@ -137,6 +142,29 @@ def fit(
         vectors=vectors / np.sqrt(noise),
         mean=(mean[:keep] @ directions) / np.sqrt(noise),
         variance=np.maximum(values / noise, SMALLEST_VARIANCE),
+    )
+
+
+def merge(bases: Sequence[Basis]) -> Basis:
+    """One frame for the bases of several folds of users, so that users can be compared.
+
+    Each fold's basis is turned to the first one's by the rotation that brings the item vectors
+    closest (orthogonal Procrustes); means and variances are averaged in that frame.
+
+    Returns
+    -------
+    Basis
+        With vectors of shape (n_folds * n_items, rank), fold by fold.
+    """
+    first = bases[0]
+    rotations = [
+        scipy.linalg.orthogonal_procrustes(basis.vectors, first.vectors)[0] for basis in bases
+    ]
+    pairs = list(zip(bases, rotations, strict=True))
+    return Basis(
+        vectors=np.concatenate([basis.vectors @ rotation for basis, rotation in pairs]),
+        mean=np.mean([basis.mean @ rotation for basis, rotation in pairs], axis=0),
+        variance=np.mean([basis.variance @ rotation**2 for basis, rotation in pairs], axis=0),
     )
 
 

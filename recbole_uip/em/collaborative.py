@@ -6,19 +6,17 @@ items from a truncated SVD of the evidence (a MAP version of Johnson, 2014, with
 rated items in place of counts). Without labels the SVD is all there is.
 
 Vectors are fitted out of fold by user: the vectors that a user's rows meet were shaped by
-other users' labels only. Each fold has a rotation of its own, so codes, which compare users
-across folds, align the folds first (orthogonal Procrustes).
+other users' labels only.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import scipy.sparse
 import scipy.sparse.linalg
 import scipy.special
 
-__all__ = ["align", "logistic_factors", "svd_vectors", "user_folds"]
+__all__ = ["logistic_factors", "svd_vectors", "user_folds"]
 
 # Prior precisions of items against a prior of one for users. Nothing is sensitive to them.
 ITEM_PRECISION = 3.0
@@ -164,12 +162,3 @@ def _newton_step(
         # A full step may overshoot where curvatures vanish; no trait moves further than this.
         updated[low:high] += step / np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / 3)
     return updated
-
-
-def align(vectors: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Rotate ``vectors`` to ``reference``: argmin over orthogonal R of ||vectors R - reference||.
-
-    Both have shape (n_items, rank).
-    """
-    rotation, _ = scipy.linalg.orthogonal_procrustes(vectors, reference)
-    return vectors @ rotation

@@ -13,7 +13,6 @@ from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import basis as em_basis
 from recbole_uip.em import weights
 from recbole_uip.em.basis import Basis
-from recbole_uip.em.collaborative import align
 from recbole_uip.em.filter import TasteFilter, climb, log_evidence
 from recbole_uip.em.match import assign_bins, quantile_edges
 from recbole_uip.em.mixture import ResidualCodebook
@@ -104,8 +103,8 @@ class Facet:
 
     Attributes
     ----------
-    bases_ : list of Basis
-        One for each fold of users.
+    basis_ : Basis
+        Item vectors of all folds of users, fold by fold, in one frame.
     codebooks_ : dict of str to ResidualCodebook
         By field name; None where no training row has any history.
     prior_scales_ : tuple of float
@@ -130,7 +129,7 @@ class Facet:
     def fit(self, vectors: ItemVectors, observed: Observations) -> Facet:
         """Fit basis, prior, codebooks and bin edges on the training rows."""
         self.fold_ = vectors.fold
-        self.bases_ = self._fit_bases(vectors, observed)
+        self.basis_ = self._fit_basis(vectors, observed)
         self.codebooks_: dict[str, ResidualCodebook] = {}
         self.edges_: dict[str, np.ndarray] = {}
         sample = self._sample_rows(observed)
@@ -188,18 +187,17 @@ class Facet:
             Whether the profile has any evidence.
         """
         values, known = np.empty(len(rows)), observed.history.seen[rows] > 0
-        for fold, mine in self._rows_by_fold(observed, rows):
-            basis = self.bases_[fold]
-            if self._filters:
-                taste = self._filter(basis, half_life, observed, self.prior_scales_)
-                for at, state in run(taste, observed.history, rows[mine]):
-                    values[mine[at]] = taste.logits(state, items[mine[at]])
-            else:
-                sums = self._sums(basis.vectors, half_life, observed)
-                for at, state in run(sums, observed.history, rows[mine]):
-                    offset, noise, known[mine[at]] = offsets(state)
-                    lift = basis.posterior(offset, noise) * basis.vectors[items[mine[at]]]
-                    values[mine[at]] = lift.sum(axis=1)
+        vector_of = self._vector_index(observed.behaviours.user[rows], items, observed)
+        if self._filters:
+            taste = self._filter(half_life, observed, self.prior_scales_)
+            for at, state in run(taste, observed.history, rows):
+                values[at] = taste.logits(state, vector_of[at])
+        else:
+            vectors = self.basis_.vectors
+            for at, state in run(self._sums(vectors, half_life, observed), observed.history, rows):
+                offset, noise, known[at] = offsets(state)
+                lift = self.basis_.posterior(offset, noise) * vectors[vector_of[at]]
+                values[at] = lift.sum(axis=1)
         return values, known
 
     def match_tokens(
@@ -215,7 +213,7 @@ class Facet:
 
     def report(self) -> dict:
         """What the fit has to say: prior variances, codebooks and filters."""
-        report: dict = {"prior_variance": self.bases_[0].variance.round(5).tolist()}
+        report: dict = {"prior_variance": self.basis_.variance.round(5).tolist()}
         if hasattr(self, "prior_scales_"):
             report["filter_scales"] = list(self.prior_scales_)
         for name, codebook in self.codebooks_.items():
@@ -238,7 +236,7 @@ class Facet:
         posterior = self.settings.match.posterior
         return posterior == "filter" or (posterior == "auto" and self.settings.weight == "contrast")
 
-    def _fit_bases(self, vectors: ItemVectors, observed: Observations) -> list[Basis]:
+    def _fit_basis(self, vectors: ItemVectors, observed: Observations) -> Basis:
         train, behaviours = observed.train_events, observed.behaviours
         fold_of_event = vectors.fold[behaviours.user[train]]
         rank = max(
@@ -260,63 +258,55 @@ class Facet:
                     min(rank, whitened.shape[1]),
                 )
             )
-        return bases
+        return em_basis.merge(bases)
 
-    def _rows_by_fold(
-        self, observed: Observations, rows: np.ndarray
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Each fold, and the positions in ``rows`` whose users belong to it."""
-        fold = self.fold_[observed.behaviours.user[rows]]
-        for index in range(len(self.bases_)):
-            mine = np.flatnonzero(fold == index)
-            if len(mine):
-                yield index, mine
+    def _vector_index(
+        self, user: np.ndarray, item: np.ndarray, observed: Observations
+    ) -> np.ndarray:
+        """Row of the basis's vectors for each user and item: the item's, in the user's fold."""
+        return self.fold_[user] * observed.behaviours.n_items + item
+
+    def _row_vectors(self, observed: Observations) -> np.ndarray:
+        behaviours = observed.behaviours
+        return self._vector_index(behaviours.user, behaviours.item, observed)
 
     def _sums(self, vectors: np.ndarray, half_life: float, observed: Observations) -> RunningSums:
-        return RunningSums(vectors, observed.behaviours.item, observed.evidence, half_life)
+        return RunningSums(vectors, self._row_vectors(observed), observed.evidence, half_life)
 
     def _filter(
-        self, basis: Basis, half_life: float, observed: Observations, scales: tuple[float, float]
+        self, half_life: float, observed: Observations, scales: tuple[float, float]
     ) -> TasteFilter:
-        behaviours = observed.behaviours
         constant = self.settings.source == "constant"
-        vectors = basis.vectors[:, :0] if constant else basis.vectors
+        vectors = self.basis_.vectors[:, :0] if constant else self.basis_.vectors
         leniency, taste = scales
+        folds = len(vectors) // observed.behaviours.n_items
         return TasteFilter(
             vectors,
-            scipy.special.logit(observed.rate),
-            np.concatenate([[leniency], taste * basis.variance[: vectors.shape[1]]]),
-            behaviours.item,
-            behaviours.liked,
+            np.tile(scipy.special.logit(observed.rate), folds),
+            np.concatenate([[leniency], taste * self.basis_.variance[: vectors.shape[1]]]),
+            self._row_vectors(observed),
+            observed.behaviours.liked,
             half_life,
         )
-
-    def _code_vectors(self, fold: int) -> np.ndarray:
-        """Leading directions, in a frame that all folds share: codes compare users."""
-        rank = self.settings.rank
-        vectors = self.bases_[fold].vectors[:, :rank]
-        return vectors if fold == 0 else align(vectors, self.bases_[0].vectors[:, :rank])
 
     def _offsets(
         self, half_life: float, observed: Observations, rows: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Positions in ``rows`` with evidence, their offsets and noise, in blocks."""
-        for fold, mine in self._rows_by_fold(observed, rows):
-            sums = self._sums(self._code_vectors(fold), half_life, observed)
-            for at, state in run(sums, observed.history, rows[mine]):
-                offset, noise, known = offsets(state)
-                yield mine[at][known], offset[known], noise[known]
+        sums = self._sums(self.basis_.vectors[:, : self.settings.rank], half_life, observed)
+        for at, state in run(sums, observed.history, rows):
+            offset, noise, known = offsets(state)
+            yield at[known], offset[known], noise[known]
 
     def _trait_values(
         self, half_life: float, observed: Observations, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mean of a one-dimensional facet, and whether there is evidence."""
         values, known = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
-        basis = self.bases_[0]
-        sums = self._sums(basis.vectors, half_life, observed)
+        sums = self._sums(self.basis_.vectors, half_life, observed)
         for at, state in run(sums, observed.history, rows):
             offset, noise, known[at] = offsets(state)
-            values[at] = basis.posterior(offset, noise)[:, 0]
+            values[at] = self.basis_.posterior(offset, noise)[:, 0]
         return values, known
 
     def _sample_rows(self, observed: Observations) -> np.ndarray:
@@ -384,10 +374,6 @@ class Facet:
         half_life = max(self.settings.match.half_life)
 
         def evidence_of(scales: tuple[float, float]) -> float:
-            total = 0.0
-            for fold, mine in self._rows_by_fold(observed, rows):
-                taste = self._filter(self.bases_[fold], half_life, observed, scales)
-                total += len(mine) * log_evidence(taste, observed.history, rows[mine])
-            return total / len(rows)
+            return log_evidence(self._filter(half_life, observed, scales), observed.history, rows)
 
         return climb(evidence_of, start=PRIOR_SCALES)

@@ -114,7 +114,7 @@ def test_no_evidence_is_said():
 
 def test_directions_are_given_up_where_users_are_few():
     rng = np.random.default_rng(0)
-    m, rank = 64, 2
+    m, rank = 256, 2
 
     def covariance(n_users, strength):
         taste = np.zeros((n_users, m))
@@ -122,5 +122,20 @@ def test_directions_are_given_up_where_users_are_few():
         halves = [taste + rng.normal(size=(n_users, m)) for _ in range(2)]
         return halves[0].T @ halves[1] / 2 + halves[1].T @ halves[0] / 2
 
-    weak = [covariance(100, 0.6) for _ in range(2)]
+    weak = [covariance(150, 0.5) for _ in range(2)]
     assert basis.supported_directions(weak, rank) < m
+
+
+def test_merged_bases_share_a_frame():
+    rng = np.random.default_rng(0)
+    first = basis.Basis(rng.normal(size=(20, 3)), rng.normal(size=3), np.array([3.0, 2.0, 1.0]))
+    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    # The same basis in another frame: its covariance is no longer diagonal there.
+    second = basis.Basis(
+        first.vectors @ turn, first.mean @ turn, np.diag(turn.T @ np.diag(first.variance) @ turn)
+    )
+    merged = basis.merge([first, second])
+    assert merged.vectors.shape == (40, 3)
+    np.testing.assert_allclose(merged.vectors[20:], first.vectors)
+    np.testing.assert_allclose(merged.mean, first.mean)
+    assert (merged.variance > 0).all()

@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
+import scipy.linalg
 
-from recbole_uip.em.collaborative import align, svd_vectors, user_folds
+from recbole_uip.em import collaborative
+from recbole_uip.em.collaborative import logistic_factors, svd_vectors, user_folds
+from recbole_uip.em.weights import like_rate
+
+from .conftest import make_world
 
 
 def test_vectors_are_those_of_the_dense_svd():
@@ -30,11 +35,31 @@ def test_too_few_users_is_said():
         svd_vectors(np.zeros(2, dtype=int), np.array([0, 1]), np.ones(2), 3, 3, rank=2)
 
 
-def test_align_undoes_a_rotation():
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(20, 4))
-    rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
-    np.testing.assert_allclose(align(vectors @ rotation, vectors), vectors)
+def test_logistic_factors_beat_the_svd_they_start_from():
+    world = make_world(n_users=800, events_per_user=40)
+    b = world.behaviours
+    train = np.flatnonzero(b.train)
+    user, item, liked = b.user[train], b.item[train], b.liked[train]
+    rate = like_rate(item, liked, b.n_items)
+    start = svd_vectors(user, item, liked - rate[item], b.n_users, b.n_items, rank=2)
+    factors = logistic_factors(user, item, liked, b.n_users, rate, start)
+
+    def angle(vectors):
+        truth = world.vectors[:, :2]
+        return np.cos(scipy.linalg.subspace_angles(vectors, truth)).min()
+
+    assert angle(factors) > max(0.9, angle(start))
+
+
+def test_blocks_of_users_do_not_change_factors(monkeypatch):
+    world = make_world(n_users=50)
+    b = world.behaviours
+    rate = like_rate(b.item, b.liked, b.n_items)
+    start = np.random.default_rng(0).normal(size=(b.n_items, 3))
+    whole = logistic_factors(b.user, b.item, b.liked, b.n_users, rate, start)
+    monkeypatch.setattr(collaborative, "BLOCK_ROWS", 7)
+    blocks = logistic_factors(b.user, b.item, b.liked, b.n_users, rate, start)
+    np.testing.assert_allclose(blocks, whole)
 
 
 def test_folds_are_balanced():

@@ -1,0 +1,137 @@
+"""Several runs of the same comparison: means over seeds and paired differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+from recbole_uip.settings import SettingsError
+
+__all__ = ["Cell", "format_summary", "read_results", "summarise"]
+
+METRICS = ("auc", "logloss", "gauc")
+BASELINE = "plain"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Test metrics of one model and arm over seeds.
+
+    Attributes
+    ----------
+    model, arm : str
+    seeds : tuple of int
+    mean, deviation : dict of str to float
+        By metric; the sample standard deviation is NaN for a single seed.
+    difference : dict of str to (float, float)
+        Mean difference from the plain arm on the same seeds, and half the width of its 95%
+        interval (paired t); empty without a plain arm.
+    """
+
+    model: str
+    arm: str
+    seeds: tuple[int, ...]
+    mean: dict[str, float]
+    deviation: dict[str, float]
+    difference: dict[str, tuple[float, float]]
+
+
+def read_results(folders: Sequence[Path]) -> list[dict]:
+    """``results.json`` of each folder, or of its sub-folders.
+
+    Raises
+    ------
+    SettingsError
+        If there is none, or they are of different datasets.
+    """
+    files = []
+    for folder in folders:
+        found = [folder / "results.json"] if (folder / "results.json").is_file() else []
+        files += found or sorted(folder.glob("**/results.json"))
+    if not files:
+        names = ", ".join(map(str, folders))
+        raise SettingsError(f"no results.json in {names}: name output folders of recbole-uip run")
+    results = [json.loads(file.read_text()) for file in files]
+    datasets = sorted({each["dataset"] for each in results})
+    if len(datasets) > 1:
+        raise SettingsError(
+            f"results of different datasets cannot be summarised together: {', '.join(datasets)}"
+        )
+    return results
+
+
+def summarise(results: Sequence[dict]) -> list[Cell]:
+    """Means, deviations and paired differences by model and arm, in the order of appearance.
+
+    Raises
+    ------
+    SettingsError
+        If a model and arm stand in two results with the same seed.
+    """
+    table: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for each in results:
+        for model, arms in each["models"].items():
+            for arm, outcome in arms.items():
+                by_seed = table.setdefault((model, arm), {})
+                if each["seed"] in by_seed:
+                    raise SettingsError(
+                        f"{model}, arm {arm}, seed {each['seed']} was run twice: leave one out"
+                    )
+                by_seed[each["seed"]] = outcome["test"]
+    cells = []
+    for (model, arm), by_seed in table.items():
+        seeds = tuple(sorted(by_seed))
+        plain = table.get((model, BASELINE), {})
+        paired = [seed for seed in seeds if seed in plain and arm != BASELINE]
+        mean, deviation, difference = {}, {}, {}
+        for metric in METRICS:
+            values = np.array([by_seed[seed][metric] for seed in seeds])
+            mean[metric] = float(values.mean())
+            deviation[metric] = float(values.std(ddof=1)) if len(values) > 1 else np.nan
+            if paired:
+                changes = np.array([by_seed[s][metric] - plain[s][metric] for s in paired])
+                difference[metric] = (float(changes.mean()), _half_width(changes))
+        cells.append(Cell(model, arm, seeds, mean, deviation, difference))
+    return cells
+
+
+def _half_width(values: np.ndarray) -> float:
+    """Half the width of the 95% t-interval of the mean; NaN for a single value."""
+    if len(values) < 2:
+        return float("nan")
+    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
+    return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def format_summary(cells: Sequence[Cell]) -> str:
+    """A Markdown table, one row a model and arm.
+
+    Relative differences are ratios of means; ``rel. AUC`` is that of AUC itself.
+    """
+    lines = [
+        "| model | arm | seeds | AUC | LogLoss | GAUC | AUC - plain | LogLoss - plain | rel. AUC |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        columns = [cell.model, cell.arm, str(len(cell.seeds))]
+        for metric in METRICS:
+            spread = cell.deviation[metric]
+            shown = f"{cell.mean[metric]:.4f}"
+            columns.append(shown if np.isnan(spread) else f"{shown} ± {spread:.4f}")
+        for metric in ("auc", "logloss"):
+            columns.append(_change(*cell.difference[metric]) if cell.difference else "")
+        relative = ""
+        if cell.difference:
+            change = cell.difference["auc"][0]
+            relative = f"{change / (cell.mean['auc'] - change):+.2%}"
+        lines.append("| " + " | ".join([*columns, relative]) + " |")
+    return "\n".join(lines)
+
+
+def _change(mean: float, half_width: float) -> str:
+    return f"{mean:+.4f}" + ("" if np.isnan(half_width) else f" ± {half_width:.4f}")

@@ -1,0 +1,80 @@
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from recbole_uip.evidence.summary import format_summary, read_results, summarise
+from recbole_uip.settings import SettingsError
+
+
+def result(seed, plain, uip, dataset="toy"):
+    def arm(auc):
+        return {"test": {"auc": auc, "logloss": 1 - auc, "gauc": auc / 2}}
+
+    return {
+        "dataset": dataset,
+        "seed": seed,
+        "models": {"DeepFM": {"plain": arm(plain), "uip": arm(uip)}},
+    }
+
+
+RESULTS = [result(1, 0.70, 0.76), result(2, 0.72, 0.77), result(3, 0.71, 0.78)]
+
+
+def test_means_and_paired_intervals():
+    plain, uip = summarise(RESULTS)
+    assert uip.seeds == (1, 2, 3)
+    np.testing.assert_allclose(plain.mean["auc"], 0.71)
+    np.testing.assert_allclose(plain.deviation["auc"], 0.01)
+    changes = [0.06, 0.05, 0.07]
+    low, high = scipy.stats.t.interval(
+        0.95, 2, loc=np.mean(changes), scale=scipy.stats.sem(changes)
+    )
+    mean, half = uip.difference["auc"]
+    np.testing.assert_allclose([mean - half, mean + half], [low, high])
+    assert plain.difference == {}
+
+
+def test_unpaired_seeds_are_left_out_of_differences():
+    plain_only = result(4, 0.9, 0.0)
+    del plain_only["models"]["DeepFM"]["uip"]
+    _, uip = summarise([*RESULTS, plain_only])
+    np.testing.assert_allclose(uip.difference["auc"][0], 0.06)
+
+
+def test_one_seed_has_no_interval():
+    table = format_summary(summarise(RESULTS[:1]))
+    assert "| DeepFM | uip | 1 | 0.7600 | 0.2400 | 0.3800 | +0.0600 | -0.0600 | +8.57% |" in table
+    assert "±" not in table
+
+
+def test_table_states_spread():
+    assert "0.7700 ± 0.0100" in format_summary(summarise(RESULTS))
+
+
+def test_a_seed_run_twice_is_refused():
+    with pytest.raises(SettingsError, match="DeepFM, arm plain, seed 1 was run twice"):
+        summarise([RESULTS[0], RESULTS[0]])
+
+
+def test_files_are_found_in_folders(tmp_path):
+    for each in RESULTS:
+        folder = tmp_path / "runs" / str(each["seed"])
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(each))
+    assert read_results([tmp_path / "runs"]) == RESULTS
+    assert read_results([tmp_path / "runs" / "2"]) == RESULTS[1:2]
+
+
+def test_no_results_is_said(tmp_path):
+    with pytest.raises(SettingsError, match="no results.json in"):
+        read_results([tmp_path])
+
+
+def test_datasets_are_not_mixed(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(result(1, 0.5, 0.6, name)))
+    with pytest.raises(SettingsError, match="different datasets.*a, b"):
+        read_results([tmp_path])

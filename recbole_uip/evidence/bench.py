@@ -1,0 +1,727 @@
+"""What the profile stage costs on this machine, each figure next to its floor.
+
+A floor is what the figure cannot fall below on the same machine, measured in the same run: the
+matrix products of the LM at the speed of a bare matrix product, reading the scores at the speed
+of a plain read, moving the states at the speed of a memory copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import recbole_uip
+from recbole_uip import lm, profiles
+from recbole_uip.behaviours import Behaviours
+from recbole_uip.bridge import UIPConfig, UIPDataset
+from recbole_uip.bridge.config import load_config_files, parse_command_line
+from recbole_uip.bridge.run import DEFAULT_DATASET, DEFAULT_MODEL
+from recbole_uip.bridge.sources import item_texts
+from recbole_uip.bridge.storage import atomic_write
+from recbole_uip.em.facet import Facet
+from recbole_uip.lm import prompt as prompts
+from recbole_uip.lm.backbone import resolve_dtype
+from recbole_uip.lm.scoring import MAX_WORKERS
+from recbole_uip.lm.store import ScoreStore, digest
+from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
+
+__all__ = [
+    "Figure",
+    "Matrices",
+    "bench_profiles",
+    "copy_bandwidth",
+    "format_bench",
+    "matmul_ceiling",
+    "matrices",
+    "scoring_flops",
+    "state_width",
+    "write_bench",
+]
+
+logger = logging.getLogger(__name__)
+
+COPY_BYTES = 64 << 20  # two such arrays are larger than any cache the copy could hide in
+TIMED_FLOPS = 4e9  # products are timed together until they make this many FLOPs: some 10 ms
+_PACKAGES = ("recbole", "transformers")
+
+_NOTES = {
+    "scoring": (
+        "LM scoring: all distinct item texts, or the first --items of them; no score in the cache. "
+        "The LM's files are resolved (fetched, dequantised) and the libraries imported beforehand; "
+        "building the model, the prompt's Jacobian and writing the scores are in the figure."
+    ),
+    "flops": (
+        "FLOPs: 2 per weight and token forward, and 2 backward for each gradient (text, feedback); "
+        "the head forward and backward at predicted text tokens; the layers forward at prefix "
+        "tokens. Not counted: attention, padding, applying the Jacobian. Floor: the best torch "
+        "product of the LM's layer shapes, same type and threads, before or after scoring."
+    ),
+    "cached": (
+        "scores from the cache: the same call again. Floor: a plain read of the same files; both "
+        "find them in the system's page cache."
+    ),
+    "stage": (
+        "profile stage: profiles.infer with cached scores, without RecBole's loading and "
+        "splitting; median, and mean CPU time of all threads. Floor: the state of every row and "
+        "field written once and read once, rows x width x 8 bytes x 2 passes, at the bandwidth of "
+        "a memory copy (bytes read + written); the fits, which see training rows again, are not "
+        "in it."
+    ),
+    "transform": "fields of a facet: of that, the fitted facet's transform of all rows; median.",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure and its floor.
+
+    Attributes
+    ----------
+    key : str
+        What it is, for programs: ``scoring``, ``flops``, ``cached``, ``stage``, ``transform`` or
+        ``memory``.
+    name : str
+        What it is, for people.
+    measured : float
+    unit : {"s", "FLOP/s", "B"}
+    floor : float or None
+        In the same unit; of a rate, the ceiling.
+    details : dict
+        What it was made of.
+    """
+
+    key: str
+    name: str
+    measured: float
+    unit: str
+    floor: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the floor it costs; 1 is the best that can be."""
+        if not self.floor or not self.measured:
+            return None
+        if self.unit == "FLOP/s":
+            return self.floor / self.measured
+        return self.measured / self.floor
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figure as JSON holds it."""
+        return {**dataclasses.asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Shapes (out, in) of an LM's weights in matrix products.
+
+    Attributes
+    ----------
+    layers : tuple of (int, int)
+        All but the head.
+    head : (int, int)
+        The projection to the vocabulary.
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    head: tuple[int, int]
+
+    @property
+    def layer_weights(self) -> int:
+        """Number of weights in the layers."""
+        return sum(rows * columns for rows, columns in self.layers)
+
+    @property
+    def head_weights(self) -> int:
+        """Number of weights in the head."""
+        return self.head[0] * self.head[1]
+
+
+# --- counts ----------------------------------------------------------------------------------
+
+
+def matrices(model: torch.nn.Module) -> Matrices:
+    """Weights of a causal LM that take part in matrix products; embeddings are looked up."""
+    head = model.get_output_embeddings()
+    layers = []
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        looked_up = module is head or isinstance(module, torch.nn.Embedding)
+        if not looked_up and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            layers.append(tuple(weight.shape))
+    return Matrices(tuple(layers), tuple(head.weight.shape))
+
+
+def scoring_flops(
+    weights: Matrices,
+    n_texts: int,
+    text_tokens: int,
+    ending_tokens: int | None = None,
+    prefix_tokens: int = 0,
+) -> int:
+    """FLOPs of the matrix products with weights that scoring needs (see ``lm/scoring.py``).
+
+    Parameters
+    ----------
+    weights : Matrices
+    n_texts : int
+    text_tokens : int
+        Tokens of all texts together, at least one each. The first of each is predicted by the
+        prefix, so the head meets ``text_tokens - n_texts``.
+    ending_tokens : int, optional
+        Tokens that the feedback endings share before the verb, which follow each text. None
+        without endings: then the last token of a text predicts nothing, and is not run.
+    prefix_tokens : int
+        Tokens and tangents of the prefix, which go forward through the layers.
+    """
+    predicted = text_tokens - n_texts
+    if ending_tokens is None:
+        run, kinds = predicted, 1
+    else:
+        run, kinds = text_tokens + n_texts * ending_tokens, 2
+    layers = 2 * weights.layer_weights * ((1 + kinds) * run + prefix_tokens)
+    return layers + 2 * weights.head_weights * 2 * predicted
+
+
+def state_width(facet: FacetSettings, rank: int, filtered: bool) -> int:
+    """Numbers in the states of one row, over all fields of ``facet``.
+
+    Parameters
+    ----------
+    facet : FacetSettings
+    rank : int
+        Directions of the fitted basis.
+    filtered : bool
+        Whether the match field is of the online filter (mean and variance of leniency and
+        ``rank`` directions) rather than of running sums (``rank`` directions, N and M).
+    """
+    constant = facet.source == "constant"
+    width = 0
+    if constant or facet.codes:
+        quantised = rank if constant else min(facet.rank, rank)
+        width += len(facet.half_life) * (quantised + 2)
+    if facet.match:
+        of_filter = 2 * (1 + (0 if constant else rank))
+        width += len(facet.match.half_life) * (of_filter if filtered else rank + 2)
+    return width
+
+
+def _state_bytes(facet: Facet, n_rows: int) -> int:
+    """Bytes of the facet's states over all rows, written once and read once."""
+    rank = facet.basis_.vectors.shape[1]
+    width = state_width(facet.settings, rank, hasattr(facet, "prior_scales_"))
+    return n_rows * width * 8 * 2
+
+
+# --- floors ----------------------------------------------------------------------------------
+
+
+def matmul_ceiling(
+    shapes: Sequence[tuple[int, int]],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+) -> float:
+    """The fastest that torch multiplies ``rows`` rows with any of ``shapes``, in FLOP/s.
+
+    Forward (x Wᵀ) and backward (d W); on CPU both with all threads at one product and with one
+    product for each thread, as scoring has it. The best of all is what the machine can do, also
+    where other work disturbs most of the measurements.
+
+    Parameters
+    ----------
+    shapes : sequence of (out, in)
+    rows : int
+    dtype : torch.dtype
+    device : torch.device
+    repeats : int
+        Measurements of each product.
+    """
+    device = torch.device(device)
+    n_threads = torch.get_num_threads()
+    ways = {1, min(n_threads, MAX_WORKERS)} if device.type == "cpu" else {1}
+    best = 0.0
+    try:
+        for workers in sorted(ways):
+            share = max(1, n_threads // workers)
+            with ThreadPoolExecutor(workers, None, torch.set_num_threads, (share,)) as pool:
+                for n_out, n_in in sorted(set(shapes)):
+                    weight = torch.rand(n_out, n_in, device=device).to(dtype)
+                    for matrix in (weight.T, weight):
+                        rate = _product_rate(pool, workers, matrix, rows, repeats)
+                        best = max(best, rate)
+    finally:
+        torch.set_num_threads(n_threads)  # part of the workers' setting is the process's
+    return best
+
+
+def _product_rate(
+    pool: ThreadPoolExecutor, workers: int, matrix: torch.Tensor, rows: int, repeats: int
+) -> float:
+    """Best FLOP/s of ``workers`` concurrent products of ``rows`` rows with ``matrix``."""
+    flops = 2 * rows * matrix.numel()
+    times = max(1, int(TIMED_FLOPS / workers // flops))
+    left = torch.rand(rows, len(matrix), device=matrix.device).to(matrix.dtype)
+
+    @torch.no_grad()
+    def work(_: int) -> None:
+        for _ in range(times):
+            left @ matrix
+        if matrix.device.type == "cuda":
+            torch.cuda.synchronize(matrix.device)
+
+    list(pool.map(work, range(workers)))  # the first product sets things up
+    seconds = _timed(lambda: list(pool.map(work, range(workers))), repeats)
+    return workers * times * flops / min(seconds)
+
+
+def copy_bandwidth(n_bytes: int = COPY_BYTES, repeats: int = 5) -> float:
+    """Bytes read and written in a second by a memory copy of ``n_bytes``, the best of several."""
+    source = np.ones(n_bytes // 8)
+    target = np.zeros_like(source)
+    return 2 * source.nbytes / min(_timed(lambda: np.copyto(target, source), repeats))
+
+
+def _timed(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of ``repeats`` calls."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+# --- the figures -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the profile stage is given.
+
+    Attributes
+    ----------
+    behaviours : Behaviours
+    texts : list of str or None, length n_items, or None
+        Behaviour text of each item; None without LM facets.
+    settings : UIPSettings
+        With ``auto`` decided by the data.
+    """
+
+    behaviours: Behaviours
+    texts: list[str | None] | None
+    settings: UIPSettings
+
+    @property
+    def prompts(self) -> list[str]:
+        """Names in words of the facets that the LM scores."""
+        return [facet.prompt for facet in self.settings.facets if facet.source == "lm"]
+
+    @property
+    def endings(self) -> tuple[str, str] | None:
+        """Feedback endings, where there is feedback."""
+        return self.settings.endings if self.behaviours.liked is not None else None
+
+    @property
+    def distinct(self) -> list[str]:
+        """Distinct texts, in the order of the items."""
+        return list(dict.fromkeys(text for text in self.texts or () if text))
+
+    def using(self, cache: Path, kept: Sequence[str] | None = None) -> _Task:
+        """The same with another cache folder, and of the texts only those ``kept``."""
+        texts = self.texts
+        if kept is not None:
+            known = set(kept)
+            texts = [text if text in known else None for text in texts]
+        return _Task(self.behaviours, texts, dataclasses.replace(self.settings, cache=cache))
+
+
+def bench_profiles(
+    dataset: str | None = None,
+    config_files: Sequence[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    command_line: Sequence[str] = (),
+    repeats: int = 3,
+    items: int | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Measure LM scoring, reading the scores and the profile stage, each with its floor.
+
+    Scores go to a temporary folder in the user's cache, whose ``models`` is the user's; what the
+    user has cached is neither read (but with ``items``, see there) nor changed.
+
+    Parameters
+    ----------
+    dataset : str, optional
+        By default ``dataset`` of the settings, else ml-100k.
+    config_files : sequence of path, optional
+    config : mapping, optional
+        Any RecBole or ``uip_*`` settings; stronger than the files.
+    command_line : sequence of str, optional
+        ``--key=value`` arguments; stronger than ``config``.
+    repeats : int
+        Runs of all but the LM scoring, which is measured once.
+    items : int, optional
+        Score only the first so many distinct texts. The profile stage then takes the scores from
+        the user's cache if that holds all of them; else the other items count as without text.
+    command : str, optional
+        How this was started, for the record.
+
+    Returns
+    -------
+    dict
+        ``dataset``, ``items`` (or None), ``repeats``, ``machine``, ``figures`` (a list of
+        :class:`Figure` as dicts), ``notes``, ``versions``, ``command``.
+
+    Raises
+    ------
+    SettingsError
+        If a setting cannot be used, or the dataset is missing.
+    ModelError
+        If the LM cannot be found or loaded.
+    """
+    for key, value in (("repeats", repeats), ("items", items)):
+        if value is not None and value < 1:
+            raise SettingsError(f"{key}={value} must be at least 1")
+    load_average = list(os.getloadavg())
+    name, parsed = _config(dataset, config_files, config, command_line)
+    started = time.perf_counter()
+    task = _load(parsed)
+    data_seconds = time.perf_counter() - started
+    machine = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": load_average,
+        "copy_bandwidth": copy_bandwidth(),
+    }
+    figures: list[Figure] = []
+    if task.prompts:
+        device, dtype = resolve_dtype(task.settings.lm)
+        machine |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        if device.type == "cuda":
+            machine["gpu"] = torch.cuda.get_device_name(device)
+        cache = task.settings.cache.expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+        # In the user's cache, so that scores are read from the disk they would be read from.
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".bench-") as folder:
+            chosen = task.distinct[:items]
+            figures += _lm_figures(task, chosen, Path(folder), repeats)
+            if len(chosen) == len(task.distinct):
+                stage = task.using(Path(folder))
+            elif _holds_scores(task):
+                stage = task
+            else:
+                stage = task.using(Path(folder), chosen)
+            figures += _stage_figures(stage, machine["copy_bandwidth"], repeats)
+    else:
+        figures += _stage_figures(task, machine["copy_bandwidth"], repeats)
+    figures.append(Figure("memory", "peak memory of the process", _peak_memory(), "B"))
+    keys = {each.key for each in figures}
+    return {
+        "dataset": name,
+        "items": items,
+        "repeats": repeats,
+        "data_seconds": data_seconds,
+        "machine": machine,
+        "figures": [each.to_dict() for each in figures],
+        "notes": [text for key, text in _NOTES.items() if key in keys],
+        "versions": _versions(),
+        "command": command or f"bench_profiles({name!r})",
+    }
+
+
+def _config(
+    dataset: str | None,
+    config_files: Sequence[str] | None,
+    config: Mapping[str, Any] | None,
+    command_line: Sequence[str],
+) -> tuple[str, UIPConfig]:
+    given = {
+        **load_config_files(config_files or ()),
+        **(config or {}),
+        **parse_command_line(command_line),
+    }
+    name = str(given.get("dataset", DEFAULT_DATASET) if dataset is None else dataset)
+    if not name or "," in name:
+        raise SettingsError(f"dataset={name!r}: bench takes the name of one dataset")
+    # The profile stage is the same for every model that reads its fields.
+    parsed = UIPConfig(DEFAULT_MODEL, name, config_files, config, command_line=command_line)
+    if not parsed.uip.facets:
+        raise SettingsError("uip_facets is empty: there is no profile stage to measure")
+    return name, parsed
+
+
+def _load(config: UIPConfig) -> _Task:
+    """Load and split the data as a run does, and stop before the profile stage."""
+    settings = config.uip
+    config = copy.deepcopy(config)
+    config["uip_facets"], config["uip_arms"] = {}, None
+    logger.info("loading and splitting %s", config["dataset"])
+    dataset = UIPDataset(config)
+    dataset.build()
+    decided = dataset.settings
+    settings = dataclasses.replace(settings, time=decided.time, history=decided.history)
+    texts = None
+    if any(facet.source == "lm" for facet in settings.facets):
+        texts = item_texts(
+            os.path.join(dataset.dataset_path, f"{dataset.dataset_name}.item"),
+            settings.item_text,
+            dataset.iid_field,
+            dataset.field2token_id[dataset.iid_field],
+            dataset.item_num,
+            config["field_separator"],
+            config["encoding"],
+        )
+        if not any(texts):
+            raise SettingsError(
+                "no item has a text, so there is nothing to score: check uip_item_text, or take "
+                "facets with source: collaborative or constant"
+            )
+    return _Task(dataset.behaviours, texts, settings)
+
+
+def _lm_figures(task: _Task, texts: list[str], cache: Path, repeats: int) -> list[Figure]:
+    """Scoring ``texts`` into the empty folder ``cache``, and reading them from there."""
+    settings = task.settings
+    # Once before: fetches and dequantises what is not there yet, and says what is multiplied.
+    logger.info("resolving %s", settings.lm.name)
+    backbone = lm.load(settings.lm, settings.cache)
+    weights, device, dtype = matrices(backbone.model), backbone.device, backbone.dtype
+    ending = prompts.build(backbone.tokenizer, task.prompts, task.endings).ending
+    ending_tokens = len(ending.common) if ending else None
+    del backbone
+    gc.collect()
+    models = settings.cache.expanduser().resolve() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (cache / "models").symlink_to(models, target_is_directory=True)
+
+    def ceiling() -> float:
+        return matmul_ceiling(weights.layers, settings.lm.batch_tokens, dtype, device)
+
+    def score() -> lm.Scores:
+        return lm.score(texts, task.prompts, task.endings, settings.lm, cache)
+
+    logger.info("measuring the matrix products of %s", settings.lm.name)
+    fastest = ceiling()
+    logger.info("scoring %d texts", len(texts))
+    started, cpu_started = time.perf_counter(), time.process_time()
+    scores = score()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    fastest = max(fastest, ceiling())
+
+    text_tokens = int(scores.n_tokens.sum())
+    behaviour_tokens = text_tokens + len(texts) * (ending_tokens or 0)
+    prefix_tokens = scores.lm_tokens - behaviour_tokens
+    flops = scoring_flops(weights, len(texts), text_tokens, ending_tokens, prefix_tokens)
+    counts = {
+        "texts": len(texts),
+        "lm_tokens": scores.lm_tokens,
+        "text_tokens": text_tokens,
+        "prefix_tokens": prefix_tokens,
+        "tokens_per_second": scores.lm_tokens / seconds,
+        "cpu_seconds": cpu_seconds,
+        "flops": flops,
+        "layer_weights": weights.layer_weights,
+        "head_weights": weights.head_weights,
+        "peak_memory_bytes": _peak_memory(),
+    }
+    scoring = Figure(
+        "scoring",
+        f"LM scoring: {len(texts):,} texts, {scores.lm_tokens:,} tokens "
+        f"({scores.lm_tokens / seconds:,.0f} tok/s; CPU {cpu_seconds:.3g} s)",
+        seconds,
+        "s",
+        flops / fastest,
+        counts,
+    )
+    rate = Figure("flops", f"  of {flops / 1e9:,.1f} GFLOP", flops / seconds, "FLOP/s", fastest)
+
+    logger.info("reading the scores")
+    cached = _timed(score, repeats)
+    files = [path for path in (cache / "scores").glob("*/*.safetensors") if path.stem != "prefix"]
+    n_bytes = sum(path.stat().st_size for path in files)
+    plain = _timed(lambda: [path.read_bytes() for path in files], repeats)
+    reading = Figure(
+        "cached",
+        f"scores from the cache: {n_bytes / 1e6:,.1f} MB",
+        statistics.median(cached),
+        "s",
+        min(plain),
+        {"seconds": cached, "bytes": n_bytes, "files": len(files)},
+    )
+    return [scoring, rate, reading]
+
+
+def _holds_scores(task: _Task) -> bool:
+    """Whether the user's cache holds the scores of every text."""
+    settings = task.settings
+    source = lm.resolve(settings.lm, settings.cache)
+    _, dtype = resolve_dtype(settings.lm)
+    key = prompts.content_key(source.fingerprint, dtype, task.prompts, task.endings)
+    # The folder that lm.score takes; were it another, the answer would be no.
+    store = ScoreStore(settings.cache.expanduser() / "scores" / key[:32], {})
+    _, found = store.read([digest(text) for text in task.distinct])
+    return bool(found.all()) and store.read_file("theta0") is not None
+
+
+def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
+    """The profile stage with cached scores, and each facet's transform."""
+    logger.info("inferring profiles, %d times", repeats)
+    results: list[profiles.Profiles] = []
+
+    def infer() -> None:
+        results.clear()  # before the next: one run's memory, not two's
+        results.append(profiles.infer(task.behaviours, task.texts, task.settings))
+
+    cpu_started = time.process_time()
+    seconds = _timed(infer, repeats)
+    cpu_seconds = (time.process_time() - cpu_started) / repeats
+    (result,) = results
+    n_rows = len(task.behaviours)
+    sizes = {name: _state_bytes(facet, n_rows) for name, facet in result.facets.items()}
+    n_facets, n_fields, total = len(result.facets), len(result.fields), sum(sizes.values())
+    figures = [
+        Figure(
+            "stage",
+            f"profile stage: {n_rows:,} rows, {n_facets} facets, {n_fields} fields "
+            f"(min {min(seconds):.3g} s; CPU {cpu_seconds:.3g} s)",
+            statistics.median(seconds),
+            "s",
+            total / bandwidth,
+            {
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "rows": n_rows,
+                "facets": n_facets,
+                "fields": n_fields,
+                "state_bytes": total,
+                "items_with_text": sum(map(bool, task.texts or ())),
+                "cost": {key: float(value) for key, value in result.cost.items()},
+                "peak_memory_bytes": _peak_memory(),
+            },
+        )
+    ]
+    for name, facet in result.facets.items():
+        observed = result.observations[name]
+        each = _timed(lambda f=facet, o=observed: f.transform(o), repeats)
+        figures.append(
+            Figure(
+                "transform",
+                f"  fields of {name}",
+                statistics.median(each),
+                "s",
+                sizes[name] / bandwidth,
+                {"seconds": each, "facet": name, "state_bytes": sizes[name]},
+            )
+        )
+    return figures
+
+
+def _peak_memory() -> int:
+    """Most bytes that the process has had resident so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return usage * (1 if sys.platform == "darwin" else 1024)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "python": platform.python_version(),
+        "recbole-uip": recbole_uip.__version__,
+        "numpy": np.__version__,
+        "torch": str(torch.__version__),
+    }
+    return versions | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+# --- output ----------------------------------------------------------------------------------
+
+
+def write_bench(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
+    """Write what :func:`bench_profiles` returned as JSON, whole or not at all."""
+    with atomic_write(path, "w") as file:
+        json.dump(results, file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def format_bench(results: Mapping[str, Any]) -> str:
+    """A header about the machine, the table, and how its floors are counted."""
+    rows = [("figure", "measured", "floor", "ratio")]
+    for each in results["figures"]:
+        unit, ratio = each["unit"], each["ratio"]
+        rows.append(
+            (
+                each["name"],
+                _quantity(each["measured"], unit),
+                _quantity(each["floor"], unit),
+                "-" if ratio is None else f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        " | ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+    rule = "-+-".join("-" * width for width in widths)
+    return "\n".join([_header(results), "", lines[0], rule, *lines[1:], "", *results["notes"]])
+
+
+def _header(results: Mapping[str, Any]) -> str:
+    machine, versions = results["machine"], results["versions"]
+    load = " ".join(f"{value:.2f}" for value in machine["load_average"])
+    parts = [
+        f"{results['dataset']} on {machine['cpu']}: cores {machine['cores']}, "
+        f"threads {machine['threads']}, load average at start {load}",
+        f"copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s",
+    ]
+    if "device" in machine:
+        parts.append(f"LM on {machine.get('gpu', machine['device'])} in {machine['dtype']}")
+    parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    return "; ".join(parts)
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    """``value`` with three digits and a unit of its size."""
+    if value is None:
+        return "-"
+    if unit == "s":
+        scales = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+    else:
+        scales = ((1e9, f"G{unit}"), (1e6, f"M{unit}"), (1e3, f"k{unit}"))
+    scale, shown = next((pair for pair in scales if value >= pair[0]), scales[-1])
+    scaled = value / scale
+    return f"{scaled:,.0f} {shown}" if scaled >= 100 else f"{scaled:.3g} {shown}"

@@ -145,13 +145,10 @@ def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
 
 def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
     # Imported late: --help and usage errors should not wait for torch.
-    from recbole_uip.bridge.config import load_config_files, parse_command_line
     from recbole_uip.bridge.report import format_report
     from recbole_uip.bridge.run import run_recbole_uip
 
-    files = _config_files(namespace)
-    given = {**load_config_files(files), **parse_command_line(overrides)}
-    _log_to_stderr(str(given.get("state") or "INFO"))
+    files = _start(namespace, overrides)
     results = run_recbole_uip(
         namespace.model, namespace.dataset, files, command_line=overrides, command=command
     )
@@ -160,12 +157,9 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
 
 
 def _bench_profiles(namespace: Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.bridge.config import load_config_files, parse_command_line
     from recbole_uip.evidence.bench import bench_profiles, format_bench, write_bench
 
-    files = _config_files(namespace)
-    given = {**load_config_files(files), **parse_command_line(overrides)}
-    _log_to_stderr(str(given.get("state") or "INFO"))
+    files = _start(namespace, overrides)
     results = bench_profiles(
         namespace.dataset,
         files,
@@ -187,9 +181,14 @@ def _summary(namespace: Namespace, overrides: list[str], command: str) -> None:
     print(format_summary(summarise(read_results(namespace.folders))))
 
 
-def _config_files(namespace: Namespace) -> list[str]:
-    """The names given to ``--config_files``, separated by spaces or commas."""
-    return [name for part in namespace.config_files for name in re.split(r"[,\s]+", part) if name]
+def _start(namespace: Namespace, overrides: list[str]) -> list[str]:
+    """Log as the setting ``state`` says; the names given to ``--config_files``."""
+    from recbole_uip.bridge.config import load_config_files, parse_command_line
+
+    files = [name for part in namespace.config_files for name in re.split(r"[,\s]+", part) if name]
+    given = {**load_config_files(files), **parse_command_line(overrides)}
+    _log_to_stderr(str(given.get("state") or "INFO"))
+    return files
 
 
 class _Handler(logging.Handler):

@@ -415,18 +415,21 @@ class UIPDataset(Dataset):
                 "row then hold that row's own label"
             )
         settings = self.settings = self._resolve(settings)
-        texts = None
-        if settings.item_text and any(facet.source == "lm" for facet in settings.facets):
-            texts = item_texts(
-                os.path.join(self.dataset_path, f"{self.dataset_name}.item"),
-                settings.item_text,
-                self.iid_field,
-                self.field2token_id[self.iid_field],
-                self.item_num,
-                self.config["field_separator"],
-                self.config["encoding"],
-            )
-        return profile_stage.infer(self.behaviours, texts, settings)
+        return profile_stage.infer(self.behaviours, self.item_texts(settings), settings)
+
+    def item_texts(self, settings: UIPSettings) -> list[str | None] | None:
+        """Text of each item by ``uip_item_text``, or None where no facet reads texts."""
+        if not any(facet.source == "lm" for facet in settings.facets):
+            return None
+        return item_texts(
+            os.path.join(self.dataset_path, f"{self.dataset_name}.item"),
+            settings.item_text,
+            self.iid_field,
+            self.field2token_id[self.iid_field],
+            self.item_num,
+            self.config["field_separator"],
+            self.config["encoding"],
+        )
 
     def _resolve(self, settings: UIPSettings) -> UIPSettings:
         """``settings`` with ``auto`` decided by what the data are."""

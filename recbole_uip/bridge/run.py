@@ -28,7 +28,7 @@ from recbole_uip.bridge.storage import atomic_write, plain
 from recbole_uip.bridge.trainer import make_trainer
 from recbole_uip.settings import ArmSettings, SettingsError
 
-__all__ = ["run_recbole_uip", "train_arm", "write_profiles"]
+__all__ = ["peak_memory", "run_recbole_uip", "train_arm", "write_profiles"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +148,7 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         name = each["model"]
         results["cost"]["train_seconds"].setdefault(name, {})[arm.name] = outcome.pop("seconds")
         results["models"].setdefault(name, {})[arm.name] = outcome
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    results["cost"]["peak_memory_bytes"] = usage * (1 if sys.platform == "darwin" else 1024)
+    results["cost"]["peak_memory_bytes"] = peak_memory()
     with atomic_write(output / "results.json", "w") as file:
         json.dump(_finite(results), file, indent=2, allow_nan=False)
         file.write("\n")
@@ -249,6 +247,13 @@ def write_profiles(path: Path, dataset: UIPDataset) -> int:
     with atomic_write(path) as file:
         pq.write_table(pa.table(columns), file)
     return size
+
+
+def peak_memory() -> int:
+    """Most bytes that the process has had resident so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return usage * (1 if sys.platform == "darwin" else 1024)
 
 
 def _protocol(config: UIPConfig, dataset: UIPDataset) -> dict:

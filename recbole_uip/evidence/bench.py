@@ -15,9 +15,7 @@ import json
 import logging
 import os
 import platform
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +32,7 @@ from recbole_uip import lm, profiles
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge import UIPConfig, UIPDataset
 from recbole_uip.bridge.config import load_config_files, parse_command_line
-from recbole_uip.bridge.run import DEFAULT_DATASET, DEFAULT_MODEL
-from recbole_uip.bridge.sources import item_texts
+from recbole_uip.bridge.run import DEFAULT_DATASET, DEFAULT_MODEL, peak_memory
 from recbole_uip.bridge.storage import atomic_write
 from recbole_uip.em.facet import Facet
 from recbole_uip.lm import prompt as prompts
@@ -437,7 +434,7 @@ def bench_profiles(
             figures += _stage_figures(stage, machine["copy_bandwidth"], repeats)
     else:
         figures += _stage_figures(task, machine["copy_bandwidth"], repeats)
-    figures.append(Figure("memory", "peak memory of the process", _peak_memory(), "B"))
+    figures.append(Figure("memory", "peak memory of the process", peak_memory(), "B"))
     keys = {each.key for each in figures}
     return {
         "dataset": name,
@@ -483,22 +480,12 @@ def _load(config: UIPConfig) -> _Task:
     dataset.build()
     decided = dataset.settings
     settings = dataclasses.replace(settings, time=decided.time, history=decided.history)
-    texts = None
-    if any(facet.source == "lm" for facet in settings.facets):
-        texts = item_texts(
-            os.path.join(dataset.dataset_path, f"{dataset.dataset_name}.item"),
-            settings.item_text,
-            dataset.iid_field,
-            dataset.field2token_id[dataset.iid_field],
-            dataset.item_num,
-            config["field_separator"],
-            config["encoding"],
+    texts = dataset.item_texts(settings)
+    if texts is not None and not any(texts):
+        raise SettingsError(
+            "no item has a text, so there is nothing to score: check uip_item_text, or take "
+            "facets with source: collaborative or constant"
         )
-        if not any(texts):
-            raise SettingsError(
-                "no item has a text, so there is nothing to score: check uip_item_text, or take "
-                "facets with source: collaborative or constant"
-            )
     return _Task(dataset.behaviours, texts, settings)
 
 
@@ -545,7 +532,7 @@ def _lm_figures(task: _Task, texts: list[str], cache: Path, repeats: int) -> lis
         "flops": flops,
         "layer_weights": weights.layer_weights,
         "head_weights": weights.head_weights,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
     scoring = Figure(
         "scoring",
@@ -619,7 +606,7 @@ def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
                 "state_bytes": total,
                 "items_with_text": sum(map(bool, task.texts or ())),
                 "cost": {key: float(value) for key, value in result.cost.items()},
-                "peak_memory_bytes": _peak_memory(),
+                "peak_memory_bytes": peak_memory(),
             },
         )
     ]
@@ -637,13 +624,6 @@ def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
             )
         )
     return figures
-
-
-def _peak_memory() -> int:
-    """Most bytes that the process has had resident so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return usage * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cpu_name() -> str:

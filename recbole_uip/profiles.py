@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import joblib
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import basis, collaborative, states, weights
-from recbole_uip.em.facet import Facet, FacetField, ItemVectors, Observations
+from recbole_uip.em.encoder import Encoder
+from recbole_uip.em.facet import Facet, Observations
 from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
 
 __all__ = ["ProfileField", "Profiles", "infer"]
@@ -38,7 +42,7 @@ class ProfileField:
         The facet it belongs to.
     kind : {"code", "bin", "match"}
         A code of the user, a bin of the user, or a bin of the user and the row's item.
-    values : ndarray of int64, shape (n_rows,)
+    values : ndarray of int32, shape (n_rows,)
         Token of each row: 0 for [PAD] (no history), else 1 to ``size``.
     size : int
         Number of tokens, [PAD] not counted.
@@ -66,8 +70,12 @@ class Profiles:
         What each facet's fit has to say, by facet.
     facets : dict of str to Facet
         The fitted facets.
-    observations : dict of str to Observations
-        What each was fitted on.
+    encoder : Encoder
+        Their kernels and fields, which turn events into tokens.
+    history : History
+        What each row may see.
+    events : Events
+        The rows as events.
     """
 
     fields: tuple[ProfileField, ...]
@@ -75,7 +83,9 @@ class Profiles:
     cost: dict[str, float] = field(default_factory=dict)
     report: dict[str, dict] = field(default_factory=dict)
     facets: dict[str, Facet] = field(default_factory=dict)
-    observations: dict[str, Observations] = field(default_factory=dict)
+    encoder: Encoder | None = None
+    history: states.History | None = None
+    events: states.Events | None = None
 
     def match(self, rows: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
         """Match fields of the users and times of ``rows``, with other ``items``.
@@ -86,13 +96,14 @@ class Profiles:
 
         Returns
         -------
-        dict of str to ndarray of int64, shape (n,)
+        dict of str to ndarray of int32, shape (n,)
             Tokens, by field name.
         """
-        tokens = {}
-        for name, facet in self.facets.items():
-            tokens |= facet.match_tokens(self.observations[name], rows, items)
-        return tokens
+        names = [field.name for field in self.fields if field.kind == "match"]
+        if not names:
+            return {}
+        tokens = self.encoder.match(self.history, self.events, rows, items)
+        return dict(zip(names, tokens.T, strict=True))
 
 
 def infer(
@@ -124,33 +135,47 @@ def infer(
         rate = weights.like_rate(
             behaviours.item[train], behaviours.liked[train], behaviours.n_items
         )
-    result = Profiles((), static)
+    fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
+    result = Profiles((), static, history=history, events=states.Events.of(behaviours, fold))
     scores = _score_texts(behaviours, item_texts, settings, result)
-    fields: list[ProfileField] = []
-    for facet_settings in tqdm(settings.facets, desc="profiles", leave=False, delay=2):
-        name = facet_settings.name
+
+    def fit(facet_settings: FacetSettings) -> Facet:
         try:
             evidence = weights.evidence(
                 facet_settings.weight, behaviours.item, behaviours.liked, rate
             )
-            observed = Observations(behaviours, history, evidence, rate, train_events)
-            facet = Facet(
-                facet_settings, settings.codebook, empty=settings.empty, seed=settings.seed
-            )
+            observed = Observations(behaviours, history, evidence, rate, train_events, fold)
             vectors = _item_vectors(facet_settings, observed, scores, settings)
-            facet_fields = facet.fit(vectors, observed).transform(observed)
+            return Facet(
+                facet_settings, settings.codebook, empty=settings.empty, seed=settings.seed
+            ).fit(vectors, observed)
         except ValueError as error:
-            raise SettingsError(f"uip_facets.{name}: {error}") from error
-        result.facets[name], result.observations[name] = facet, observed
-        result.report[name] = facet.report()
-        fields += [_profile_field(name, item) for item in facet_fields]
-    result.fields = tuple(fields)
+            raise SettingsError(f"uip_facets.{facet_settings.name}: {error}") from error
+
+    for facet in _in_parallel(fit, settings.facets):
+        result.facets[facet.settings.name] = facet
+        result.report[facet.settings.name] = facet.report()
+    result.encoder = Encoder(
+        {name: facet.fields() for name, facet in result.facets.items()},
+        np.zeros(behaviours.n_items) if rate is None else rate,
+    )
+    tokens = result.encoder.transform(history, result.events)
+    result.fields = tuple(
+        ProfileField(info.name, info.facet, info.kind, np.ascontiguousarray(values), info.size)
+        for info, values in zip(result.encoder.fields, tokens.T, strict=True)
+    )
     result.cost["em_seconds"] = time.perf_counter() - started - result.cost.get("lm_seconds", 0.0)
     return result
 
 
-def _profile_field(facet: str, item: FacetField) -> ProfileField:
-    return ProfileField(item.name, facet, item.kind, item.values, item.size)
+def _in_parallel(
+    fit: Callable[[FacetSettings], Facet], facets: Sequence[FacetSettings]
+) -> Iterator[Facet]:
+    """Fitted facets, in order. Each has one thread: small eigenproblems gain little by more."""
+    workers = max(1, min(len(facets), joblib.cpu_count()))
+    with threadpool_limits(1 if workers > 1 else None), ThreadPoolExecutor(workers) as pool:
+        fitted = pool.map(fit, facets)
+        yield from tqdm(fitted, desc="profiles", total=len(facets), leave=False, delay=2)
 
 
 def _is_static(behaviours: Behaviours, settings: UIPSettings) -> bool:
@@ -188,20 +213,19 @@ def _history(behaviours: Behaviours, settings: UIPSettings, static: bool) -> sta
 
 def _item_vectors(
     facet: FacetSettings, observed: Observations, scores: np.ndarray | None, settings: UIPSettings
-) -> ItemVectors:
-    """Whitened item vectors of a facet, by its source, and the folds of users."""
+) -> list[np.ndarray]:
+    """Whitened item vectors of a facet, by its source: one array for each fold of users."""
     behaviours, train = observed.behaviours, observed.train_events
     n_users, n_items = behaviours.n_users, behaviours.n_items
     if facet.source == "constant":
-        return ItemVectors([np.ones((n_items, 1))], np.zeros(n_users, dtype=np.int64))
-    fold = collaborative.user_folds(n_users, settings.folds, settings.seed)
+        return [np.ones((n_items, 1))]
     if facet.source == "lm":
         # The LM knows nobody's labels, but the basis that a facet makes of its scores does.
-        return ItemVectors([scores] * settings.folds, fold)
+        return [scores] * settings.folds
     rank = max(facet.rank if facet.codes else 0, facet.match.rank if facet.match else 0)
     by_fold = []
     for index in range(settings.folds):
-        chosen = train[fold[behaviours.user[train]] != index]
+        chosen = train[observed.fold[behaviours.user[train]] != index]
         user, item = behaviours.user[chosen], behaviours.item[chosen]
         evidence, rate = observed.refitted(facet.weight, chosen)
         vectors = collaborative.svd_vectors(
@@ -212,7 +236,7 @@ def _item_vectors(
                 user, item, behaviours.liked[chosen], n_users, rate, vectors
             )
         by_fold.append(basis.whiten(vectors, np.bincount(item, minlength=n_items)))
-    return ItemVectors(by_fold, fold)
+    return by_fold
 
 
 def _score_texts(

@@ -111,7 +111,7 @@ class CodebookSettings:
 
     sample: int = 5_000
     n_init: int = 1
-    max_iter: int = 100
+    max_iter: int = 200
     tol: float = 1e-3
 
 

@@ -13,8 +13,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from recbole_uip.behaviours import TEST, TRAIN, VALID
-from recbole_uip.em import states, weights
-from recbole_uip.em.facet import Facet, Observations
+from recbole_uip.em import states
+from recbole_uip.em.facet import Facet
 from recbole_uip.profiles import infer
 from recbole_uip.settings import SettingsError, UIPSettings
 
@@ -59,8 +59,7 @@ def parameters(profiles):
             for level in codebook.levels_:
                 out += [level.codewords_, level.weights_, level.variance_]
         out += list(facet.edges_.values()) + [getattr(facet, "prior_scales_", ())]
-    out += [observed.rate for observed in profiles.observations.values()]
-    return out
+    return [*out, profiles.encoder.kernels.rate]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_profiles_tell_likes_apart(inferred, world):
     test = world.behaviours.split == TEST
     liked = world.behaviours.liked[test]
     auc = {f.name: roc_auc_score(liked, f.values[test]) for f in inferred.fields}
-    rate = inferred.observations["company"].rate[world.behaviours.item[test]]
+    rate = inferred.encoder.kernels.rate[world.behaviours.item[test]]
     by_item = roc_auc_score(liked, rate)
     assert auc["uip_leniency_inf"] > 0.6
     assert auc["uip_company_match_inf"] > by_item + 0.1
@@ -133,15 +132,12 @@ def test_with_parameters_held_a_row_sees_neither_its_label_nor_the_future(world,
     first = np.full(behaviours.n_users, np.inf)
     np.minimum.at(first, behaviours.user[changed], behaviours.time[changed])
     untouched = behaviours.time <= first[behaviours.user]
-    for name, facet in inferred.facets.items():
-        old = inferred.observations[name]
-        evidence = weights.evidence(facet.settings.weight, flipped.item, flipped.liked, old.rate)
-        new = Observations(flipped, old.history, evidence, old.rate, old.train_events)
-        moved = 0
-        for before, after in zip(facet.transform(old), facet.transform(new), strict=True):
-            np.testing.assert_array_equal(before.values[untouched], after.values[untouched])
-            moved += (before.values != after.values).sum()
-        assert moved > 0, name
+    before = inferred.encoder.transform(inferred.history, inferred.events)
+    after = inferred.encoder.transform(
+        inferred.history, inferred.events._replace(liked=flipped.liked)
+    )
+    np.testing.assert_array_equal(before[untouched], after[untouched])
+    assert (before != after).any(axis=0).all()
 
 
 @pytest.mark.parametrize("facet", ["likes", "company"])
@@ -150,7 +146,7 @@ def test_a_user_meets_vectors_that_their_labels_did_not_shape(world, inferred, f
     behaviours = world.behaviours
     before = inferred.facets[facet]
     # In the first fold, whose frame the others are turned to.
-    user = int(np.flatnonzero(before.fold_ == 0)[0])
+    user = int(behaviours.user[inferred.events.fold == 0][0])
     rows = np.flatnonzero(behaviours.train & (behaviours.user == user))
     after = infer(with_labels(behaviours, rows), None, settings()).facets[facet]
     for fold in range(4):
@@ -170,7 +166,7 @@ def test_static_profiles_are_one_per_user(world):
 
 def test_refresh_delays_history(world):
     delayed = infer(world.behaviours, None, settings(uip_refresh=10))
-    history = delayed.observations["leniency"].history
+    history = delayed.history
     fresh = states.index_history(
         world.behaviours.user,
         world.behaviours.time,
@@ -185,7 +181,7 @@ def test_refresh_delays_history(world):
 def test_users_without_history_get_pad_or_the_prior(world):
     padded = infer(world.behaviours, None, settings())
     prior = infer(world.behaviours, None, settings(uip_empty="prior"))
-    new = padded.observations["leniency"].history.seen == 0
+    new = padded.history.seen == 0
     assert new.any()
     for pad_field, prior_field in zip(padded.fields, prior.fields, strict=True):
         assert (pad_field.values[new] == 0).all()

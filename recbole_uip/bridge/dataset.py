@@ -22,7 +22,8 @@ from recbole_uip import profiles as profile_stage
 from recbole_uip.behaviours import TEST, TRAIN, VALID, Behaviours
 from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.sources import download, item_texts, missing_files_error
-from recbole_uip.bridge.storage import atomic_write, load_pickle
+from recbole_uip.bridge.storage import load_pickle
+from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings
 
 __all__ = ["ROW", "UIPDataset", "create_dataset", "data_preparation"]

@@ -24,8 +24,9 @@ from recbole.utils import init_seed
 from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.metrics import gauc
-from recbole_uip.bridge.storage import atomic_write, plain
+from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
+from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError
 
 __all__ = ["peak_memory", "run_recbole_uip", "train_arm", "write_profiles"]

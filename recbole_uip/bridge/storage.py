@@ -1,55 +1,24 @@
-"""Files that are either whole or absent, and pickles that can only hold what we know."""
+"""Checkpoints and pickles that can only hold what we know."""
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import importlib
 import io
 import os
 import pickle
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from recbole_uip.settings import SettingsError
 
-__all__ = ["UnsafeFileError", "atomic_write", "load_checkpoint", "load_pickle", "plain"]
+__all__ = ["UnsafeFileError", "load_checkpoint", "load_pickle", "plain"]
 
 
 class UnsafeFileError(SettingsError):
     """A saved file is broken, or names something that is not in the list of known types."""
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file beside ``path`` that takes its place once the block has ended well.
-
-    On any exception, KeyboardInterrupt included, the temporary file goes and ``path`` stays as
-    it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, mode, encoding=encoding) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the mode a plain open() would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def plain(value: Any) -> Any:

@@ -14,7 +14,8 @@ from recbole.utils import EvaluatorType, get_trainer
 
 from recbole_uip.bridge import compat
 from recbole_uip.bridge.dataset import ROW
-from recbole_uip.bridge.storage import atomic_write, load_checkpoint, plain
+from recbole_uip.bridge.storage import load_checkpoint, plain
+from recbole_uip.files import atomic_write
 
 __all__ = ["UIPTrainerMixin", "make_trainer"]
 

@@ -1,26 +1,27 @@
-"""One facet, fitted: item vectors -> basis -> states -> codes, bins and match fields."""
+"""One facet, fitted: item vectors -> basis -> states -> codebooks, priors and bin edges."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.special
 
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import basis as em_basis
 from recbole_uip.em import weights
 from recbole_uip.em.basis import Basis
-from recbole_uip.em.filter import TasteFilter, climb, log_evidence
-from recbole_uip.em.match import assign_bins, quantile_edges
+from recbole_uip.em.kernels import RunningSums, TasteFilter, pack, profile_values
+from recbole_uip.em.match import quantile_edges
 from recbole_uip.em.mixture import ResidualCodebook
-from recbole_uip.em.states import History, RunningSums, offsets, run
+from recbole_uip.em.prior import climb, log_evidence
+from recbole_uip.em.states import Events, History, offsets, run
 from recbole_uip.em.weights import Evidence
 from recbole_uip.settings import CodebookSettings, FacetSettings
 
-__all__ = ["Facet", "FacetField", "ItemVectors", "Observations"]
+__all__ = ["Facet", "FieldRecipe", "Observations"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Observations:
         Smoothed like rates of the training rows; None without labels.
     train_events : ndarray of int64, shape (n_train,)
         Training rows by user, each user's in the order of time.
+    fold : ndarray of int64, shape (n_users,)
+        Fold of each user: nothing that the user's rows meet may come from the user's own labels.
     """
 
     behaviours: Behaviours
@@ -53,6 +56,17 @@ class Observations:
     evidence: Evidence
     rate: np.ndarray | None
     train_events: np.ndarray
+    fold: np.ndarray
+
+    @functools.cached_property
+    def events(self) -> Events:
+        """The rows as events."""
+        return Events.of(self.behaviours, self.fold)
+
+    @property
+    def item_rate(self) -> np.ndarray:
+        """Like rates, or zeros without labels, shape (n_items,)."""
+        return np.zeros(self.behaviours.n_items) if self.rate is None else self.rate
 
     def refitted(self, kind: str, events: np.ndarray) -> tuple[Evidence, np.ndarray | None]:
         """Evidence of ``events`` by weight ``kind``, and like rates, from these events alone."""
@@ -66,32 +80,39 @@ class Observations:
 
 
 @dataclass(frozen=True)
-class ItemVectors:
-    """Whitened item vectors, one set for each fold of users.
+class FieldRecipe:
+    """How one token field, or one of several levels, is made of states.
 
     Attributes
     ----------
-    by_fold : sequence of ndarray, each of shape (n_items, m)
-    fold : ndarray of int64, shape (n_users,)
-        The set that each user's rows meet. Nothing in it may come from that user's labels.
+    names : tuple of str
+        One name for each level.
+    kind : {"code", "bin", "match"}
+    kernel : RunningSums or TasteFilter
+        What it reads.
+    size : int
+        Codes of each level, or number of inner bin edges.
+    numbers : ndarray of float64
+        Bin edges, or the codebook's numbers.
+    unknown : tuple of int
+        Token of a user without evidence at each level; -1 for the prior's own bin.
     """
 
-    by_fold: Sequence[np.ndarray]
-    fold: np.ndarray
-
-
-@dataclass(frozen=True)
-class FacetField:
-    """Tokens of one field: ``values`` (0 is [PAD]) of shape (n_rows,), up to ``size``."""
-
-    name: str
+    names: tuple[str, ...]
     kind: str
-    values: np.ndarray
+    kernel: RunningSums | TasteFilter
     size: int
+    numbers: np.ndarray
+    unknown: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, [PAD] not counted."""
+        return self.size if self.kind == "code" else self.size + 1
 
 
 class Facet:
-    """A facet's learned state and the fields it gives.
+    """A facet's learned state.
 
     Parameters
     ----------
@@ -105,6 +126,8 @@ class Facet:
     ----------
     basis_ : Basis
         Item vectors of all folds of users, fold by fold, in one frame.
+    vectors_ : ndarray of float32, shape (n_folds, n_items, rank)
+        The same, as states add them up.
     codebooks_ : dict of str to ResidualCodebook
         By field name; None where no training row has any history.
     prior_scales_ : tuple of float
@@ -126,90 +149,50 @@ class Facet:
         self.empty = empty
         self.seed = seed
 
-    def fit(self, vectors: ItemVectors, observed: Observations) -> Facet:
-        """Fit basis, prior, codebooks and bin edges on the training rows."""
-        self.fold_ = vectors.fold
+    def fit(self, vectors: Sequence[np.ndarray], observed: Observations) -> Facet:
+        """Fit basis, prior, codebooks and bin edges on the training rows.
+
+        Parameters
+        ----------
+        vectors : sequence of ndarray, each of shape (n_items, m)
+            Whitened item vectors for each fold of users, or one array for all users.
+        observed : Observations
+        """
         self.basis_ = self._fit_basis(vectors, observed)
-        self.codebooks_: dict[str, ResidualCodebook] = {}
+        shape = (len(vectors), observed.behaviours.n_items, -1)
+        self.vectors_ = self.basis_.vectors.astype(np.float32).reshape(shape)
+        self.codebooks_: dict[str, ResidualCodebook | None] = {}
         self.edges_: dict[str, np.ndarray] = {}
         sample = self._sample_rows(observed)
         if self.settings.source == "constant":
             for name, half_life in self._names("", self.settings.half_life):
-                values, known = self._trait_values(half_life, observed, sample)
-                self.edges_[name] = quantile_edges(values[known], self.settings.bins)
+                values = self._known_values(self._sums(1, half_life), observed, sample)
+                self.edges_[name] = quantile_edges(values, self.settings.bins)
         elif self.settings.codes:
             for name, half_life in self._names("", self.settings.half_life):
                 self.codebooks_[name] = self._fit_codebook(half_life, observed, sample)
         if match := self.settings.match:
             if self._filters:
                 self.prior_scales_ = self._fit_prior(observed, sample)
-            items = observed.behaviours.item[sample]
             for name, half_life in self._names("_match", match.half_life):
-                values, known = self.match_values(half_life, observed, sample, items)
-                self.edges_[name] = quantile_edges(values[known], match.bins)
+                values = self._known_values(self._match_kernel(half_life), observed, sample)
+                self.edges_[name] = quantile_edges(values, match.bins)
         return self
 
-    def transform(self, observed: Observations) -> list[FacetField]:
-        """Fields of all rows, each from what the row may see."""
-        rows = np.arange(len(observed.behaviours))
-        fields: list[FacetField] = []
+    def fields(self) -> list[FieldRecipe]:
+        """The facet's token fields."""
+        recipes = []
         if self.settings.source == "constant":
             for name, half_life in self._names("", self.settings.half_life):
-                values, known = self._trait_values(half_life, observed, rows)
-                tokens = self._bins(name, values, known)
-                fields.append(FacetField(name, "bin", tokens, len(self.edges_[name]) + 1))
+                recipes.append(self._bins(name, "bin", self._sums(1, half_life)))
         elif self.settings.codes:
             for name, half_life in self._names("", self.settings.half_life):
-                fields += self._code_fields(name, half_life, observed, rows)
-        match_tokens = self.match_tokens(observed, rows, observed.behaviours.item)
-        for name, tokens in match_tokens.items():
-            fields.append(FacetField(name, "match", tokens, len(self.edges_[name]) + 1))
-        return fields
-
-    def match_values(
-        self, half_life: float, observed: Observations, rows: np.ndarray, items: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What the profiles that ``rows`` may see say of ``items``.
-
-        With the filter this is the predicted logit; on running sums, the first-order lift
-        g' m of the log-likelihood, m the posterior mean deviation from the average user.
-
-        Parameters
-        ----------
-        half_life : float
-        observed : Observations
-        rows, items : ndarray of int64, shape (n,)
-
-        Returns
-        -------
-        values : ndarray of float64, shape (n,)
-        known : ndarray of bool, shape (n,)
-            Whether the profile has any evidence.
-        """
-        values, known = np.empty(len(rows)), observed.history.seen[rows] > 0
-        vector_of = self._vector_index(observed.behaviours.user[rows], items, observed)
-        if self._filters:
-            taste = self._filter(half_life, observed, self.prior_scales_)
-            for at, state in run(taste, observed.history, rows):
-                values[at] = taste.logits(state, vector_of[at])
-        else:
-            vectors = self.basis_.vectors
-            for at, state in run(self._sums(vectors, half_life, observed), observed.history, rows):
-                offset, noise, known[at] = offsets(state)
-                lift = self.basis_.posterior(offset, noise) * vectors[vector_of[at]]
-                values[at] = lift.sum(axis=1)
-        return values, known
-
-    def match_tokens(
-        self, observed: Observations, rows: np.ndarray, items: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Match fields of the profiles that ``rows`` may see with ``items``, by field name."""
-        tokens = {}
-        half_lives = self.settings.match.half_life if self.settings.match else ()
-        for name, half_life in self._names("_match", half_lives):
-            values, known = self.match_values(half_life, observed, rows, items)
-            tokens[name] = self._bins(name, values, known)
-        return tokens
+                recipes.append(self._codes(name, half_life))
+        for name, half_life in self._names(
+            "_match", self.settings.match.half_life if self.settings.match else ()
+        ):
+            recipes.append(self._bins(name, "match", self._match_kernel(half_life)))
+        return recipes
 
     def report(self) -> dict:
         """What the fit has to say: prior variances, codebooks and filters."""
@@ -236,17 +219,17 @@ class Facet:
         posterior = self.settings.match.posterior
         return posterior == "filter" or (posterior == "auto" and self.settings.weight == "contrast")
 
-    def _fit_basis(self, vectors: ItemVectors, observed: Observations) -> Basis:
+    def _fit_basis(self, vectors: Sequence[np.ndarray], observed: Observations) -> Basis:
         train, behaviours = observed.train_events, observed.behaviours
-        fold_of_event = vectors.fold[behaviours.user[train]]
+        fold_of_event = observed.fold[behaviours.user[train]]
         rank = max(
             self.settings.rank if self.settings.codes else 0,
             self.settings.match.rank if self.settings.match else 0,
         )
         bases = []
-        for fold, whitened in enumerate(vectors.by_fold):
+        for fold, whitened in enumerate(vectors):
             # What a user meets is shaped by the users of the other folds alone.
-            chosen = train[fold_of_event != fold] if len(vectors.by_fold) > 1 else train
+            chosen = train[fold_of_event != fold] if len(vectors) > 1 else train
             evidence, _ = observed.refitted(self.settings.weight, chosen)
             bases.append(
                 em_basis.fit(
@@ -260,54 +243,22 @@ class Facet:
             )
         return em_basis.merge(bases)
 
-    def _vector_index(
-        self, user: np.ndarray, item: np.ndarray, observed: Observations
-    ) -> np.ndarray:
-        """Row of the basis's vectors for each user and item: the item's, in the user's fold."""
-        return self.fold_[user] * observed.behaviours.n_items + item
-
-    def _row_vectors(self, observed: Observations) -> np.ndarray:
-        behaviours = observed.behaviours
-        return self._vector_index(behaviours.user, behaviours.item, observed)
-
-    def _sums(self, vectors: np.ndarray, half_life: float, observed: Observations) -> RunningSums:
-        return RunningSums(vectors, self._row_vectors(observed), observed.evidence, half_life)
-
-    def _filter(
-        self, half_life: float, observed: Observations, scales: tuple[float, float]
-    ) -> TasteFilter:
-        constant = self.settings.source == "constant"
-        vectors = self.basis_.vectors[:, :0] if constant else self.basis_.vectors
-        leniency, taste = scales
-        folds = len(vectors) // observed.behaviours.n_items
-        return TasteFilter(
-            vectors,
-            np.tile(scipy.special.logit(observed.rate), folds),
-            np.concatenate([[leniency], taste * self.basis_.variance[: vectors.shape[1]]]),
-            self._row_vectors(observed),
-            observed.behaviours.liked,
-            half_life,
+    def _sums(self, rank: int, half_life: float) -> RunningSums:
+        basis = self.basis_
+        return RunningSums(
+            self.vectors_, basis.mean[:rank], basis.variance[:rank], self.settings.weight, half_life
         )
 
-    def _offsets(
-        self, half_life: float, observed: Observations, rows: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Positions in ``rows`` with evidence, their offsets and noise, in blocks."""
-        sums = self._sums(self.basis_.vectors[:, : self.settings.rank], half_life, observed)
-        for at, state in run(sums, observed.history, rows):
-            offset, noise, known = offsets(state)
-            yield at[known], offset[known], noise[known]
+    def _filter(self, half_life: float, scales: tuple[float, float]) -> TasteFilter:
+        leniency, taste = scales
+        # Of a constant facet all that there is to say is leniency, the filter's first trait.
+        variance = self.basis_.variance[: 0 if self.settings.source == "constant" else None]
+        return TasteFilter(self.vectors_, np.concatenate([[leniency], taste * variance]), half_life)
 
-    def _trait_values(
-        self, half_life: float, observed: Observations, rows: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior mean of a one-dimensional facet, and whether there is evidence."""
-        values, known = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
-        sums = self._sums(self.basis_.vectors, half_life, observed)
-        for at, state in run(sums, observed.history, rows):
-            offset, noise, known[at] = offsets(state)
-            values[at] = self.basis_.posterior(offset, noise)[:, 0]
-        return values, known
+    def _match_kernel(self, half_life: float) -> RunningSums | TasteFilter:
+        if self._filters:
+            return self._filter(half_life, self.prior_scales_)
+        return self._sums(self.vectors_.shape[2], half_life)
 
     def _sample_rows(self, observed: Observations) -> np.ndarray:
         """Training rows of a random sample of users: states cost a pass over whole users."""
@@ -316,15 +267,34 @@ class Facet:
         users = np.random.default_rng(self.seed).permutation(users)[:SAMPLE_USERS]
         return np.flatnonzero(behaviours.train & np.isin(behaviours.user, users))
 
+    def _known_values(
+        self, kernel: RunningSums | TasteFilter, observed: Observations, rows: np.ndarray
+    ) -> np.ndarray:
+        """What profiles with evidence say of the rows' items, shape (at most n,)."""
+        kernels, parts = pack([kernel], observed.item_rate), []
+        for at, states in run(kernels, observed.history, observed.events, rows):
+            block = rows[at]
+            known = observed.history.seen[block] > 0
+            if isinstance(kernel, RunningSums):
+                known = states[:, kernel.rank] > 0
+            block, states = block[known], states[known]
+            items, folds = observed.events.item[block], observed.events.fold[block]
+            parts.append(profile_values(states, kernels, 0, items, folds))
+        return np.concatenate(parts)
+
     def _fit_codebook(
         self, half_life: float, observed: Observations, sample: np.ndarray
     ) -> ResidualCodebook | None:
-        blocks = [block[1:] for block in self._offsets(half_life, observed, sample)]
-        offset, noise = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        wanted = self.codebook.sample
+        rows = np.random.default_rng(self.seed).permutation(sample)
+        # Rows without evidence are of no use: look at more rows than wanted, then at all.
+        for looked_at in (4 * wanted, len(rows)):
+            offset, noise = self._offsets(half_life, observed, rows[:looked_at])
+            if len(noise) >= wanted:
+                break
         if len(noise) == 0:
             logger.warning("no training row has any history: every code is [PAD]")
             return None
-        chosen = np.random.default_rng(self.seed).permutation(len(noise))[: self.codebook.sample]
         codebook = ResidualCodebook(
             self.settings.codes,
             self.settings.levels,
@@ -333,32 +303,38 @@ class Facet:
             n_init=self.codebook.n_init,
             random_state=self.seed,
         )
-        return codebook.fit(offset[chosen], noise[chosen])
+        return codebook.fit(offset[:wanted], noise[:wanted])
 
-    def _code_fields(
-        self, name: str, half_life: float, observed: Observations, rows: np.ndarray
-    ) -> list[FacetField]:
-        codebook = self.codebooks_[name]
-        codes = np.zeros((len(rows), self.settings.levels), dtype=np.int64)
-        if codebook is not None:
-            if self.empty == "prior":
-                codes[:] = codebook.prior_codes() + 1
-            for at, offset, noise in self._offsets(half_life, observed, rows):
-                if len(at):
-                    codes[at] = codebook.predict(offset, noise) + 1
-        return [
-            FacetField(
-                name if level == 0 else f"{name}_level{level + 1}",
-                "code",
-                codes[:, level],
-                self.settings.codes,
-            )
-            for level in range(self.settings.levels)
-        ]
+    def _offsets(
+        self, half_life: float, observed: Observations, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets and noise of the rows that have evidence, in the order of ``rows``."""
+        kernels = pack([self._sums(self.settings.rank, half_life)], observed.item_rate)
+        states = np.empty((len(rows), len(kernels.initial)), dtype=np.float32)
+        for at, block in run(kernels, observed.history, observed.events, rows):
+            states[at] = block
+        offset, noise, known = offsets(states)
+        return offset[known], noise[known]
 
-    def _bins(self, name: str, values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    def _codes(self, name: str, half_life: float) -> FieldRecipe:
+        levels, codebook = self.settings.levels, self.codebooks_[name]
+        unknown = np.zeros(levels, dtype=np.int64)
+        if codebook is not None and self.empty == "prior":
+            unknown = codebook.prior_codes() + 1
+        return FieldRecipe(
+            tuple(name if level == 0 else f"{name}_level{level + 1}" for level in range(levels)),
+            "code",
+            self._sums(self.settings.rank, half_life),
+            0 if codebook is None else self.settings.codes,
+            np.empty(0) if codebook is None else codebook.numbers,
+            tuple(unknown.tolist()),
+        )
+
+    def _bins(self, name: str, kind: str, kernel: RunningSums | TasteFilter) -> FieldRecipe:
         # Without evidence the posterior mean is the prior's, and has a bin like any other.
-        return assign_bins(values, self.edges_[name], known | (self.empty == "prior"))
+        unknown = -1 if self.empty == "prior" else 0
+        edges = self.edges_[name]
+        return FieldRecipe((name,), kind, kernel, len(edges), edges, (unknown,))
 
     def _names(self, kind: str, half_lives: tuple[float, ...]) -> Iterator[tuple[str, float]]:
         """Field name of each half-life, which it ends in where there are several."""
@@ -374,6 +350,7 @@ class Facet:
         half_life = max(self.settings.match.half_life)
 
         def evidence_of(scales: tuple[float, float]) -> float:
-            return log_evidence(self._filter(half_life, observed, scales), observed.history, rows)
+            kernel = self._filter(half_life, scales)
+            return log_evidence(kernel, observed.rate, observed.history, observed.events, rows)
 
         return climb(evidence_of, start=PRIOR_SCALES)

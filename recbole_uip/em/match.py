@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["assign_bins", "quantile_edges"]
+__all__ = ["quantile_edges"]
 
 
 def quantile_edges(values: np.ndarray, bins: int) -> np.ndarray:
@@ -21,8 +21,3 @@ def quantile_edges(values: np.ndarray, bins: int) -> np.ndarray:
     if len(values) == 0:
         return np.empty(0)
     return np.unique(np.quantile(values, np.arange(1, bins) / bins))
-
-
-def assign_bins(values: np.ndarray, edges: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Token of each value: 1 to ``len(edges) + 1``, or 0 ([PAD]) where not ``known``."""
-    return np.where(known, np.searchsorted(edges, values, side="right") + 1, 0)

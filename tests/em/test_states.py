@@ -3,10 +3,13 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from scipy.special import expit, logit
 
 from recbole_uip.em import states
-from recbole_uip.em.filter import TasteFilter
-from recbole_uip.em.weights import Evidence
+from recbole_uip.em.kernels import RunningSums, TasteFilter, advance, pack, retention
+from recbole_uip.em.weights import evidence
+
+N_ITEMS, RANK = 6, 3
 
 
 @st.composite
@@ -16,36 +19,63 @@ def event_tables(draw):
     integers = lambda high: st.lists(st.integers(0, high), min_size=n, max_size=n)  # noqa: E731
     return {
         "user": np.array(draw(integers(4)), dtype=np.int64),
-        "item": np.array(draw(integers(5)), dtype=np.int64),
+        "item": np.array(draw(integers(N_ITEMS - 1)), dtype=np.int64),
         "liked": np.array(draw(integers(1)), dtype=float),
         "time": np.array(draw(integers(8)), dtype=float),
         "is_event": np.array(draw(integers(3))) > 0,
         "refresh": float(draw(st.integers(0, 3))),
         "half_life": draw(st.sampled_from([0.7, 5.0, np.inf])),
+        "weight": draw(st.sampled_from(["positive", "negative", "all", "contrast"])),
         "seed": draw(st.integers(0, 100)),
     }
 
 
-def kernels(table):
+def world_of(table):
+    """Two folds of item vectors, like rates, priors and the fold of each of five users."""
     rng = np.random.default_rng(table["seed"])
-    vectors, intercept = rng.normal(size=(6, 3)), rng.normal(size=6)
-    weight = table["liked"] - 0.3
-    evidence = Evidence(weight, np.ones_like(weight))
-    yield states.RunningSums(vectors, table["item"], evidence, table["half_life"])
-    yield TasteFilter(
-        vectors,
-        intercept,
-        np.array([1.0, 0.5, 0.2, 0.1]),
-        table["item"],
-        table["liked"],
-        table["half_life"],
-    )
+    vectors = rng.normal(size=(2, N_ITEMS, RANK)).astype(np.float32)
+    return vectors, expit(rng.normal(size=N_ITEMS)), np.array([1.0, 0.5, 0.2, 0.1]), rng.integers(
+        0, 2, 5
+    )  # fmt: skip
+
+
+def kernels_of(table):
+    vectors, rate, prior, _ = world_of(table)
+    sums = RunningSums(vectors, prior[1:] * 0, prior[1:], table["weight"], table["half_life"])
+    return pack([sums, TasteFilter(vectors, prior, table["half_life"])], rate)
 
 
 def history_of(table):
     return states.index_history(
         table["user"], table["time"], table["is_event"], 5, table["refresh"]
     )
+
+
+def events_of(table):
+    fold = world_of(table)[3]
+    return states.Events(table["item"], fold[table["user"]], table["liked"])
+
+
+def reference_state(table, events):
+    """The module's equations, in numpy and double precision."""
+    vectors, rate, prior, fold = world_of(table)
+    a = retention(table["half_life"])
+    item, liked = table["item"][events], table["liked"][events]
+    weight, count = evidence(table["weight"], item, liked, rate)
+    g = vectors[fold[table["user"][events]], item].astype(float)
+    age = np.arange(len(events))[::-1]
+    sums = [
+        (a**age * weight) @ g,
+        [(a**age * count).sum(), (a ** (2 * age) * count**2).sum()],
+    ]
+    mean, variance = np.zeros(RANK + 1), prior.copy()
+    for x, i, y in zip(np.column_stack([np.ones(len(g)), g]), item, liked, strict=True):
+        mean, variance = a * mean, a**2 * variance + (1 - a**2) * prior
+        p = expit(logit(rate[i]) + x @ mean)
+        curvature = p * (1 - p)
+        mean = mean + variance * x * (y - p) / (1 + curvature * (variance * x**2).sum())
+        variance = variance / (1 + curvature * variance * x**2)
+    return np.concatenate([*sums, mean, variance])
 
 
 @given(event_tables())
@@ -65,16 +95,18 @@ def test_history_is_strictly_earlier(table):
 
 @given(event_tables())
 @hypothesis_settings(deadline=None, max_examples=60)
-def test_batch_equals_streaming_bit_for_bit(table):
-    history = history_of(table)
-    for kernel in kernels(table):
-        for at, batch in states.run(kernel, history):
-            for row, state in zip(at, batch, strict=True):
-                first = history.first[table["user"][row]]
-                streamed = kernel.initial()[None, :]
-                for event in history.events[first : first + history.seen[row]]:
-                    kernel.advance(streamed, kernel.inputs(np.array([event])))
-                np.testing.assert_array_equal(streamed[0], state)
+def test_states_follow_the_equations_and_batch_equals_streaming_bit_for_bit(table):
+    history, events, kernels = history_of(table), events_of(table), kernels_of(table)
+    ((at, batch),) = states.run(kernels, history, events)
+    assert sorted(at) == list(range(len(table["user"])))
+    for row, state in zip(at, batch, strict=True):
+        first = history.first[table["user"][row]]
+        seen = history.events[first : first + history.seen[row]]
+        streamed = kernels.initial.copy()
+        for event in seen:
+            advance(streamed, kernels, *(int(c[event]) for c in events[:2]), events.liked[event])
+        np.testing.assert_array_equal(streamed, state)
+        np.testing.assert_allclose(state, reference_state(table, seen), rtol=2e-5, atol=2e-6)
 
 
 def test_blocks_do_not_change_states(world, monkeypatch):
@@ -82,28 +114,32 @@ def test_blocks_do_not_change_states(world, monkeypatch):
     history = states.index_history(
         behaviours.user, behaviours.time, behaviours.train, behaviours.n_users
     )
-    weight = behaviours.liked - 0.5
-    kernel = states.RunningSums(
-        world.vectors, behaviours.item, Evidence(weight, np.ones_like(weight)), 10.0
+    vectors = world.vectors[None].astype(np.float32)
+    kernels = pack(
+        [RunningSums(vectors, np.zeros(2), np.ones(2), "contrast", 10.0)],
+        np.full(behaviours.n_items, 0.5),
     )
+    events = states.Events.of(behaviours, np.zeros(behaviours.n_users, dtype=np.int64))
 
     def table():
-        out = np.full((len(behaviours), len(kernel.initial())), np.nan)
-        for at, state in states.run(kernel, history):
+        out = np.full((len(behaviours), len(kernels.initial)), np.nan)
+        for at, state in states.run(kernels, history, events):
             out[at] = state
         return out
 
     whole = table()
-    monkeypatch.setattr(states, "BLOCK_EVENTS", 100)
+    monkeypatch.setattr(states, "BLOCK_ROWS", 17)
     np.testing.assert_array_equal(table(), whole)
     assert np.isfinite(whole).all()
 
 
 def test_sums_forget_with_their_half_life():
-    evidence = Evidence(np.array([1.0, -2.0, 0.5]), np.ones(3))
-    kernel = states.RunningSums(np.array([[3.0]]), np.zeros(3, dtype=np.int64), evidence, 1.0)
+    vectors = np.full((1, 1, 1), 3.0, dtype=np.float32)
+    kernels = pack([RunningSums(vectors, np.zeros(1), np.ones(1), "contrast", 1.0)], np.zeros(1))
     history = states.index_history(np.zeros(4, dtype=np.int64), np.arange(4.0), np.arange(4) < 3, 1)
-    ((at, state),) = states.run(kernel, history, np.array([3]))
+    zeros = np.zeros(4, dtype=np.int64)
+    events = states.Events(zeros, zeros, np.array([1.0, -2.0, 0.5, 0.0]))
+    ((at, state),) = states.run(kernels, history, events, np.array([3]))
     assert at.tolist() == [0]
     # ages 2, 1 and 0 at half-life 1: factors 1/4, 1/2 and 1.
     np.testing.assert_allclose(state[0], [3 * (0.25 - 1.0 + 0.5), 1.75, 1 + 1 / 4 + 1 / 16])
@@ -129,4 +165,4 @@ def test_a_user_without_evidence_has_infinite_noise():
 def test_retention_halves_after_a_half_life(half_life):
     expected = 1.0 if np.isinf(half_life) else 0.5
     steps = 1 if np.isinf(half_life) else int(half_life)
-    np.testing.assert_allclose(states.retention(half_life) ** steps, expected)
+    np.testing.assert_allclose(retention(half_life) ** steps, expected)

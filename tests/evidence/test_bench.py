@@ -14,10 +14,9 @@ from recbole_uip.evidence.bench import (
     matmul_ceiling,
     matrices,
     scoring_flops,
-    state_width,
     write_bench,
 )
-from recbole_uip.settings import FacetSettings, MatchSettings, SettingsError
+from recbole_uip.settings import SettingsError
 
 from ..bridge.conftest import Atomic, make_rows
 from ..lm.conftest import make_model, make_tokenizer
@@ -74,19 +73,6 @@ def test_tied_heads_and_embeddings_are_no_layers():
     weights = matrices(make_model(tie_word_embeddings=True))
     assert len(weights.layers) == 2 * 7
     assert weights.head[1] == 32
-
-
-def test_state_widths():
-    match = MatchSettings(half_life=(20.0, 200.0))
-    constant = FacetSettings("mood", "constant", half_life=(5.0, 20.0, 200.0))
-    assert state_width(constant, 1, False) == 3 * 3
-    constant = FacetSettings("mood", "constant", match=match)
-    assert state_width(constant, 1, True) == 3 + 2 * 2
-    taste = FacetSettings("taste", rank=16, match=match)
-    assert state_width(taste, 24, True) == 18 + 2 * 2 * 25
-    assert state_width(taste, 24, False) == 18 + 2 * 26
-    assert state_width(taste, 8, True) == 10 + 2 * 2 * 9
-    assert state_width(FacetSettings("taste", codes=0, match=match), 24, False) == 2 * 26
 
 
 # --- floors -------------------------------------------------------------------------------------
@@ -227,7 +213,7 @@ def test_without_lm(toy, tmp_path, capsys, monkeypatch):
     assert (stage["rows"], stage["facets"], stage["fields"]) == (400, 1, 2)
     assert len(stage["seconds"]) == 2
     # two fields of one direction: S, N and M, written and read
-    assert stage["state_bytes"] == 400 * 2 * 3 * 8 * 2
+    assert stage["state_bytes"] == 400 * 2 * 3 * 4 * 2
     assert not (tmp_path / "cache").exists()
 
 

@@ -1,24 +1,22 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from recbole_uip.em import states
-from recbole_uip.em.filter import TasteFilter, climb, log_evidence
+from recbole_uip.em.kernels import TasteFilter, advance, pack
+from recbole_uip.em.prior import climb, log_evidence
 
 from .conftest import make_world
 
 
 def taste_filter(world, half_life=np.inf, rank=2, prior=None):
-    behaviours = world.behaviours
     prior = np.ones(rank + 1) if prior is None else prior
-    return TasteFilter(
-        world.vectors[:, :rank],
-        world.intercept,
-        prior,
-        behaviours.item,
-        behaviours.liked,
-        half_life,
-    )
+    return TasteFilter(world.vectors[None].astype(np.float32), prior, half_life)
+
+
+def events_of(world):
+    return states.Events.of(world.behaviours, np.zeros(world.behaviours.n_users, dtype=np.int64))
 
 
 def final_states(world, kernel):
@@ -28,8 +26,9 @@ def final_states(world, kernel):
         behaviours.user, None, np.ones(len(behaviours), dtype=bool), behaviours.n_users
     )
     _, first_row = np.unique(behaviours.user, return_index=True)
-    out = np.empty((behaviours.n_users, len(kernel.initial())))
-    for at, state in states.run(kernel, history, first_row):
+    kernels = pack([kernel], expit(world.intercept))
+    out = np.empty((behaviours.n_users, len(kernels.initial)))
+    for at, state in states.run(kernels, history, events_of(world), first_row):
         out[at] = state
     return out
 
@@ -49,7 +48,7 @@ def test_the_filter_is_near_the_map_of_the_model():
     vectors = np.column_stack([np.ones(behaviours.n_items), world.vectors[:, :2]])
     for user in range(5):
         rows = np.flatnonzero(behaviours.user == user)
-        x, a, y = vectors[behaviours.item[rows]], world.intercept[behaviours.item[rows]], None
+        x, a = vectors[behaviours.item[rows]], world.intercept[behaviours.item[rows]]
         y = behaviours.liked[rows]
 
         def loss(trait, x=x, a=a, y=y):
@@ -68,14 +67,18 @@ def test_variance_falls_with_events_and_never_below_zero():
 
 
 def test_with_forgetting_the_prior_is_the_steady_state():
-    world = make_world(n_users=2)
-    kernel = taste_filter(world, half_life=5.0, prior=np.array([0.7, 0.3, 0.2]))
-    state = kernel.initial()[None, :]
-    empty = np.zeros((1, 5))  # an event of an item without vectors teaches nothing
-    empty[:, -1] = 0.5  # and its label is exactly as predicted
-    for _ in range(50):
-        kernel.advance(state, empty)
-    np.testing.assert_allclose(state[0], kernel.initial())
+    kernel = TasteFilter(
+        np.zeros((1, 1, 2), dtype=np.float32), np.array([0.7, 0.3, 0.2]), half_life=5.0
+    )
+    kernels = pack([kernel], np.array([0.5]))
+    state = kernels.initial.copy()
+    state[:3], state[3:] = 2.0, 0.01
+    for _ in range(200):
+        # An item without vectors teaches nothing of taste; half a like, nothing of leniency.
+        advance(state, kernels, 0, 0, 0.5)
+    np.testing.assert_allclose(state[1:3], 0, atol=1e-6)
+    np.testing.assert_allclose(state[4:], kernels.initial[4:], rtol=1e-6)
+    np.testing.assert_allclose(state[0], 0, atol=1e-6)
 
 
 def test_evidence_prefers_the_planted_prior():
@@ -85,10 +88,11 @@ def test_evidence_prefers_the_planted_prior():
         behaviours.user, behaviours.time, behaviours.train, behaviours.n_users
     )
     rows = np.flatnonzero(behaviours.train)
+    rate, events = expit(world.intercept), events_of(world)
 
     def evidence(scales):
         prior = np.array([scales[0], scales[1], scales[1]])
-        return log_evidence(taste_filter(world, prior=prior), history, rows)
+        return log_evidence(taste_filter(world, prior=prior), rate, history, events, rows)
 
     planted = evidence((1.0, 1.5))
     assert planted > evidence((1.0, 0.02))
@@ -108,7 +112,10 @@ def test_evidence_predicts_before_it_learns():
     rows = np.arange(len(behaviours))
     sign = 2 * behaviours.liked - 1
     expected = -np.logaddexp(0, -sign * world.intercept[behaviours.item]).mean()
-    np.testing.assert_allclose(log_evidence(taste_filter(world), history, rows), expected)
+    found = log_evidence(
+        taste_filter(world), expit(world.intercept), history, events_of(world), rows
+    )
+    np.testing.assert_allclose(found, expected)
 
 
 @pytest.mark.parametrize("start", [(1.0, 1.0), (32.0, 1 / 32)])

@@ -1,0 +1,160 @@
+"""Fitted facets as one state a user: what an event adds to it, and the tokens it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from recbole_uip.em import kernels as em_kernels
+from recbole_uip.em.facet import FieldRecipe
+from recbole_uip.em.kernels import CODE, VALUE, Fields, encode, encode_matches
+from recbole_uip.em.states import Events, History, run
+
+__all__ = ["Encoder", "FieldInfo"]
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """One token field.
+
+    Attributes
+    ----------
+    name : str
+        Field name, such as ``uip_interests`` or ``uip_taste_match_20``.
+    facet : str
+        The facet it belongs to.
+    kind : {"code", "bin", "match"}
+        A code of the user, a bin of the user, or a bin of the user and an item.
+    size : int
+        Number of tokens, [PAD] (0) not counted.
+    """
+
+    name: str
+    facet: str
+    kind: str
+    size: int
+
+
+class Encoder:
+    """All kernels and fields of fitted facets, packed for compiled code.
+
+    Parameters
+    ----------
+    recipes : dict of str to sequence of FieldRecipe
+        Fields of each facet, by its name.
+    rate : ndarray of float64, shape (n_items,)
+        Smoothed like rates; zeros without labels.
+
+    Attributes
+    ----------
+    fields : tuple of FieldInfo
+        All fields, facet by facet.
+    kernels : Kernels
+    profile_fields, match_fields : Fields
+        Fields of the user alone, and of the user and an item.
+    profile_columns, match_columns : list of int
+        Where each column of either stands among ``fields``.
+    """
+
+    def __init__(self, recipes: dict[str, Sequence[FieldRecipe]], rate: np.ndarray) -> None:
+        every = [(facet, recipe) for facet, each in recipes.items() for recipe in each]
+        self.fields = tuple(
+            FieldInfo(name, facet, recipe.kind, recipe.tokens)
+            for facet, recipe in every
+            for name in recipe.names
+        )
+        self.kernels = em_kernels.pack([recipe.kernel for _, recipe in every], rate)
+        numbered = [(k, recipe) for k, (_, recipe) in enumerate(every)]
+        self.profile_fields = _pack([pair for pair in numbered if pair[1].kind != "match"])
+        self.match_fields = _pack([pair for pair in numbered if pair[1].kind == "match"])
+
+    @property
+    def profile_columns(self) -> list[int]:
+        return [c for c, field in enumerate(self.fields) if field.kind != "match"]
+
+    @property
+    def match_columns(self) -> list[int]:
+        return [c for c, field in enumerate(self.fields) if field.kind == "match"]
+
+    def transform(
+        self, history: History, events: Events, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Tokens of all fields, each row's from what the row may see.
+
+        Parameters
+        ----------
+        history : History
+        events : Events
+        rows : ndarray of int64, shape (n,), optional
+            All rows by default.
+
+        Returns
+        -------
+        ndarray of int32, shape (n, n_fields)
+        """
+        rows = np.arange(len(history.timeline)) if rows is None else rows
+        tokens = np.empty((len(rows), len(self.fields)), dtype=np.int32)
+        for at, states in run(self.kernels, history, events, rows):
+            block = rows[at]
+            seen = history.seen[block]
+            tokens[np.ix_(at, self.profile_columns)] = self.profiles(states, seen)
+            tokens[np.ix_(at, self.match_columns)] = self.matches(
+                states, seen, events.item[block], events.fold[block]
+            )
+        return tokens
+
+    def match(
+        self, history: History, events: Events, rows: np.ndarray, items: np.ndarray
+    ) -> np.ndarray:
+        """Match tokens of the profiles that ``rows`` may see with other ``items``.
+
+        Parameters
+        ----------
+        history : History
+        events : Events
+        rows, items : ndarray of int64, shape (n,)
+
+        Returns
+        -------
+        ndarray of int32, shape (n, n_match_fields)
+        """
+        tokens = np.empty((len(rows), len(self.match_columns)), dtype=np.int32)
+        for at, states in run(self.kernels, history, events, rows):
+            block = rows[at]
+            tokens[at] = self.matches(states, history.seen[block], items[at], events.fold[block])
+        return tokens
+
+    def profiles(self, states: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Tokens of the users' own fields, shape (n, n_profile_fields)."""
+        out = np.empty((len(states), len(self.profile_columns)), dtype=np.int32)
+        encode(states, seen, self.kernels, self.profile_fields, out)
+        return out
+
+    def matches(
+        self, states: np.ndarray, seen: np.ndarray, items: np.ndarray, folds: np.ndarray
+    ) -> np.ndarray:
+        """Tokens of the match fields of each state with one item, shape (n, n_match_fields)."""
+        out = np.empty((len(states), len(self.match_columns)), dtype=np.int32)
+        if out.size:
+            encode_matches(states, seen, self.kernels, self.match_fields, items, folds, out)
+        return out
+
+
+def _pack(recipes: Sequence[tuple[int, FieldRecipe]]) -> Fields:
+    """Fields of (kernel number, recipe) pairs."""
+
+    def integers(values) -> np.ndarray:
+        return np.array(list(values), dtype=np.int64)
+
+    numbers = [recipe.numbers for _, recipe in recipes]
+    return Fields(
+        kernel=integers(k for k, _ in recipes),
+        kind=integers(CODE if recipe.kind == "code" else VALUE for _, recipe in recipes),
+        column=np.cumsum([0, *(len(recipe.names) for _, recipe in recipes)], dtype=np.int64),
+        size=integers(recipe.size for _, recipe in recipes),
+        first=np.cumsum([0, *(len(part) for part in numbers)], dtype=np.int64)[:-1],
+        numbers=np.concatenate([*numbers, np.empty(0)]),
+        unknown=integers(token for _, recipe in recipes for token in recipe.unknown),
+    )

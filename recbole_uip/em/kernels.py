@@ -1,0 +1,563 @@
+r"""States, and the compiled arithmetic on them: what an event adds, and what a state says.
+
+A *state* is a row of numbers that the events of one user enter one by one, in the order of time.
+A kernel is a stretch of it. There are two.
+
+:class:`RunningSums` holds, for the events e of one user,
+
+.. math:: S = \sum_e a^{k_e} w_e g_{i(e)}, \quad N = \sum_e a^{k_e} n_e, \quad
+          M = \sum_e a^{2 k_e} n_e^2,
+
+with w and n from :mod:`recbole_uip.em.weights`, k_e the number of the user's events since e,
+and a = 2^(-1/h) for a half-life of h events. The user's measured offset is y = S / N and its
+noise variance M / N^2, in units where one event has unit noise.
+
+:class:`TasteFilter` holds the posterior mean and variance of the random-slope model
+
+.. math:: \mathrm{logit}\, p(\mathrm{like} \mid u, i) = a_i + b_u + \delta_u^\top g_i, \quad
+          b_u \sim N(0, \lambda_0), \; \delta_u \sim N(0, \mathrm{diag}\,\lambda),
+
+a_i the logit of the item's like rate, b_u the user's leniency and :math:`\delta_u` the user's
+taste. Running sums of contrast weights are the score of this model at :math:`b = \delta = 0`;
+here every event is weighed against what is already known of the user, so that one trait is not
+counted twice. The posterior is Gaussian with diagonal covariance (assumed-density filtering,
+one Newton step an event). Between events the profile drifts back to its prior, m <- a m and
+P <- a^2 P + (1 - a^2) lambda: the steady state is the prior, so a user who is long away is a
+new user.
+
+Either takes O(rank) numbers a user and O(rank) work an event, and no LM. Batches and single
+users go through the same functions, row by row and in one order of operations, so they give the
+same bits. States are kept in single precision; sums are taken in double.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import scipy.special
+
+from recbole_uip.settings import WEIGHTS
+
+__all__ = [
+    "Fields",
+    "Kernels",
+    "RunningSums",
+    "TasteFilter",
+    "advance",
+    "encode",
+    "encode_matches",
+    "nearest_codes",
+    "pack",
+    "profile_values",
+    "retention",
+    "score_candidates",
+]
+
+SUMS, FILTER = 0, 1
+CODE, VALUE = 0, 1
+POSITIVE, NEGATIVE, ALL = (WEIGHTS.index(name) for name in ("positive", "negative", "all"))
+
+_NO_VECTORS = np.empty(0, dtype=np.float32)
+
+_compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+def retention(half_life: float) -> float:
+    """Factor a = 2^(-1/h) that a state keeps at each event, for a half-life of h events."""
+    return 2.0 ** (-1.0 / half_life)
+
+
+@dataclass(frozen=True)
+class RunningSums:
+    """Kernel of the sums (S, N, M), of width rank + 2.
+
+    Attributes
+    ----------
+    vectors : ndarray of float32, shape (n_folds, n_items, at least rank)
+        Item vectors g, one set for each fold of users, or one for all.
+    mean, variance : ndarray of float64, shape (rank,)
+        Prior of the offset, in units of one event's noise.
+    weight : str
+        Evidence weight of an event.
+    half_life : float
+        In events of the user.
+    """
+
+    vectors: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    weight: str
+    half_life: float
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return len(self.mean)
+
+    @property
+    def initial(self) -> np.ndarray:
+        """State of a user without events: zeros."""
+        return np.zeros(self.rank + 2)
+
+    @property
+    def prior(self) -> np.ndarray:
+        """Mean, then variance."""
+        return np.concatenate([self.mean, self.variance])
+
+
+@dataclass(frozen=True)
+class TasteFilter:
+    """Kernel of the filter: (m, P), of width 2 (rank + 1), leniency first.
+
+    Attributes
+    ----------
+    vectors : ndarray of float32, shape (n_folds, n_items, at least rank)
+        Item vectors g, scaled so that one event has unit noise.
+    variance : ndarray of float64, shape (rank + 1,)
+        Prior variances (lambda_0, lambda).
+    half_life : float
+        In events of the user.
+    """
+
+    vectors: np.ndarray
+    variance: np.ndarray
+    half_life: float
+    weight: str = "contrast"
+
+    @property
+    def rank(self) -> int:
+        """Number of directions beside leniency."""
+        return len(self.variance) - 1
+
+    @property
+    def initial(self) -> np.ndarray:
+        """State of a user without events: the prior's mean and variance."""
+        return np.concatenate([np.zeros_like(self.variance), self.variance])
+
+    @property
+    def prior(self) -> np.ndarray:
+        """Prior variances."""
+        return self.variance
+
+
+class Kernels(NamedTuple):
+    """Kernels side by side in one state, as arrays that compiled code reads.
+
+    Attributes
+    ----------
+    kind, weight, rank : ndarray of int64, shape (n_kernels,)
+    keep : ndarray of float64, shape (n_kernels,)
+        Retention a.
+    start : ndarray of int64, shape (n_kernels + 1,)
+        Where each kernel's stretch of the state begins.
+    folded : ndarray of int64, shape (n_kernels,)
+        1 where item vectors differ by the user's fold, else 0.
+    table, stride, prior : ndarray of int64, shape (n_kernels,)
+        Where its item vectors begin in ``vectors`` and how far apart they are, and where its
+        prior begins in ``priors``.
+    vectors : ndarray of float32, shape (n_numbers,)
+        Item vectors by kernel, fold and item.
+    priors : ndarray of float64, shape (n_numbers,)
+    rate, intercept : ndarray of float64, shape (n_items,)
+        Smoothed like rates of items, and their logits a_i.
+    initial : ndarray of float32, shape (width,)
+        State of a user without events.
+    """
+
+    kind: np.ndarray
+    weight: np.ndarray
+    rank: np.ndarray
+    keep: np.ndarray
+    start: np.ndarray
+    folded: np.ndarray
+    table: np.ndarray
+    stride: np.ndarray
+    prior: np.ndarray
+    vectors: np.ndarray
+    priors: np.ndarray
+    rate: np.ndarray
+    intercept: np.ndarray
+    initial: np.ndarray
+
+
+class Fields(NamedTuple):
+    """Token fields of a state, as arrays that compiled code reads.
+
+    Attributes
+    ----------
+    kernel, kind : ndarray of int64, shape (n_fields,)
+        The kernel that a field reads, and whether it is a ``CODE`` or the bin of a ``VALUE``.
+    column : ndarray of int64, shape (n_fields + 1,)
+        First column of each field; a code has one for each level.
+    size : ndarray of int64, shape (n_fields,)
+        Codes of each level, or number of inner bin edges.
+    first : ndarray of int64, shape (n_fields,)
+        Where its numbers begin: bin edges, or log weights, codewords and variance of each level.
+    numbers : ndarray of float64, shape (n_numbers,)
+    unknown : ndarray of int64, shape (n_columns,)
+        Token of a user without evidence; -1 has the bin of the prior.
+    """
+
+    kernel: np.ndarray
+    kind: np.ndarray
+    column: np.ndarray
+    size: np.ndarray
+    first: np.ndarray
+    numbers: np.ndarray
+    unknown: np.ndarray
+
+
+def pack(kernels: Sequence[RunningSums | TasteFilter], rate: np.ndarray) -> Kernels:
+    """Lay kernels out side by side.
+
+    Parameters
+    ----------
+    kernels : sequence of RunningSums or TasteFilter
+        Kernels that share an array of vectors share its place in memory.
+    rate : ndarray of float64, shape (n_items,)
+        Smoothed like rates; zeros where there are no labels.
+    """
+    tables, places, size = [], {}, 0
+    for kernel in kernels:
+        if id(kernel.vectors) not in places:
+            places[id(kernel.vectors)] = size
+            tables.append(np.asarray(kernel.vectors, dtype=np.float32).reshape(-1))
+            size += kernel.vectors.size
+    priors = [kernel.prior for kernel in kernels]
+    initial = [kernel.initial for kernel in kernels]
+    rate = np.asarray(rate, dtype=np.float64)
+    return Kernels(
+        kind=_integers(FILTER if isinstance(kernel, TasteFilter) else SUMS for kernel in kernels),
+        weight=_integers(WEIGHTS.index(kernel.weight) for kernel in kernels),
+        rank=_integers(kernel.rank for kernel in kernels),
+        keep=np.array([retention(kernel.half_life) for kernel in kernels]),
+        start=_starts(initial),
+        folded=_integers(kernel.vectors.shape[0] > 1 for kernel in kernels),
+        table=_integers(places[id(kernel.vectors)] for kernel in kernels),
+        stride=_integers(kernel.vectors.shape[2] for kernel in kernels),
+        prior=_starts(priors)[:-1],
+        vectors=tables[0] if len(tables) == 1 else np.concatenate([*tables, _NO_VECTORS]),
+        priors=np.concatenate([*priors, np.empty(0)]),
+        rate=rate,
+        intercept=scipy.special.logit(np.clip(rate, 1e-12, 1.0 - 1e-12)),
+        initial=np.concatenate([*initial, np.empty(0)]).astype(np.float32),
+    )
+
+
+def _integers(values) -> np.ndarray:
+    return np.array(list(values), dtype=np.int64)
+
+
+def _starts(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
+
+
+@_compiled
+def advance(state, kernels, item, fold, liked):
+    """Let one event enter ``state``, shape (width,), in place.
+
+    Parameters
+    ----------
+    state : ndarray of float32
+    kernels : Kernels
+    item, fold : int
+        The event's item, and its user's fold.
+    liked : float
+        1 or 0; 1 for implicit feedback.
+    """
+    for k in range(len(kernels.kind)):
+        row = _vector(kernels, k, item, fold)
+        if kernels.kind[k] == SUMS:
+            _add(state, kernels, k, row, item, liked)
+        else:
+            _newton_step(state, kernels, k, row, item, liked)
+
+
+@_compiled
+def _vector(kernels, k, item, fold):
+    """Where the item's vector begins."""
+    n_items = len(kernels.rate)
+    return kernels.table[k] + (kernels.folded[k] * fold * n_items + item) * kernels.stride[k]
+
+
+@_compiled
+def _add(state, kernels, k, row, item, liked):
+    """(S, N, M) <- (a S, a N, a^2 M) + (w g, n, n^2)."""
+    rank, at, keep = kernels.rank[k], kernels.start[k], kernels.keep[k]
+    kind = kernels.weight[k]
+    count = 1.0
+    if kind == POSITIVE:
+        count = liked
+    elif kind == NEGATIVE:
+        count = 1.0 - liked
+    weight = count if kind in (POSITIVE, NEGATIVE, ALL) else liked - kernels.rate[item]
+    for d in range(rank):
+        state[at + d] = keep * state[at + d] + weight * kernels.vectors[row + d]
+    state[at + rank] = keep * state[at + rank] + count
+    state[at + rank + 1] = keep * keep * state[at + rank + 1] + count * count
+
+
+@_compiled
+def _newton_step(state, kernels, k, row, item, liked):
+    """Drift, then one Newton step towards the event's label."""
+    rank, mean, keep = kernels.rank[k], kernels.start[k], kernels.keep[k]
+    prior, spent = kernels.prior[k], 1.0 - keep * keep
+    variance = mean + rank + 1
+    # Leniency is the trait of vector 1.
+    logit = kernels.intercept[item] + keep * state[mean]
+    spread = keep * keep * state[variance] + spent * kernels.priors[prior]
+    for d in range(rank):
+        g = np.float64(kernels.vectors[row + d])
+        drifted = keep * keep * state[variance + 1 + d] + spent * kernels.priors[prior + 1 + d]
+        logit += keep * state[mean + 1 + d] * g
+        spread += drifted * g * g
+    probability = 1.0 / (1.0 + np.exp(-logit))
+    curvature = probability * (1.0 - probability)
+    step = (liked - probability) / (1.0 + curvature * spread)
+    for d in range(rank + 1):
+        g = np.float64(kernels.vectors[row + d - 1]) if d > 0 else 1.0
+        drifted = keep * keep * state[variance + d] + spent * kernels.priors[prior + d]
+        state[mean + d] = keep * state[mean + d] + drifted * g * step
+        state[variance + d] = drifted / (1.0 + curvature * drifted * g * g)
+
+
+@_compiled
+def _dot(left, right, at, n):
+    """Sum of left[d] * right[at + d]; four partial sums, for the processor to take at once."""
+    a = b = c = e = 0.0
+    for d in range(0, n - 3, 4):
+        a += left[d] * right[at + d]
+        b += left[d + 1] * right[at + d + 1]
+        c += left[d + 2] * right[at + d + 2]
+        e += left[d + 3] * right[at + d + 3]
+    for d in range(n - n % 4, n):
+        a += left[d] * right[at + d]
+    return (a + b) + (c + e)
+
+
+@_compiled
+def _is_known(state, seen, kernels, k):
+    """Whether the user has any evidence for kernel ``k``."""
+    if kernels.kind[k] == SUMS:
+        return state[kernels.start[k] + kernels.rank[k]] > 0
+    return seen > 0
+
+
+@_compiled
+def _posterior(state, kernels, k, profile):
+    """Write the posterior mean deviation from the average user; return the constant beside it.
+
+    For running sums lambda / (lambda + noise) (y - mean) and 0; for the filter m and b_u.
+    """
+    rank, at = kernels.rank[k], kernels.start[k]
+    if kernels.kind[k] == FILTER:
+        for d in range(rank):
+            profile[d] = state[at + 1 + d]
+        return np.float64(state[at])
+    count = np.float64(state[at + rank])
+    prior = kernels.prior[k]
+    noise = state[at + rank + 1] / (count * count) if count > 0 else np.inf
+    for d in range(rank):
+        variance = kernels.priors[prior + rank + d]
+        offset = state[at + d] / count if count > 0 else 0.0
+        profile[d] = variance / (variance + noise) * (offset - kernels.priors[prior + d])
+    return 0.0
+
+
+@_compiled
+def _lift(profile, constant, kernels, k, item, fold):
+    """What a profile says of an item: g' m, and for the filter the logit a_i + b_u + g' m."""
+    row = _vector(kernels, k, item, fold)
+    value = constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
+    return value + kernels.intercept[item] if kernels.kind[k] == FILTER else value
+
+
+@_compiled
+def profile_values(states, kernels, k, items, folds):
+    """What each state says of an item by kernel ``k``: its lift, or predicted logit.
+
+    Parameters
+    ----------
+    states : ndarray of float32, shape (n, width)
+    kernels : Kernels
+    k : int
+    items, folds : ndarray of int64, shape (n,)
+
+    Returns
+    -------
+    ndarray of float64, shape (n,)
+    """
+    values = np.empty(len(states))
+    profile = np.empty(kernels.rank[k])
+    for row in range(len(states)):
+        constant = _posterior(states[row], kernels, k, profile)
+        values[row] = _lift(profile, constant, kernels, k, items[row], folds[row])
+    return values
+
+
+@_compiled
+def _bin(value, fields, f):
+    """1 + the number of edges that are not above ``value``."""
+    first, token = fields.first[f], 1
+    for edge in range(fields.size[f]):
+        # Counting all edges is faster than bisection: nothing to mispredict.
+        token += fields.numbers[first + edge] <= value
+    return token
+
+
+@_compiled
+def _nearest(residual, precision, numbers, first, n_codes):
+    """Code of largest responsibility: argmax_k of log pi_k - sum_d precision (y - e_k)^2 / 2."""
+    rank = len(residual)
+    best, chosen = -np.inf, 0
+    for code in range(n_codes):
+        at = first + n_codes + code * rank
+        a = b = 0.0
+        for d in range(0, rank - 1, 2):
+            left, right = residual[d] - numbers[at + d], residual[d + 1] - numbers[at + d + 1]
+            a += left * left * precision[d]
+            b += right * right * precision[d + 1]
+        if rank % 2:
+            left = residual[rank - 1] - numbers[at + rank - 1]
+            a += left * left * precision[rank - 1]
+        value = numbers[first + code] - 0.5 * (a + b)
+        if value > best:
+            best, chosen = value, code
+    return chosen
+
+
+@_compiled
+def _quantise(residual, noise, numbers, first, n_codes, precision, out):
+    """Codes of all levels, from 0; ``residual`` becomes what the last level leaves."""
+    rank = len(residual)
+    for level in range(len(out)):
+        variance = first + n_codes * (rank + 1)
+        for d in range(rank):
+            precision[d] = 1.0 / (numbers[variance + d] + noise)
+        code = _nearest(residual, precision, numbers, first, n_codes)
+        out[level] = code
+        for d in range(rank):
+            residual[d] -= numbers[first + n_codes + code * rank + d]
+        first = variance + rank
+
+
+@_compiled
+def nearest_codes(offsets, noise, numbers, n_codes, levels):
+    """Codes of measured offsets.
+
+    Parameters
+    ----------
+    offsets : ndarray of float64, shape (n, rank)
+    noise : ndarray of float64, shape (n,)
+    numbers : ndarray of float64
+        Log weights (K,), codewords (K, rank) and variance (rank,) of each level, flat.
+    n_codes, levels : int
+
+    Returns
+    -------
+    ndarray of int64, shape (n, levels)
+        From 0.
+    """
+    codes = np.empty((len(offsets), levels), dtype=np.int64)
+    precision = np.empty(offsets.shape[1])
+    for row in range(len(offsets)):
+        _quantise(offsets[row].copy(), noise[row], numbers, 0, n_codes, precision, codes[row])
+    return codes
+
+
+@_compiled
+def encode(states, seen, kernels, fields, out):
+    """Tokens of fields that belong to the user: codes, and bins of one-dimensional traits.
+
+    Parameters
+    ----------
+    states : ndarray of float32, shape (n, width)
+    seen : ndarray of int64, shape (n,)
+        Number of events behind each state.
+    kernels : Kernels
+    fields : Fields
+    out : ndarray of int32, shape (n, n_columns)
+        Is written: 0 for [PAD], else from 1.
+    """
+    width = 1
+    for rank in kernels.rank:
+        width = max(width, rank)
+    scratch, precision = np.empty(width), np.empty(width)
+    for row in range(len(states)):
+        state = states[row]
+        for f in range(len(fields.kernel)):
+            k, column = fields.kernel[f], fields.column[f]
+            rank, at = kernels.rank[k], kernels.start[k]
+            known = _is_known(state, seen[row], kernels, k)
+            nothing_fitted = fields.kind[f] == CODE and fields.size[f] == 0
+            if nothing_fitted or (not known and fields.unknown[column] >= 0):
+                for c in range(column, fields.column[f + 1]):
+                    out[row, c] = fields.unknown[c]
+            elif fields.kind[f] == VALUE:
+                # A trait is the lift of any item, for all have the same vector.
+                constant = _posterior(state, kernels, k, scratch)
+                out[row, column] = _bin(_lift(scratch, constant, kernels, k, 0, 0), fields, f)
+            else:
+                count = np.float64(state[at + rank])
+                for d in range(rank):
+                    scratch[d] = state[at + d] / count
+                codes = out[row, column : fields.column[f + 1]]
+                _quantise(
+                    scratch[:rank],
+                    state[at + rank + 1] / (count * count),
+                    fields.numbers,
+                    fields.first[f],
+                    fields.size[f],
+                    precision[:rank],
+                    codes,
+                )
+                for c in range(len(codes)):
+                    codes[c] += 1
+
+
+@_compiled
+def _match(state, seen, kernels, fields, f, items, folds, profile, out):
+    k = fields.kernel[f]
+    if fields.unknown[f] >= 0 and not _is_known(state, seen, kernels, k):
+        out[:, f] = fields.unknown[f]
+        return
+    constant = _posterior(state, kernels, k, profile)
+    for row in range(len(items)):
+        value = _lift(profile, constant, kernels, k, items[row], folds[row])
+        out[row, f] = _bin(value, fields, f)
+
+
+@_compiled
+def encode_matches(states, seen, kernels, fields, items, folds, out):
+    """Match tokens of each state with one item.
+
+    Parameters
+    ----------
+    states : ndarray of float32, shape (n, width)
+    seen, items, folds : ndarray of int64, shape (n,)
+    kernels : Kernels
+    fields : Fields
+        Each with one column.
+    out : ndarray of int32, shape (n, n_fields)
+        Is written.
+    """
+    profile = np.empty(max(1, kernels.rank.max()))
+    for row in range(len(states)):
+        one = slice(row, row + 1)
+        for f in range(len(fields.kernel)):
+            _match(
+                states[row], seen[row], kernels, fields, f, items[one], folds[one], profile,
+                out[one],
+            )  # fmt: skip
+
+
+@_compiled
+def score_candidates(state, seen, kernels, fields, items, folds, out):
+    """Match tokens of one state, shape (width,), with many items; see :func:`encode_matches`."""
+    profile = np.empty(max(1, kernels.rank.max()))
+    for f in range(len(fields.kernel)):
+        _match(state, seen, kernels, fields, f, items, folds, profile, out)

@@ -1,0 +1,70 @@
+"""Empirical Bayes: prior variances of the taste filter, by how well it predicts labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from recbole_uip.em.kernels import TasteFilter, pack, profile_values
+from recbole_uip.em.states import Events, History, run
+
+__all__ = ["climb", "log_evidence"]
+
+
+def log_evidence(
+    kernel: TasteFilter, rate: np.ndarray, history: History, events: Events, rows: np.ndarray
+) -> float:
+    """Mean log p(label | the user's strictly earlier events) over ``rows``, in nats.
+
+    This prequential likelihood is honest on the training rows, for every label is predicted
+    before it is used.
+
+    Parameters
+    ----------
+    kernel : TasteFilter
+    rate : ndarray of float64, shape (n_items,)
+        Smoothed like rates.
+    history : History
+    events : Events
+    rows : ndarray of int64, shape (n,)
+    """
+    total, kernels = 0.0, pack([kernel], rate)
+    for at, states in run(kernels, history, events, rows):
+        block = rows[at]
+        logits = profile_values(states, kernels, 0, events.item[block], events.fold[block])
+        total -= np.logaddexp(0.0, (1.0 - 2.0 * events.liked[block]) * logits).sum()
+    return total / len(rows)
+
+
+def climb(
+    objective: Callable[[tuple[float, ...]], float],
+    start: tuple[float, ...],
+    factor: float = 2.0,
+    limit: float = 64.0,
+) -> tuple[float, ...]:
+    """Maximise over positive scales by steps of ``factor`` in one coordinate at a time.
+
+    Empirical Bayes needs the order of magnitude of a prior variance, not its digits.
+
+    Parameters
+    ----------
+    objective : callable
+    start : tuple of float
+    factor : float
+    limit : float
+        No scale leaves [start / limit, start * limit].
+    """
+    best, value = tuple(start), objective(tuple(start))
+    improved = True
+    while improved:
+        improved = False
+        for axis, step in [(a, s) for a in range(len(best)) for s in (factor, 1.0 / factor)]:
+            while True:
+                scales = (*best[:axis], best[axis] * step, *best[axis + 1 :])
+                inside = start[axis] / limit <= scales[axis] <= start[axis] * limit
+                candidate = objective(scales) if inside else -np.inf
+                if candidate <= value + 1e-6:
+                    break
+                best, value, improved = scales, candidate, True
+    return best

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import joblib
 import numpy as np
@@ -22,7 +23,10 @@ from recbole_uip.em.encoder import Encoder
 from recbole_uip.em.facet import Facet, Observations
 from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
 
-__all__ = ["ProfileField", "Profiles", "infer"]
+if TYPE_CHECKING:
+    from recbole_uip.lm import Scores
+
+__all__ = ["LanguageScores", "ProfileField", "Profiles", "infer", "raw_scores"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,24 @@ class ProfileField:
     size: int
 
 
+@dataclass(frozen=True)
+class LanguageScores:
+    """What the LM's scores were whitened by, for items that come later.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Of the LM.
+    theta0 : ndarray of float32, shape (n_facets, d)
+        Soft tokens at which the scores were taken.
+    whitening : Whitening
+    """
+
+    fingerprint: str
+    theta0: np.ndarray
+    whitening: basis.Whitening
+
+
 @dataclass
 class Profiles:
     """The profile stage's result.
@@ -76,6 +98,8 @@ class Profiles:
         What each row may see.
     events : Events
         The rows as events.
+    language : LanguageScores or None
+        Where a facet's item vectors come from the LM.
     """
 
     fields: tuple[ProfileField, ...]
@@ -86,6 +110,7 @@ class Profiles:
     encoder: Encoder | None = None
     history: states.History | None = None
     events: states.Events | None = None
+    language: LanguageScores | None = None
 
     def match(self, rows: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
         """Match fields of the users and times of ``rows``, with other ``items``.
@@ -155,7 +180,7 @@ def infer(
     for facet in _in_parallel(fit, settings.facets):
         result.facets[facet.settings.name] = facet
         result.report[facet.settings.name] = facet.report()
-    result.encoder = Encoder(
+    result.encoder = Encoder.of(
         {name: facet.fields() for name, facet in result.facets.items()},
         np.zeros(behaviours.n_items) if rate is None else rate,
     )
@@ -235,7 +260,7 @@ def _item_vectors(
             vectors = collaborative.logistic_factors(
                 user, item, behaviours.liked[chosen], n_users, rate, vectors
             )
-        by_fold.append(basis.whiten(vectors, np.bincount(item, minlength=n_items)))
+        by_fold.append(basis.whiten(vectors, np.bincount(item, minlength=n_items)).vectors)
     return by_fold
 
 
@@ -265,8 +290,7 @@ def _score_texts(
         [item_texts[row] for row in rows], facets, endings, settings.lm, settings.cache
     )
     result.cost |= {"lm_tokens": scored.lm_tokens, "lm_seconds": scored.seconds}
-    parts = [scored.text] if scored.feedback is None else [scored.text, scored.feedback]
-    vectors = np.concatenate([part.reshape(len(rows), -1) for part in parts], axis=1)
+    vectors = raw_scores(scored)
     train_items = behaviours.item[behaviours.train]
     counts = np.bincount(train_items, minlength=behaviours.n_items)[rows]
     if not counts.any():
@@ -274,7 +298,14 @@ def _score_texts(
             "no item of the training rows has a text, so source: lm facets cannot be inferred: "
             "check uip_item_text and the .item file"
         )
-    whitened = basis.whiten(vectors, counts, keep=LM_DIRECTIONS)
-    spread = np.zeros((len(item_texts), whitened.shape[1]))
-    spread[rows] = whitened
+    whitening = basis.whiten(vectors, counts, keep=LM_DIRECTIONS)
+    result.language = LanguageScores(scored.fingerprint, scored.theta0, whitening)
+    spread = np.zeros((len(item_texts), whitening.vectors.shape[1]))
+    spread[rows] = whitening.vectors
     return spread
+
+
+def raw_scores(scored: Scores) -> np.ndarray:
+    """Scores as one vector a text: text scores, then feedback scores, facet by facet."""
+    parts = [scored.text] if scored.feedback is None else [scored.text, scored.feedback]
+    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)

@@ -234,6 +234,30 @@ class UIPSettings:
         settings._check()
         return settings
 
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that shape profiles, as plain values that :meth:`from_dict` parses back.
+
+        Where things lie and which arms are compared (``uip_cache``, ``uip_output``,
+        ``uip_arms``, ``uip_user_id``) is not in it.
+        """
+        return {
+            "uip_facets": {facet.name: _plain_facet(facet) for facet in self.facets},
+            "uip_item_text": self.item_text,
+            "uip_endings": self.endings
+            and dict(zip(("liked", "disliked"), self.endings, strict=True)),
+            "uip_lm": self.lm.name,
+            "uip_lm_adapter": self.lm.adapter,
+            "uip_lm_dtype": self.lm.dtype,
+            "uip_lm_batch_tokens": self.lm.batch_tokens,
+            "uip_codebook": dataclasses.asdict(self.codebook),
+            "uip_time": self.time,
+            "uip_history": self.history,
+            "uip_refresh": self.refresh,
+            "uip_empty": self.empty,
+            "uip_folds": self.folds,
+            "seed": self.seed,
+        }
+
     def _check(self) -> None:
         lm_facets = [facet.name for facet in self.facets if facet.source == "lm"]
         if lm_facets and self.item_text is None:
@@ -419,6 +443,20 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
             raise SettingsError(f"{key} has codes: 0 and no match, so it gives no field")
         facets.append(facet)
     return tuple(facets)
+
+
+def _plain_facet(facet: FacetSettings) -> dict[str, Any]:
+    plain = dataclasses.asdict(facet)
+    del plain["name"]
+    if facet.source != "lm":
+        del plain["prompt"]
+    for section in (plain, plain["match"] or {}):
+        if "half_life" in section:
+            # JSON has no infinity.
+            section["half_life"] = [
+                "inf" if math.isinf(value) else value for value in section["half_life"]
+            ]
+    return plain
 
 
 def _parse_arms(

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -103,3 +104,22 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("RECBOLE_UIP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert parse().cache == tmp_path / "xdg" / "recbole_uip"
+
+
+def test_settings_survive_a_round_trip_through_json():
+    settings = UIPSettings.from_dict(
+        {
+            "uip_facets": {
+                "interests": {"prompt": "tastes in films", "weight": "positive", "levels": 2},
+                "leniency": {"source": "constant", "half_life": [5, "inf"], "match": {}},
+                "company": {"source": "collaborative", "match": {"half_life": [20, "inf"]}},
+            },
+            "uip_item_text": "{title}",
+            "uip_endings": {"liked": " and loved it", "disliked": " and hated it"},
+            "uip_refresh": "1h",
+            "uip_empty": "prior",
+            "uip_codebook": {"tol": 0.01},
+            "seed": 7,
+        }
+    )
+    assert UIPSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings

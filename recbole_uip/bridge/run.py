@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from recbole.evaluator.metrics import AUC, LogLoss
 from recbole.utils import init_seed
 
+from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.metrics import gauc
@@ -52,7 +53,8 @@ def run_recbole_uip(
 
     All arms share rows, split, seed, budget and regularisation; ``uip_arms`` says which fields
     each is given. Artefacts go to ``uip_output`` (by default ``<checkpoint_dir>/uip-<dataset>``):
-    ``results.json``, ``profiles.parquet`` and the best checkpoint of each arm.
+    ``results.json``, ``profiles.parquet``, the feature ``bank`` and the best checkpoint of each
+    arm.
 
     Parameters
     ----------
@@ -125,6 +127,10 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     inferred = time.perf_counter()
     path = output / "profiles.parquet"
     field_bytes = write_profiles(path, dataset)
+    artefacts = {"results": str(output / "results.json"), "profiles": str(path)}
+    if dataset.profiles.fields:
+        artefacts["bank"] = str(output / "bank")
+        _write_bank(output / "bank", dataset)
     results: dict[str, Any] = {
         "dataset": config["dataset"],
         "seed": config["seed"],
@@ -138,7 +144,7 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         },
         "protocol": _protocol(config, dataset),
         "profiles": plain(dataset.profiles.report),
-        "artefacts": {"results": str(output / "results.json"), "profiles": str(path)},
+        "artefacts": artefacts,
         "versions": _versions(),
         "command": command or f"run_recbole_uip(dataset={config['dataset']!r})",
     }
@@ -248,6 +254,17 @@ def write_profiles(path: Path, dataset: UIPDataset) -> int:
     with atomic_write(path) as file:
         pq.write_table(pa.table(columns), file)
     return size
+
+
+def _write_bank(folder: Path, dataset: UIPDataset) -> None:
+    users, items = (
+        [str(token) for token in dataset.field2id_token[field]]
+        for field in (dataset.uid_field, dataset.iid_field)
+    )
+    bank = bank_of_profiles(
+        folder, dataset.profiles, dataset.behaviours, users, items, dataset.settings
+    )
+    bank.close()
 
 
 def peak_memory() -> int:

@@ -9,6 +9,7 @@ basis, their eigenvalues the prior variances.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import scipy.sparse
 
 from recbole_uip.em.weights import Evidence
 
-__all__ = ["Basis", "fit", "half_means", "merge", "supported_directions", "whiten"]
+__all__ = ["Basis", "Whitening", "fit", "half_means", "merge", "supported_directions", "whiten"]
 
 SMALLEST_VARIANCE = 1e-6
 # Numbers of leading item directions that are tried.
@@ -36,11 +37,14 @@ class Basis:
         Mean offset over users.
     variance : ndarray of float64, shape (rank,)
         Prior (between-user) variance of the offset, in units of one event's noise.
+    directions : tuple of ndarray, each of shape (m, rank)
+        For each fold of users, the map from whitened item vectors to these.
     """
 
     vectors: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
+    directions: tuple[np.ndarray, ...]
 
     def posterior(self, offset: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Posterior mean deviation from the average user, lambda / (lambda + noise) (y - mean).
@@ -55,9 +59,32 @@ class Basis:
         return shrinkage * (offset - self.mean)
 
 
+@dataclass(frozen=True)
+class Whitening:
+    """Centred and whitened item vectors, and the map that made them.
+
+    Attributes
+    ----------
+    vectors : ndarray of float64, shape (n_items, m)
+        Leading directions first. Over events, the mean is zero and the second moment the identity.
+    mean : ndarray, shape (d,)
+        Mean over events, in the given coordinates.
+    factors : tuple of ndarray
+        Matrices whose product is the map from centred vectors, shape (d, m).
+    """
+
+    vectors: np.ndarray
+    mean: np.ndarray
+    factors: tuple[np.ndarray, ...]
+
+    def directions(self) -> np.ndarray:
+        """The map from centred vectors, shape (d, m)."""
+        return functools.reduce(np.matmul, self.factors)
+
+
 def whiten(
     vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None, floor: float = 1e-5
-) -> np.ndarray:
+) -> Whitening:
     """Centre and whiten item vectors over events, leading directions first.
 
     Parameters
@@ -74,26 +101,29 @@ def whiten(
 
     Returns
     -------
-    ndarray of float64, shape (n_items, at most keep)
-        Over events, the mean is zero and the second moment the identity.
+    Whitening
+        Of at most ``keep`` directions.
     """
     share = (item_counts / item_counts.sum()).astype(vectors.dtype)
-    centred = vectors - share @ vectors
+    mean = share @ vectors
+    centred = vectors - mean
     root = np.sqrt(share)
     n_items, dim = centred.shape
     if dim <= n_items:
         weighted = centred * root[:, None]
         values, directions = scipy.linalg.eigh(weighted.T @ weighted)
-        coordinates = centred @ directions
+        before, factors = centred, ()
     else:
         # The Gram matrix has the same non-zero spectrum, and is smaller.
         inner = centred @ centred.T
         values, left = scipy.linalg.eigh(inner * np.outer(root, root))
         scale = np.sqrt(np.maximum(values, np.finfo(values.dtype).tiny))
-        coordinates = inner @ (left * root[:, None] / scale)
+        directions = left * root[:, None] / scale
+        before, factors = inner, (centred.T,)
     order = np.argsort(-values)[: min(keep or dim, n_items, dim)]
     order = order[values[order] > floor * max(values[order[0]], np.finfo(values.dtype).tiny)]
-    return (coordinates[:, order] / np.sqrt(values[order])).astype(np.float64)
+    last = directions[:, order] / np.sqrt(values[order])
+    return Whitening((before @ last).astype(np.float64), mean, (*factors, last))
 
 
 def fit(
@@ -138,10 +168,13 @@ def fit(
     values, directions = _leading(between, rank)
     vectors = whitened[:, :keep] @ directions
     noise = _event_noise(vectors, item, evidence, values)
+    scaled = np.zeros((whitened.shape[1], rank))
+    scaled[:keep] = directions / np.sqrt(noise)
     return Basis(
         vectors=vectors / np.sqrt(noise),
-        mean=(mean[:keep] @ directions) / np.sqrt(noise),
+        mean=mean @ scaled,
         variance=np.maximum(values / noise, SMALLEST_VARIANCE),
+        directions=(scaled,),
     )
 
 
@@ -165,6 +198,7 @@ def merge(bases: Sequence[Basis]) -> Basis:
         vectors=np.concatenate([basis.vectors @ rotation for basis, rotation in pairs]),
         mean=np.mean([basis.mean @ rotation for basis, rotation in pairs], axis=0),
         variance=np.mean([basis.variance @ rotation**2 for basis, rotation in pairs], axis=0),
+        directions=tuple(basis.directions[0] @ rotation for basis, rotation in pairs),
     )
 
 

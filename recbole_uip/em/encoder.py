@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from recbole_uip.em import kernels as em_kernels
 from recbole_uip.em.facet import FieldRecipe
-from recbole_uip.em.kernels import CODE, VALUE, Fields, encode, encode_matches
+from recbole_uip.em.kernels import CODE, VALUE, Fields, Kernels, encode, encode_matches
 from recbole_uip.em.states import Events, History, run
 
 __all__ = ["Encoder", "FieldInfo"]
@@ -37,45 +38,130 @@ class FieldInfo:
     size: int
 
 
+@dataclass
 class Encoder:
     """All kernels and fields of fitted facets, packed for compiled code.
-
-    Parameters
-    ----------
-    recipes : dict of str to sequence of FieldRecipe
-        Fields of each facet, by its name.
-    rate : ndarray of float64, shape (n_items,)
-        Smoothed like rates; zeros without labels.
 
     Attributes
     ----------
     fields : tuple of FieldInfo
         All fields, facet by facet.
+    facets : tuple of str
+        Facet of each kernel.
     kernels : Kernels
     profile_fields, match_fields : Fields
         Fields of the user alone, and of the user and an item.
-    profile_columns, match_columns : list of int
-        Where each column of either stands among ``fields``.
     """
 
-    def __init__(self, recipes: dict[str, Sequence[FieldRecipe]], rate: np.ndarray) -> None:
+    fields: tuple[FieldInfo, ...]
+    facets: tuple[str, ...]
+    kernels: Kernels
+    profile_fields: Fields
+    match_fields: Fields
+
+    @classmethod
+    def of(cls, recipes: Mapping[str, Sequence[FieldRecipe]], rate: np.ndarray) -> Encoder:
+        """Pack the fields of each facet, by its name.
+
+        Parameters
+        ----------
+        recipes : mapping of str to sequence of FieldRecipe
+        rate : ndarray of float64, shape (n_items,)
+            Smoothed like rates; zeros without labels.
+        """
         every = [(facet, recipe) for facet, each in recipes.items() for recipe in each]
-        self.fields = tuple(
-            FieldInfo(name, facet, recipe.kind, recipe.tokens)
-            for facet, recipe in every
-            for name in recipe.names
-        )
-        self.kernels = em_kernels.pack([recipe.kernel for _, recipe in every], rate)
         numbered = [(k, recipe) for k, (_, recipe) in enumerate(every)]
-        self.profile_fields = _pack([pair for pair in numbered if pair[1].kind != "match"])
-        self.match_fields = _pack([pair for pair in numbered if pair[1].kind == "match"])
+        return cls(
+            fields=tuple(
+                FieldInfo(name, facet, recipe.kind, recipe.tokens)
+                for facet, recipe in every
+                for name in recipe.names
+            ),
+            facets=tuple(facet for facet, _ in every),
+            kernels=em_kernels.pack([recipe.kernel for _, recipe in every], rate),
+            profile_fields=_pack([pair for pair in numbered if pair[1].kind != "match"]),
+            match_fields=_pack([pair for pair in numbered if pair[1].kind == "match"]),
+        )
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], description: Mapping) -> Encoder:
+        """The encoder that :meth:`arrays` and :meth:`description` came from."""
+
+        def part(kind: type, prefix: str) -> Kernels | Fields:
+            return kind(**{name: arrays[f"{prefix}.{name}"] for name in kind._fields})
+
+        return cls(
+            tuple(FieldInfo(**field) for field in description["fields"]),
+            tuple(description["facets"]),
+            part(Kernels, "kernels"),
+            part(Fields, "profile_fields"),
+            part(Fields, "match_fields"),
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All numbers, by name."""
+        return {
+            f"{prefix}.{name}": values
+            for prefix in ("kernels", "profile_fields", "match_fields")
+            for name, values in getattr(self, prefix)._asdict().items()
+        }
+
+    def description(self) -> dict:
+        """All the rest, as JSON can hold it."""
+        fields = [dataclasses.asdict(field) for field in self.fields]
+        return {"fields": fields, "facets": list(self.facets)}
+
+    def vectors(self, facet: str) -> np.ndarray:
+        """Item vectors of a facet, shape (n_folds or 1, n_items, rank); a view."""
+        kernels, k = self.kernels, self.facets.index(facet)
+        shape = self._table_shape(k)
+        first = kernels.table[k]
+        return kernels.vectors[first : first + np.prod(shape)].reshape(shape)
+
+    def with_items(self, vectors: Mapping[str, np.ndarray], rate: np.ndarray) -> Encoder:
+        """An encoder with more items, after those it has.
+
+        Parameters
+        ----------
+        vectors : mapping of str to ndarray, each of shape (n_folds or 1, n_new, rank)
+            Vectors of the new items, by facet.
+        rate : ndarray of float64, shape (n_new,)
+            Their like rates.
+        """
+        kernels, tables, places, size = self.kernels, [], {}, 0
+        for facet in dict.fromkeys(self.facets):
+            table = np.concatenate([self.vectors(facet), vectors[facet]], axis=1)
+            tables.append(table.astype(np.float32).reshape(-1))
+            places[facet] = size
+            size += table.size
+        rate = np.concatenate([kernels.rate, rate])
+        return dataclasses.replace(
+            self,
+            kernels=kernels._replace(
+                table=np.array([places[facet] for facet in self.facets], dtype=np.int64),
+                vectors=np.concatenate(tables),
+                rate=rate,
+                intercept=em_kernels.intercepts(rate),
+            ),
+        )
+
+    def _table_shape(self, k: int) -> tuple[int, int, int]:
+        kernels = self.kernels
+        n_items, stride = len(kernels.rate), int(kernels.stride[k])
+        if not kernels.folded[k]:
+            return 1, n_items, stride
+        later = kernels.table[kernels.table > kernels.table[k]]
+        end = int(later.min()) if len(later) else len(kernels.vectors)
+        return (end - int(kernels.table[k])) // (n_items * stride), n_items, stride
 
     @property
     def profile_columns(self) -> list[int]:
+        """Where the columns of ``profile_fields`` stand among all fields."""
         return [c for c, field in enumerate(self.fields) if field.kind != "match"]
 
     @property
     def match_columns(self) -> list[int]:
+        """Where the columns of ``match_fields`` stand among all fields."""
         return [c for c, field in enumerate(self.fields) if field.kind == "match"]
 
     def transform(

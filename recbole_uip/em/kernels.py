@@ -48,8 +48,10 @@ __all__ = [
     "RunningSums",
     "TasteFilter",
     "advance",
+    "advance_many",
     "encode",
     "encode_matches",
+    "intercepts",
     "nearest_codes",
     "pack",
     "profile_values",
@@ -243,9 +245,14 @@ def pack(kernels: Sequence[RunningSums | TasteFilter], rate: np.ndarray) -> Kern
         vectors=tables[0] if len(tables) == 1 else np.concatenate([*tables, _NO_VECTORS]),
         priors=np.concatenate([*priors, np.empty(0)]),
         rate=rate,
-        intercept=scipy.special.logit(np.clip(rate, 1e-12, 1.0 - 1e-12)),
+        intercept=intercepts(rate),
         initial=np.concatenate([*initial, np.empty(0)]).astype(np.float32),
     )
+
+
+def intercepts(rate: np.ndarray) -> np.ndarray:
+    """Logits a_i of like rates, finite also where there are no labels (rate 0)."""
+    return scipy.special.logit(np.clip(rate, 1e-12, 1.0 - 1e-12))
 
 
 def _integers(values) -> np.ndarray:
@@ -275,6 +282,21 @@ def advance(state, kernels, item, fold, liked):
             _add(state, kernels, k, row, item, liked)
         else:
             _newton_step(state, kernels, k, row, item, liked)
+
+
+@_compiled
+def advance_many(states, rows, kernels, items, folds, liked):
+    """Let events enter the rows of ``states`` that they belong to, in their order, in place.
+
+    Parameters
+    ----------
+    states : ndarray of float32, shape (n_states, width)
+    rows, items, folds : ndarray of int64, shape (n_events,)
+    kernels : Kernels
+    liked : ndarray of float64, shape (n_events,)
+    """
+    for event in range(len(rows)):
+        advance(states[rows[event]], kernels, items[event], folds[event], liked[event])
 
 
 @_compiled

@@ -11,6 +11,7 @@ responsibility, and :math:`\nu_u` falls as more is known of a user.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.special
@@ -76,6 +77,8 @@ class CodebookMixture:
     min_share : float
         A code with less than this share of the mean usage is empty and re-seeded, at the
         sample that the mixture explains worst.
+    start : ndarray of shape (K, r), optional
+        Codewords that EM starts from; those of k-means by default.
     random_state : int, RandomState or None
 
     Attributes
@@ -111,6 +114,7 @@ class CodebookMixture:
         tol: float = 1e-3,
         n_init: int = 1,
         min_share: float = 1e-3,
+        start: np.ndarray | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_codes = n_codes
@@ -118,6 +122,7 @@ class CodebookMixture:
         self.tol = tol
         self.n_init = n_init
         self.min_share = min_share
+        self.start = start
         self.random_state = random_state
 
     def fit(self, offsets: np.ndarray, noise: np.ndarray) -> CodebookMixture:
@@ -206,6 +211,12 @@ class CodebookMixture:
         variance = np.maximum(np.average(spread, axis=0, weights=1.0 / (1.0 + noise)), 1e-12)
         variance = np.maximum(variance - np.median(noise), 0.1 * variance)
         shrunk = mean + variance / (variance + noise[:, None]) * (offsets - mean)
+        self.variance_ = variance
+        self._floor = 1e-6 * variance + np.finfo(float).tiny
+        if self.start is not None:
+            self.codewords_ = np.array(self.start, dtype=np.float64)
+            self.weights_ = np.full(self.n_codes, 1.0 / self.n_codes)
+            return
         # A few steps of k-means spare EM a third of its iterations.
         kmeans = KMeans(self.n_codes, n_init=1, max_iter=KMEANS_STEPS, random_state=random_state)
         with warnings.catch_warnings():
@@ -215,8 +226,6 @@ class CodebookMixture:
         self.codewords_ = kmeans.cluster_centers_
         shares = np.bincount(labels, minlength=self.n_codes) + 1.0
         self.weights_ = shares / shares.sum()
-        self.variance_ = variance
-        self._floor = 1e-6 * variance + np.finfo(float).tiny
 
     def _fit_single(self, offsets: np.ndarray, noise: np.ndarray) -> dict:
         lower_bounds: list[float] = []
@@ -324,12 +333,22 @@ class ResidualCodebook:
         self.levels = levels
         self.mixture = mixture
 
-    def fit(self, offsets: np.ndarray, noise: np.ndarray) -> ResidualCodebook:
-        """Fit the levels in turn; see :meth:`CodebookMixture.fit`."""
+    def fit(
+        self, offsets: np.ndarray, noise: np.ndarray, start: Sequence[np.ndarray] | None = None
+    ) -> ResidualCodebook:
+        """Fit the levels in turn; see :meth:`CodebookMixture.fit`.
+
+        Parameters
+        ----------
+        offsets, noise
+        start : sequence of ndarray, each of shape (K, r), optional
+            Codewords of each level that EM starts from.
+        """
         self.levels_ = []
         residual = np.asarray(offsets, dtype=np.float64)
-        for _ in range(self.levels):
-            level = CodebookMixture(self.n_codes, **self.mixture).fit(residual, noise)
+        for number in range(self.levels):
+            mixture = CodebookMixture(self.n_codes, start=start and start[number], **self.mixture)
+            level = mixture.fit(residual, noise)
             self.levels_.append(level)
             residual = residual - level.codewords_[level.predict(residual, noise)]
         return self

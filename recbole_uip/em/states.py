@@ -12,7 +12,7 @@ import numpy as np
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.em.kernels import Kernels, advance
 
-__all__ = ["Events", "History", "index_history", "offsets", "run"]
+__all__ = ["Events", "History", "index_history", "offsets", "run", "whole_history"]
 
 BLOCK_ROWS = 50_000
 
@@ -114,6 +114,24 @@ def index_history(
     seen = np.empty(n_rows, dtype=np.int64)
     seen[order[query]] = events_before[query]
     return History(events, first, user, seen - first[user])
+
+
+def whole_history(
+    user: np.ndarray, time: np.ndarray | None, is_event: np.ndarray, n_users: int
+) -> History:
+    """A history whose rows are the users, each of whom sees all of its events.
+
+    Parameters
+    ----------
+    user, time, is_event, n_users
+        As in :func:`index_history`; without ``time``, events keep their order.
+    """
+    events = np.flatnonzero(is_event)
+    keys = (user[events],) if time is None else (time[events], user[events])
+    events = events[np.lexsort(keys)]
+    counts = np.bincount(user[events], minlength=n_users)
+    first = np.concatenate([[0], np.cumsum(counts)])
+    return History(events, first, np.arange(n_users), counts)
 
 
 def offsets(state: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -585,7 +585,7 @@ def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
         )
     ]
     for name, facet in result.facets.items():
-        encoder = Encoder({name: facet.fields()}, result.encoder.kernels.rate)
+        encoder = Encoder.of({name: facet.fields()}, result.encoder.kernels.rate)
         each = _timed(lambda e=encoder: e.transform(result.history, result.events), repeats)
         size = _state_bytes(encoder, n_rows)
         figures.append(

@@ -9,6 +9,7 @@ from conftest import LENIENCY
 
 import recbole_uip
 from recbole_uip import cli
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bridge import run as run_module
 from recbole_uip.bridge.report import format_report
 from recbole_uip.bridge.run import run_recbole_uip
@@ -83,6 +84,19 @@ def test_profiles_parquet(go, small, tmp_path):
     assert all(table[name].between(0, 6).all() for name in fields)
 
 
+def test_the_bank_knows_every_user_after_the_last_event(go, small, tmp_path):
+    go()
+    table = pd.read_parquet(tmp_path / "out" / "profiles.parquet")
+    users = table["user_id"].unique().tolist()
+    with FeatureBank.open(tmp_path / "out" / "bank") as bank:
+        assert sorted(bank.users()) == sorted(users)
+        assert [bank.state_of(user)[1] for user in users] == (
+            table["user_id"].value_counts()[users].tolist()
+        )
+        fields = {*bank.fields, *bank.match_fields}
+        assert fields == {name for name in table if name.startswith("uip_")}
+
+
 def test_arms_and_runs_are_reproducible(go):
     arms = {
         "plain": {"facets": [], "user_id": "keep"},
@@ -152,6 +166,7 @@ def test_an_interrupt_leaves_no_half_written_file(go, tmp_path, monkeypatch):
         go()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "profiles.parquet",
+        "bank",
         "checkpoints",
     }
 

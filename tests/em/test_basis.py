@@ -22,7 +22,7 @@ def fitted(world, rank, n_items_whitened=None):
     rate = weights.like_rate(item, liked, behaviours.n_items)
     evidence = weights.evidence("contrast", item, liked, rate)
     counts = np.bincount(item, minlength=behaviours.n_items)
-    whitened = basis.whiten(world.vectors, counts)
+    whitened = basis.whiten(world.vectors, counts).vectors
     return basis.fit(
         whitened, behaviours.user[train], item, evidence, behaviours.n_users, rank
     ), whitened
@@ -32,7 +32,7 @@ def test_whitened_vectors_have_mean_zero_and_identity_moment():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 3.0
     counts = rng.integers(0, 9, 50)
-    whitened = basis.whiten(vectors, counts)
+    whitened = basis.whiten(vectors, counts).vectors
     share = counts / counts.sum()
     np.testing.assert_allclose(share @ whitened, 0.0, atol=1e-10)
     np.testing.assert_allclose((whitened * share[:, None]).T @ whitened, np.eye(6), atol=1e-8)
@@ -42,7 +42,7 @@ def test_wide_vectors_give_the_same_inner_products_as_the_pseudo_inverse():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(12, 40))
     counts = np.ones(12)
-    whitened = basis.whiten(vectors, counts)
+    whitened = basis.whiten(vectors, counts).vectors
     centred = vectors - vectors.mean(axis=0)
     expected = centred @ np.linalg.pinv(centred.T @ centred / 12) @ centred.T
     np.testing.assert_allclose(whitened @ whitened.T, expected, atol=1e-6)
@@ -52,15 +52,15 @@ def test_empty_directions_are_dropped():
     rng = np.random.default_rng(0)
     vectors = np.zeros((30, 5))
     vectors[:, :2] = rng.normal(size=(30, 2))
-    assert basis.whiten(vectors, np.ones(30)).shape == (30, 2)
+    assert basis.whiten(vectors, np.ones(30)).vectors.shape == (30, 2)
 
 
 def test_keep_takes_the_leading_directions():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(30, 5)) * [9, 5, 1, 0.5, 0.1]
-    whole = basis.whiten(vectors, np.ones(30))
+    whole = basis.whiten(vectors, np.ones(30)).vectors
     np.testing.assert_allclose(
-        np.abs(basis.whiten(vectors, np.ones(30), keep=2)), np.abs(whole[:, :2])
+        np.abs(basis.whiten(vectors, np.ones(30), keep=2).vectors), np.abs(whole[:, :2])
     )
 
 
@@ -95,7 +95,7 @@ def test_one_event_has_unit_noise():
 
 
 def test_posterior_shrinks_with_noise():
-    prior = basis.Basis(np.zeros((1, 2)), np.array([1.0, 0.0]), np.array([2.0, 0.5]))
+    prior = basis.Basis(np.zeros((1, 2)), np.array([1.0, 0.0]), np.array([2.0, 0.5]), ())
     posterior = prior.posterior(np.array([[3.0, 1.0]] * 3), np.array([0.0, 0.5, np.inf]))
     np.testing.assert_allclose(posterior, [[2.0, 1.0], [1.6, 0.5], [0.0, 0.0]])
 
@@ -128,14 +128,31 @@ def test_directions_are_given_up_where_users_are_few():
 
 def test_merged_bases_share_a_frame():
     rng = np.random.default_rng(0)
-    first = basis.Basis(rng.normal(size=(20, 3)), rng.normal(size=3), np.array([3.0, 2.0, 1.0]))
+    whitened, directions = rng.normal(size=(20, 5)), rng.normal(size=(5, 3))
+    variance = np.array([3.0, 2.0, 1.0])
+    first = basis.Basis(whitened @ directions, rng.normal(size=3), variance, (directions,))
     turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
     # The same basis in another frame: its covariance is no longer diagonal there.
     second = basis.Basis(
-        first.vectors @ turn, first.mean @ turn, np.diag(turn.T @ np.diag(first.variance) @ turn)
+        first.vectors @ turn,
+        first.mean @ turn,
+        np.diag(turn.T @ np.diag(variance) @ turn),
+        (directions @ turn,),
     )
     merged = basis.merge([first, second])
     assert merged.vectors.shape == (40, 3)
     np.testing.assert_allclose(merged.vectors[20:], first.vectors)
     np.testing.assert_allclose(merged.mean, first.mean)
     assert (merged.variance > 0).all()
+    for fold in (0, 1):
+        mapped = whitened @ merged.directions[fold]
+        np.testing.assert_allclose(mapped, merged.vectors[20 * fold : 20 * fold + 20])
+
+
+@pytest.mark.parametrize("dim", [5, 40])
+def test_whitening_maps_new_items_as_it_maps_its_own(dim):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(20, dim))
+    whitening = basis.whiten(vectors, rng.integers(0, 9, 20), keep=4)
+    mapped = (vectors - whitening.mean) @ whitening.directions()
+    np.testing.assert_allclose(mapped, whitening.vectors, atol=1e-9)

@@ -1,0 +1,227 @@
+"""What is fitted: kernels, codebooks and the item catalogue, without any user."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recbole_uip import profiles as profile_stage
+from recbole_uip.bank.store import BankError
+from recbole_uip.em.encoder import Encoder
+from recbole_uip.em.kernels import Kernels
+from recbole_uip.profiles import Profiles
+from recbole_uip.settings import UIPSettings
+
+__all__ = ["UNKNOWN_ITEM", "ProfileModel", "fold_of"]
+
+#: Item number of every item that is not in the catalogue: no vector, the overall like rate.
+UNKNOWN_ITEM = 0
+
+
+def fold_of(user: str, n_folds: int) -> int:
+    """Fold of a user who was not among those the model was fitted on."""
+    return zlib.crc32(user.encode()) % n_folds
+
+
+@dataclass
+class ProfileModel:
+    """Fitted facets over a catalogue of items.
+
+    Attributes
+    ----------
+    encoder : Encoder
+    items : list of str
+        Token of each item number; the first stands for items that are not in the catalogue.
+    settings : UIPSettings
+        What the facets were fitted with.
+    n_folds : int
+        Folds of users.
+    implicit : bool
+        Whether events have no labels.
+    lm_fingerprint : str or None
+        Of the LM, where a facet has its vectors from it.
+    tables : dict of str to ndarray
+        For new items: ``lm_mean`` (d,), ``lm_theta0`` (n_facets, width) and, for each facet of
+        the LM, ``lm_map.<facet>`` (n_folds, d, rank), from raw scores to item vectors.
+    """
+
+    encoder: Encoder
+    items: list[str]
+    settings: UIPSettings
+    n_folds: int
+    implicit: bool
+    lm_fingerprint: str | None
+    tables: dict[str, np.ndarray]
+
+    @classmethod
+    def of(
+        cls, profiles: Profiles, items: Sequence[str], settings: UIPSettings, implicit: bool
+    ) -> ProfileModel:
+        """The model behind inferred profiles.
+
+        Parameters
+        ----------
+        profiles : Profiles
+        items : sequence of str, length n_items
+            Item tokens; the first is no item ([PAD]).
+        settings : UIPSettings
+        implicit : bool
+        """
+        tables, language = {}, profiles.language
+        if language is not None:
+            whitening = language.whitening
+            directions = whitening.directions()
+            tables["lm_mean"] = whitening.mean
+            tables["lm_theta0"] = language.theta0
+            for name, facet in profiles.facets.items():
+                if facet.settings.source == "lm":
+                    maps = [directions @ each for each in facet.basis_.directions]
+                    tables[f"lm_map.{name}"] = np.stack(maps).astype(np.float32)
+        return cls(
+            encoder=profiles.encoder,
+            items=[str(item) for item in items],
+            settings=settings,
+            n_folds=settings.folds,
+            implicit=implicit,
+            lm_fingerprint=None if language is None else language.fingerprint,
+            tables=tables,
+        )
+
+    @classmethod
+    def from_parts(
+        cls, metadata: Mapping[str, Any], tables: Mapping[str, np.ndarray], items: pa.Table
+    ) -> ProfileModel:
+        """The model that :meth:`metadata`, :meth:`all_tables` and :meth:`item_table` describe."""
+        try:
+            return cls(
+                encoder=Encoder.from_arrays(tables, metadata["encoder"]),
+                items=items["item"].to_pylist(),
+                settings=UIPSettings.from_dict(metadata["settings"]),
+                n_folds=metadata["n_folds"],
+                implicit=metadata["implicit"],
+                lm_fingerprint=metadata["lm_fingerprint"],
+                tables={name: array for name, array in tables.items() if name.startswith("lm_")},
+            )
+        except (KeyError, TypeError) as error:
+            raise BankError(
+                f"the bank does not say {error}, which every bank of this version says: it was "
+                "written by another version; build it again"
+            ) from error
+
+    def metadata(self) -> dict[str, Any]:
+        """What is no array, as JSON can hold it."""
+        return {
+            "encoder": self.encoder.description(),
+            "settings": self.settings.to_dict(),
+            "n_folds": self.n_folds,
+            "implicit": self.implicit,
+            "lm_fingerprint": self.lm_fingerprint,
+        }
+
+    def all_tables(self) -> dict[str, np.ndarray]:
+        """Every array, by name."""
+        return {**self.encoder.arrays(), **self.tables}
+
+    def item_table(self) -> pa.Table:
+        """The catalogue: item tokens in the order of their numbers, and like rates."""
+        return pa.table({"item": pa.array(self.items, pa.string()), "rate": self.kernels.rate})
+
+    @property
+    def kernels(self) -> Kernels:
+        """Kernels of the state, as compiled code reads them."""
+        return self.encoder.kernels
+
+    @property
+    def profile_names(self) -> tuple[str, ...]:
+        """Names of the fields that a look-up gives."""
+        return tuple(field.name for field in self.encoder.fields if field.kind != "match")
+
+    @property
+    def match_names(self) -> tuple[str, ...]:
+        """Names of the fields that a match with an item gives."""
+        return tuple(field.name for field in self.encoder.fields if field.kind == "match")
+
+    @functools.cached_property
+    def _number_of(self) -> dict[str, int]:
+        return {item: number for number, item in enumerate(self.items) if number != UNKNOWN_ITEM}
+
+    def number(self, item: str) -> int:
+        """Item number of a token; :data:`UNKNOWN_ITEM` if the catalogue lacks it."""
+        return self._number_of.get(item, UNKNOWN_ITEM)
+
+    def numbers(self, items: Sequence[str]) -> np.ndarray:
+        """Item numbers of tokens, shape (n,), int64."""
+        found = map(self._number_of.get, items, itertools.repeat(UNKNOWN_ITEM))
+        return np.fromiter(found, dtype=np.int64, count=len(items))
+
+    def with_items(self, items: Sequence[str], texts: Sequence[str | None]) -> ProfileModel:
+        """A model with more items: the LM scores their texts, and theirs alone.
+
+        An item's vector is zero where nothing is known of it: in collaborative facets, and
+        without a text. Its like rate is the overall one.
+
+        Parameters
+        ----------
+        items : sequence of n str
+        texts : sequence of n str or None
+
+        Raises
+        ------
+        BankError
+            If an item is in the catalogue already, or the LM is not the one that the catalogue
+            was scored with.
+        """
+        items = [str(item) for item in items]
+        known = set(self.items)
+        for item in items:
+            if item in known:
+                raise BankError(
+                    f"item {item!r} is in the catalogue already: leave it out, or build the bank "
+                    "again if its text has changed"
+                )
+            known.add(item)
+        vectors = {
+            facet: np.zeros((table.shape[0], len(items), table.shape[2]), np.float32)
+            for facet in dict.fromkeys(self.encoder.facets)
+            for table in [self.encoder.vectors(facet)]
+        }
+        for facet in self.settings.facets:
+            if facet.source == "constant":
+                vectors[facet.name][:] = self.encoder.vectors(facet.name)[:, :1]
+        rows = [row for row, text in enumerate(texts) if text]
+        if self.lm_fingerprint is not None and rows:
+            centred = self._raw_scores([texts[row] for row in rows]) - self.tables["lm_mean"]
+            for facet in self.settings.facets:
+                if facet.source == "lm":
+                    vectors[facet.name][:, rows] = centred @ self.tables[f"lm_map.{facet.name}"]
+        rate = np.full(len(items), self.kernels.rate[UNKNOWN_ITEM])
+        return ProfileModel(
+            self.encoder.with_items(vectors, rate),
+            [*self.items, *items],
+            self.settings,
+            self.n_folds,
+            self.implicit,
+            self.lm_fingerprint,
+            self.tables,
+        )
+
+    def _raw_scores(self, texts: Sequence[str]) -> np.ndarray:
+        from recbole_uip import lm
+
+        prompts = [facet.prompt for facet in self.settings.facets if facet.source == "lm"]
+        endings = None if self.implicit else self.settings.endings
+        scored = lm.score(texts, prompts, endings, self.settings.lm, self.settings.cache)
+        if scored.fingerprint != self.lm_fingerprint:
+            raise BankError(
+                f"uip_lm={self.settings.lm.name!r} is not the LM that scored this bank's catalogue "
+                f"(fingerprint {scored.fingerprint[:12]}, not {self.lm_fingerprint[:12]}): use the "
+                "same LM, or build the bank again"
+            )
+        return profile_stage.raw_scores(scored)

@@ -1,0 +1,299 @@
+"""The bank against the point-in-time path, and what outlives a commit."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from recbole_uip.bank import bank as bank_module
+from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank.build import bank_of_profiles
+from recbole_uip.bank.model import fold_of
+from recbole_uip.bank.store import BankError
+
+from .conftest import N_ITEMS
+
+
+@pytest.fixture
+def full_bank(tmp_path, inferred, world, users, items, bank_settings):
+    with bank_of_profiles(
+        tmp_path / "full", inferred, world.behaviours, users, items, bank_settings
+    ) as bank:
+        yield bank
+
+
+def stream(bank, behaviours, users, items, rows):
+    for row in rows:
+        bank.update(
+            users[behaviours.user[row]],
+            items[behaviours.item[row]],
+            behaviours.liked[row],
+            behaviours.time[row],
+        )
+
+
+def test_streaming_gives_the_point_in_time_tokens_bit_for_bit(
+    empty_bank, inferred, world, users, items
+):
+    """Each row's fields, looked up before any event of its time has entered."""
+    behaviours, bank = world.behaviours, empty_bank
+    fields = {field.name: field.values for field in inferred.fields}
+    compared = 0
+    for now in np.unique(behaviours.time):
+        rows = np.flatnonzero(behaviours.time == now)
+        codes = bank.look_up_many([users[user] for user in behaviours.user[rows]])
+        expected = np.column_stack([fields[name][rows] for name in bank.fields])
+        np.testing.assert_array_equal(codes, expected)
+        for row in rows[::5]:
+            found = bank.match(users[behaviours.user[row]], [items[behaviours.item[row]]])
+            assert found[0].tolist() == [fields[name][row] for name in bank.match_fields]
+        stream(bank, behaviours, users, items, rows)
+        compared += len(rows)
+    assert compared == len(behaviours)
+
+
+def test_a_batch_gives_the_bits_of_single_events(
+    empty_bank, full_bank, world, users, items, tmp_path
+):
+    behaviours = world.behaviours
+    # Neither by user nor by time, but equal times in the order of the rows.
+    shuffled = np.lexsort((np.arange(len(behaviours)), behaviours.time % 7))
+    n = empty_bank.update_many(
+        [users[user] for user in behaviours.user[shuffled]],
+        [items[item] for item in behaviours.item[shuffled]],
+        behaviours.liked[shuffled],
+        behaviours.time[shuffled],
+    )
+    assert n == len(behaviours)
+    for user in users:
+        batch, stored = empty_bank.state_of(user), full_bank.state_of(user)
+        np.testing.assert_array_equal(batch[0], stored[0])
+        assert batch[1:] == stored[1:]
+        np.testing.assert_array_equal(empty_bank.look_up(user), full_bank.look_up(user))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 90), st.booleans(), st.integers(0, 6)),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(1, 4),
+)
+@hypothesis_settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_mixture_of_batches_commits_and_single_events_agrees(
+    tmp_path_factory, model, table, parts
+):
+    """Known and new users, known and unknown items, ties, deltas, merges, reopening."""
+    users = [f"u{user}" for user, *_ in table]
+    names = [f"i{item}" for _, item, *_ in table]
+    liked = np.array([float(like) for *_, like, _ in table])
+    time = np.sort(np.array([float(when) for *_, when in table]))
+    known = user_table(
+        model, ["u0", "u1"], [0, 3], np.zeros(2, int), [-np.inf] * 2,
+        np.tile(model.kernels.initial, (2, 1)),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("banks")
+    single = FeatureBank.create(folder / "single", model, known)
+    for row, user in enumerate(users):
+        single.update(user, names[row], liked[row], time[row])
+    batched = FeatureBank.create(folder / "batched", model, known)
+    cuts = np.linspace(0, len(users), parts + 1).astype(int)
+    for number, (low, high) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        part = slice(low, high)
+        batched.update_many(users[part], names[part], liked[part], time[part])
+        if number % 2 == 0:
+            batched.commit()
+            batched.close()
+            batched = FeatureBank.open(folder / "batched", write=True)
+    for user in {*users, "u0", "nobody"}:
+        for left, right in zip(single.state_of(user), batched.state_of(user), strict=True):
+            np.testing.assert_array_equal(left, right)
+        np.testing.assert_array_equal(single.look_up(user), batched.look_up(user))
+    single.close()
+    batched.close()
+
+
+def test_a_reader_sees_commits_alone(full_bank, users, items):
+    with FeatureBank.open(full_bank.folder) as reader:
+        old = reader.look_up(users[0]).copy()
+        state = reader.state_of(users[0])[0]
+        for _ in range(30):
+            full_bank.update(users[0], items[3], 0, 1e9)
+        full_bank.update("new", items[3], 1, 1e9)
+        assert not reader.refresh() and "new" not in reader
+        np.testing.assert_array_equal(reader.look_up(users[0]), old)
+        generation = full_bank.commit()
+        assert reader.refresh() and reader.generation == generation
+        assert "new" in reader and len(reader) == len(full_bank)
+        np.testing.assert_array_equal(reader.look_up(users[0]), full_bank.look_up(users[0]))
+        assert (reader.state_of(users[0])[0] != state).any()
+        assert not reader.refresh()
+        with pytest.raises(BankError, match="open for reading"):
+            reader.update(users[0], items[0])
+
+
+def test_many_deltas_are_merged(full_bank, users, items, monkeypatch):
+    monkeypatch.setattr(bank_module, "BATCH_ROWS", 37)
+    for number in range(bank_module.MAX_DELTAS + 2):
+        full_bank.update(users[number], items[0], 1, 1e6 + number)
+        full_bank.commit()
+    segments = list(full_bank.folder.glob("users-*.arrow"))
+    assert len(segments) == 1 + 1
+    with FeatureBank.open(full_bank.folder) as reader:
+        assert reader.users() == full_bank.users()
+        np.testing.assert_array_equal(reader.look_up_many(users), full_bank.look_up_many(users))
+        for user in users[::17]:
+            assert reader.look_up(user).tolist() == full_bank.look_up(user).tolist()
+            np.testing.assert_array_equal(reader.state_of(user)[0], full_bank.state_of(user)[0])
+
+
+def test_unknown_users_have_the_profile_of_no_history(full_bank, inferred, items):
+    assert full_bank.look_up("nobody").tolist() == [0] * len(full_bank.fields)
+    assert (full_bank.match("nobody", items) == 0).all()
+    many = full_bank.look_up_many(["nobody", full_bank.users()[0]])
+    assert (many[0] == 0).all() and (many[1] > 0).all()
+
+
+def test_late_events(full_bank, users, items):
+    state = full_bank.state_of(users[0])[0]
+    with pytest.raises(BankError, match="'u000' is earlier than the user's last event"):
+        full_bank.update(users[0], items[0], 1, time=-5.0)
+    batch = ([users[0], users[1]], [items[0]] * 2, [1, 1], [-5.0, 1e9])
+    with pytest.raises(BankError, match="'u000' is earlier"):
+        full_bank.update_many(*batch)
+    np.testing.assert_array_equal(full_bank.state_of(users[0])[0], state)
+    assert full_bank.update_many(*batch, late="drop") == 1
+    np.testing.assert_array_equal(full_bank.state_of(users[0])[0], state)
+    batch = ([users[0]], [items[0]], [1], [-5.0])
+    assert full_bank.update_many(*batch, late="apply") == 1
+    assert (full_bank.state_of(users[0])[0] != state).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["a"], ["i1"], [2]), "liked is 2.0 in row 0"),
+        ((["a", "b"], ["i1"]), "items has 1 rows, but users has 2"),
+        ((["a"], ["i1"], [1], [np.nan]), "time is nan in row 0"),
+        ((["a"], np.array([N_ITEMS])), "item numbers must be from 0 to 79"),
+    ],
+)
+def test_bad_batches_change_nothing(full_bank, arguments, message):
+    with pytest.raises(BankError, match=message):
+        full_bank.update_many(*arguments)
+    assert "a" not in full_bank
+    with pytest.raises(BankError, match="labels must be 0 or 1"):
+        full_bank.update("a", "i1", 0.5)
+    assert "a" not in full_bank
+
+
+def test_refit_keeps_the_meaning_of_codes(full_bank, users, model):
+    before = {user: full_bank.look_up(user).copy() for user in users}
+    report = full_bank.refit(sample=250)
+    moved = {(row["user"], row["field"]): row for row in report.users.to_pylist()}
+    for user in users:
+        for c, name in enumerate(full_bank.fields):
+            new = int(full_bank.look_up(user)[c])
+            assert (new != before[user][c]) == ((user, name) in moved)
+            if (user, name) in moved:
+                assert moved[user, name]["old"] == before[user][c]
+                assert moved[user, name]["new"] == new
+    assert set(report.moved) == set(full_bank.fields)
+    # Traits have no codebook; codewords were fitted anew, and most users keep their codes.
+    assert report.moved["uip_leniency_5"] == 0
+    assert 0 < report.moved["uip_company"] < 0.4
+    full_bank.commit()
+    with FeatureBank.open(full_bank.folder) as reader:
+        np.testing.assert_array_equal(reader.look_up_many(users), full_bank.look_up_many(users))
+        left, right = reader.model.encoder.arrays(), full_bank.model.encoder.arrays()
+        for name, array in left.items():
+            np.testing.assert_array_equal(array, right[name])
+        assert reader.model.encoder.fields == model.encoder.fields
+
+
+def test_new_items_without_an_lm(full_bank, users):
+    known = full_bank.match(users[0], ["i1", "i2"])
+    full_bank.add_items(["new", "newer"], ["A new film", None])
+    np.testing.assert_array_equal(full_bank.match(users[0], ["i1", "i2"]), known)
+    assert full_bank.model.numbers(["new", "newer", "i1"]).tolist() == [80, 81, 1]
+    full_bank.update(users[0], "new", 1, 1e9)
+    full_bank.commit()
+    with FeatureBank.open(full_bank.folder) as reader:
+        assert reader.model.items == full_bank.model.items
+        np.testing.assert_array_equal(
+            reader.match(users[0], ["i1", "new"]), full_bank.match(users[0], ["i1", "new"])
+        )
+    with pytest.raises(BankError, match="item 'i1' is in the catalogue already"):
+        full_bank.add_items(["i1"], ["text"])
+
+
+def test_bytes_per_user(full_bank):
+    size = full_bank.bytes_per_user()
+    # leniency: S, N and M at two half-lives
+    assert size["leniency"] == 4 * 2 * 3
+    state, _, _ = full_bank.state_of("nobody")
+    assert sum(size.values()) == state.nbytes + 4 * len(full_bank.fields) + 18
+
+
+def test_a_model_of_another_version_is_said(full_bank, model):
+    metadata = model.metadata()
+    del metadata["implicit"]
+    full_bank._writer.commit(metadata=metadata)
+    with pytest.raises(BankError, match="'implicit'.*another version"):
+        FeatureBank.open(full_bank.folder)
+
+
+KILLED = """
+import os, signal, sys
+from recbole_uip.bank.bank import FeatureBank
+bank = FeatureBank.open(sys.argv[1], write=True)
+bank.update("u000", "i1", 1, 2e9)
+bank.commit()
+bank.update("u001", "i1", 1, 2e9)
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def test_a_killed_process_loses_the_uncommitted_batch_alone(full_bank, users):
+    folder = full_bank.folder
+    before = {user: full_bank.state_of(user) for user in users[:2]}
+    full_bank.close()
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    with pytest.raises(BankError, match=str(process.pid)):
+        FeatureBank.open(folder, write=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with FeatureBank.open(folder, write=True) as bank:
+        assert bank.state_of("u000")[1] == before["u000"][1] + 1
+        np.testing.assert_array_equal(bank.state_of("u001")[0], before["u001"][0])
+
+
+def test_new_users_are_spread_over_folds():
+    counts = np.bincount([fold_of(str(user), 4) for user in range(1000)])
+    assert counts.min() > 200
+
+
+def test_an_empty_bank_grows(tmp_path, model):
+    table = user_table(
+        model, [], np.zeros(0, int), np.zeros(0, int), np.zeros(0),
+        np.zeros((0, len(model.kernels.initial)), np.float32),
+    )  # fmt: skip
+    with FeatureBank.create(tmp_path / "bank", model, table) as bank:
+        assert len(bank) == 0
+        bank.update_many(["a", "b", "a"], ["i1", "i2", "i3"], [1, 0, 1], [1.0, 1.0, 2.0])
+        bank.commit()
+    with FeatureBank.open(tmp_path / "bank") as bank:
+        assert len(bank) == 2 and bank.state_of("a")[1] == 2

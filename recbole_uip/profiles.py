@@ -132,7 +132,10 @@ class Profiles:
 
 
 def infer(
-    behaviours: Behaviours, item_texts: Sequence[str | None] | None, settings: UIPSettings
+    behaviours: Behaviours,
+    item_texts: Sequence[str | None] | None,
+    settings: UIPSettings,
+    fold: np.ndarray | None = None,
 ) -> Profiles:
     """Infer every facet of ``settings``, fitted on the training rows alone.
 
@@ -142,6 +145,8 @@ def infer(
     item_texts : sequence of str or None, length n_items
         None or an empty text for an item that has none; only ``source: lm`` reads them.
     settings : UIPSettings
+    fold : ndarray of int64, shape (n_users,), optional
+        Fold of each user, below ``settings.folds``; balanced and random by default.
 
     Raises
     ------
@@ -160,7 +165,8 @@ def infer(
         rate = weights.like_rate(
             behaviours.item[train], behaviours.liked[train], behaviours.n_items
         )
-    fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
+    if fold is None:
+        fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
     result = Profiles((), static, history=history, events=states.Events.of(behaviours, fold))
     scores = _score_texts(behaviours, item_texts, settings, result)
 

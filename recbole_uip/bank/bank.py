@@ -20,11 +20,11 @@ import scipy.spatial.distance
 from recbole_uip.bank import store
 from recbole_uip.bank.model import ProfileModel, fold_of
 from recbole_uip.bank.store import BankError, Snapshot, Writer
-from recbole_uip.em.kernels import CODE, advance, advance_many, encode, score_candidates
+from recbole_uip.em.kernels import CODE, Kernels, advance, advance_many, encode, score_candidates
 from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.em.states import offsets
 
-__all__ = ["FeatureBank", "RefitReport", "user_schema", "user_table"]
+__all__ = ["FeatureBank", "RefitReport", "advance_in_parallel", "user_schema", "user_table"]
 
 # Merge deltas into one base when there are more of them, or they hold more than this share.
 MAX_DELTAS = 16
@@ -82,6 +82,38 @@ def user_table(
         ),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def advance_in_parallel(
+    states: np.ndarray,
+    rows: np.ndarray,
+    first: np.ndarray,
+    kernels: Kernels,
+    items: np.ndarray,
+    folds: np.ndarray,
+    liked: np.ndarray,
+) -> None:
+    """:func:`~recbole_uip.em.kernels.advance_many` on all cores, no user on two of them.
+
+    Parameters
+    ----------
+    states : ndarray of float32, shape (n_states, width)
+    rows : ndarray of int64, shape (n_events,)
+        Row of ``states`` that each event enters, ascending.
+    first : ndarray of int64, shape (n_distinct,)
+        Where each distinct row begins in ``rows``.
+    kernels, items, folds, liked
+    """
+    workers = joblib.cpu_count() if len(rows) >= PARALLEL_EVENTS else 1
+    wanted = np.linspace(0, len(rows), workers + 1)[1:-1]
+    cuts = first[np.searchsorted(first, wanted) - 1] if workers > 1 else ()
+
+    def advance_span(span: tuple[int, int]) -> None:
+        part = slice(*span)
+        advance_many(states, rows[part], kernels, items[part], folds[part], liked[part])
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(advance_span, itertools.pairwise([0, *cuts, len(rows)])))
 
 
 @dataclass(frozen=True)
@@ -251,6 +283,11 @@ class FeatureBank:
 
     def __contains__(self, user: str) -> bool:
         return user in self._row_of
+
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        return self._writer is not None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -457,7 +494,9 @@ class FeatureBank:
         if time is not None:
             last = np.maximum.reduceat(time[order], first) if len(rows) else np.empty(0)
             own.last_time[touched] = np.maximum(own.last_time[touched], last)
-        self._advance(rows, numbers, liked, first)
+        advance_in_parallel(
+            own.states, rows, first, self.model.kernels, numbers, own.folds[rows], liked
+        )
         own.seen[touched] += np.diff(np.append(first, len(rows)))
         own.codes[touched] = self.model.encoder.profiles(own.states[touched], own.seen[touched])
         self._dirty.update(touched.tolist())
@@ -645,25 +684,6 @@ class FeatureBank:
             rows[elsewhere] = self._find([users[row] for row in elsewhere])
         return rows - n_base
 
-    def _advance(
-        self, rows: np.ndarray, numbers: np.ndarray, liked: np.ndarray, first: np.ndarray
-    ) -> None:
-        """Let events, sorted by row, enter; ``first`` says where each row's begin."""
-        kernels, own = self.model.kernels, self._own
-        folds = own.folds[rows]
-        workers = joblib.cpu_count() if len(rows) >= PARALLEL_EVENTS else 1
-        wanted = np.linspace(0, len(rows), workers + 1)[1:-1]
-        # No user is cut in two.
-        cuts = [0, *first[np.searchsorted(first, wanted) - 1], len(rows)] if workers > 1 else None
-        spans = [(0, len(rows))] if cuts is None else list(itertools.pairwise(cuts))
-
-        def advance_span(span: tuple[int, int]) -> None:
-            part = slice(*span)
-            advance_many(own.states, rows[part], kernels, numbers[part], folds[part], liked[part])
-
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(advance_span, spans))
-
     # Segments.
 
     def _segment(self, rows: np.ndarray) -> pa.Table:
@@ -692,12 +712,12 @@ class FeatureBank:
             users = self.users()
             for low in range(0, len(users), BATCH_ROWS):
                 block = users[low : low + BATCH_ROWS]
-                yield from self._table_of(block).combine_chunks().to_batches()
+                yield from self.table_of(block).combine_chunks().to_batches()
 
         return pa.RecordBatchReader.from_batches(user_schema(self.model), batches())
 
-    def _table_of(self, users: Sequence[str]) -> pa.Table:
-        """Segment of known users."""
+    def table_of(self, users: Sequence[str]) -> pa.Table:
+        """States and codes of known users (:func:`user_table`)."""
         rows, width = self._find(users), len(self._initial)
         columns = {
             "folds": np.empty(len(rows), np.int64),
@@ -737,7 +757,7 @@ def _refit_field(
         )
     size = n_codes * (rank + 1) + rank
     old = [
-        numbers[low + n_codes : low + n_codes * (rank + 1)].reshape(n_codes, rank)
+        numbers[low + n_codes : low + n_codes * (rank + 1)].reshape(rank, n_codes).T
         for low in range(int(fields.first[f]), int(fields.first[f]) + levels * size, size)
     ]
     codebook = ResidualCodebook(

@@ -1,20 +1,35 @@
-"""From inferred profiles to a bank."""
+"""Banks from inferred profiles, and from event files that need not fit into memory."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
 
-from recbole_uip.bank.bank import FeatureBank, user_table
-from recbole_uip.bank.model import ProfileModel
-from recbole_uip.behaviours import Behaviours
+from recbole_uip.bank.bank import FeatureBank, advance_in_parallel, user_schema, user_table
+from recbole_uip.bank.events import EventFile
+from recbole_uip.bank.model import ProfileModel, fold_of
+from recbole_uip.behaviours import TRAIN, Behaviours
 from recbole_uip.em.states import run, whole_history
-from recbole_uip.profiles import Profiles
+from recbole_uip.em.weights import smoothed_rate
+from recbole_uip.profiles import Profiles, infer
 from recbole_uip.settings import UIPSettings
 
-__all__ = ["bank_of_profiles"]
+__all__ = ["bank_of_events", "bank_of_profiles"]
+
+logger = logging.getLogger(__name__)
+
+# Parameters are fitted on whole users who have at most so many events together.
+FIT_EVENTS = 2_000_000
+FIT_USERS = 50_000
+BLOCK_EVENTS = 1_000_000
+NO_ITEM = "[PAD]"
 
 
 def bank_of_profiles(
@@ -67,3 +82,110 @@ def bank_of_profiles(
         states,
     )
     return FeatureBank.create(folder, model, table.combine_chunks())
+
+
+def bank_of_events(
+    folder: str | os.PathLike,
+    events: EventFile,
+    settings: UIPSettings,
+    texts: Callable[[Mapping[str, int], int], Sequence[str | None]] | None = None,
+) -> FeatureBank:
+    """Write the bank of an event file; all of its events are history.
+
+    Parameters are fitted on a sample of whole users; like rates, on all events. Then the events
+    are streamed, so memory is bounded however many there are.
+
+    Parameters
+    ----------
+    folder : path-like
+    events : EventFile
+    settings : UIPSettings
+    texts : callable, optional
+        From the number of each item token, and the number of items, to the items' texts.
+
+    Returns
+    -------
+    FeatureBank
+        Open for writing.
+    """
+    counts = events.item_counts()
+    items = [NO_ITEM, *counts["item"].to_pylist()]
+    number_of = {item: number for number, item in enumerate(items) if number}
+    item_texts = None if texts is None else texts(number_of, len(items))
+    sample = events.sample_users(FIT_USERS, settings.seed, FIT_EVENTS)
+    behaviours, users = _behaviours(sample, counts["item"], len(items))
+    logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
+    static = behaviours.time is None
+    settings = dataclasses.replace(
+        settings, time="static" if static else "point_in_time", history="observed"
+    )
+    fold = np.array([fold_of(user, settings.folds) for user in users], dtype=np.int64)
+    profiles = infer(behaviours, item_texts, settings, fold)
+    model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)
+    if behaviours.liked is not None:
+        # Number 0, no item, has no events.
+        count, likes = (np.append(0, counts[name].to_numpy()) for name in ("count", "likes"))
+        model.encoder = model.encoder.with_rate(smoothed_rate(count, likes))
+    schema = user_schema(model)
+    batches = _user_batches(model, events, counts["item"])
+    return FeatureBank.create(folder, model, pa.RecordBatchReader.from_batches(schema, batches))
+
+
+def _behaviours(
+    events: pa.Table, catalogue: pa.ChunkedArray, n_items: int
+) -> tuple[Behaviours, list[str]]:
+    """Events of whole users, sorted, as training rows; and the users' tokens."""
+    first, user = _runs(events["user"])
+    n = len(user)
+    has = events.column_names
+    behaviours = Behaviours(
+        user=user,
+        item=_item_numbers(events["item"], catalogue),
+        liked=events["liked"].to_numpy() if "liked" in has else None,
+        time=events["time"].to_numpy() if "time" in has else None,
+        split=np.full(n, TRAIN, dtype=np.int8),
+        n_users=len(first),
+        n_items=n_items,
+    )
+    return behaviours, events["user"].take(first).to_pylist()
+
+
+def _runs(users: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """First row of each user in a sorted column, and the user's number in each row."""
+    codes = pc.run_end_encode(users.combine_chunks())
+    ends = codes.run_ends.to_numpy().astype(np.int64)
+    first = np.concatenate([[0], ends[:-1]])
+    return first, np.repeat(np.arange(len(ends)), np.diff(np.append(first, len(users))))
+
+
+def _item_numbers(items: pa.ChunkedArray, catalogue: pa.ChunkedArray) -> np.ndarray:
+    found = pc.index_in(items, value_set=catalogue.combine_chunks())
+    return found.to_numpy().astype(np.int64) + 1
+
+
+def _user_batches(
+    model: ProfileModel, events: EventFile, catalogue: pa.ChunkedArray
+) -> Iterator[pa.RecordBatch]:
+    """Every user's state after the last event."""
+    with tqdm(total=events.n_events, desc="events", unit="row", leave=False, delay=2) as progress:
+        for block in events.blocks(BLOCK_EVENTS):
+            first, user = _runs(block["user"])
+            tokens = block["user"].take(first)
+            n = len(first)
+            folds = np.array([fold_of(token, model.n_folds) for token in tokens.to_pylist()])
+            liked = (
+                block["liked"].to_numpy() if "liked" in block.column_names else np.ones(len(user))
+            )
+            last = np.append(first[1:], len(user)) - 1
+            time = np.full(n, -np.inf)
+            if "time" in block.column_names:
+                time = block["time"].to_numpy()[last]
+            states = np.tile(model.kernels.initial, (n, 1))
+            advance_in_parallel(
+                states, user, first, model.kernels, _item_numbers(block["item"], catalogue),
+                folds[user], liked,
+            )  # fmt: skip
+            seen = np.diff(np.append(first, len(user)))
+            table = user_table(model, tokens.combine_chunks(), folds, seen, time, states)
+            yield from table.to_batches()
+            progress.update(len(user))

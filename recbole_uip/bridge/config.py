@@ -26,6 +26,7 @@ __all__ = [
     "context_models",
     "load_config_files",
     "parse_command_line",
+    "profile_settings",
     "read_properties",
 ]
 
@@ -130,6 +131,16 @@ def parse_command_line(arguments: Sequence[str]) -> dict[str, str]:
         if parsed.setdefault(key, value) != value:
             raise SettingsError(f"--{key} is given twice, as {parsed[key]!r} and as {value!r}")
     return parsed
+
+
+def profile_settings(files: Sequence[str], arguments: Sequence[str]) -> UIPSettings:
+    """The ``uip_*`` settings of config files and ``--key=value`` arguments, over the defaults.
+
+    For commands that infer profiles without a RecBole dataset; of other keys only ``seed`` counts.
+    """
+    defaults = yaml.load(read_properties("uip.yaml") or "", Loader=_Loader)
+    given = {key: _convert(value) for key, value in parse_command_line(arguments).items()}
+    return UIPSettings.from_dict({**defaults, **load_config_files(files), **given})
 
 
 def _convert(value: str) -> Any:

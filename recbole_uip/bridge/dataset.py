@@ -21,10 +21,11 @@ from recbole.utils import FeatureSource, FeatureType
 from recbole_uip import profiles as profile_stage
 from recbole_uip.behaviours import TEST, TRAIN, VALID, Behaviours
 from recbole_uip.bridge.config import UIPConfig
-from recbole_uip.bridge.sources import download, item_texts, missing_files_error
+from recbole_uip.bridge.sources import download, missing_files_error
 from recbole_uip.bridge.storage import load_pickle
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings
+from recbole_uip.texts import item_texts
 
 __all__ = ["ROW", "UIPDataset", "create_dataset", "data_preparation"]
 
@@ -91,6 +92,8 @@ class UIPDataset(Dataset):
         What the profile stage made of them.
     settings : UIPSettings or None
         What it was told, with ``auto`` decided by the data.
+    float_ranges : dict of str to tuple of float
+        Lowest, highest and mean raw value of each float field of the interactions.
     """
 
     def __init__(self, config: UIPConfig) -> None:
@@ -101,6 +104,7 @@ class UIPDataset(Dataset):
         self.settings: UIPSettings | None = None
         self._splits: list[UIPDataset] | None = None
         self._raw_time: np.ndarray | None = None
+        self.float_ranges: dict[str, tuple[float, float, float]] = {}
         self._hidden: frozenset[str] = frozenset()
         self._match_fields: tuple[str, ...] = ()
         super().__init__(config)
@@ -224,6 +228,15 @@ class UIPDataset(Dataset):
                     for row, value in enumerate(feat[field]):
                         filled[row] = empty if isinstance(value, float) else value
                     feat[field] = filled
+
+    def _normalize(self) -> None:
+        # A served model meets raw values, which this step and the next one rescale.
+        for field in self.inter_feat:
+            if self.field2type[field] == FeatureType.FLOAT and len(self.inter_feat):
+                value = self.inter_feat[field].to_numpy(np.float64)
+                described = value.min(), value.max(), value.mean()
+                self.float_ranges[field] = tuple(map(float, described))
+        super()._normalize()
 
     def _change_feat_format(self) -> None:
         super()._change_feat_format()

@@ -145,6 +145,11 @@ class Encoder:
             ),
         )
 
+    def with_rate(self, rate: np.ndarray) -> Encoder:
+        """An encoder with other like rates, shape (n_items,)."""
+        kernels = self.kernels._replace(rate=rate, intercept=em_kernels.intercepts(rate))
+        return dataclasses.replace(self, kernels=kernels)
+
     def _table_shape(self, k: int) -> tuple[int, int, int]:
         kernels = self.kernels
         n_items, stride = len(kernels.rate), int(kernels.stride[k])
@@ -184,11 +189,18 @@ class Encoder:
         tokens = np.empty((len(rows), len(self.fields)), dtype=np.int32)
         for at, states in run(self.kernels, history, events, rows):
             block = rows[at]
-            seen = history.seen[block]
-            tokens[np.ix_(at, self.profile_columns)] = self.profiles(states, seen)
-            tokens[np.ix_(at, self.match_columns)] = self.matches(
-                states, seen, events.item[block], events.fold[block]
+            tokens[at] = self.tokens(
+                states, history.seen[block], events.item[block], events.fold[block]
             )
+        return tokens
+
+    def tokens(
+        self, states: np.ndarray, seen: np.ndarray, items: np.ndarray, folds: np.ndarray
+    ) -> np.ndarray:
+        """Tokens of all fields of each state with one item, shape (n, n_fields), int32."""
+        tokens = np.empty((len(states), len(self.fields)), dtype=np.int32)
+        tokens[:, self.profile_columns] = self.profiles(states, seen)
+        tokens[:, self.match_columns] = self.matches(states, seen, items, folds)
         return tokens
 
     def match(

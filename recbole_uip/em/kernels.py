@@ -66,6 +66,7 @@ POSITIVE, NEGATIVE, ALL = (WEIGHTS.index(name) for name in ("positive", "negativ
 _NO_VECTORS = np.empty(0, dtype=np.float32)
 
 _compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+_inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 
 
 def retention(half_life: float) -> float:
@@ -263,7 +264,7 @@ def _starts(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
 
 
-@_compiled
+@_inlined
 def advance(state, kernels, item, fold, liked):
     """Let one event enter ``state``, shape (width,), in place.
 
@@ -299,14 +300,14 @@ def advance_many(states, rows, kernels, items, folds, liked):
         advance(states[rows[event]], kernels, items[event], folds[event], liked[event])
 
 
-@_compiled
+@_inlined
 def _vector(kernels, k, item, fold):
     """Where the item's vector begins."""
     n_items = len(kernels.rate)
     return kernels.table[k] + (kernels.folded[k] * fold * n_items + item) * kernels.stride[k]
 
 
-@_compiled
+@_inlined
 def _add(state, kernels, k, row, item, liked):
     """(S, N, M) <- (a S, a N, a^2 M) + (w g, n, n^2)."""
     rank, at, keep = kernels.rank[k], kernels.start[k], kernels.keep[k]
@@ -323,7 +324,7 @@ def _add(state, kernels, k, row, item, liked):
     state[at + rank + 1] = keep * keep * state[at + rank + 1] + count * count
 
 
-@_compiled
+@_inlined
 def _newton_step(state, kernels, k, row, item, liked):
     """Drift, then one Newton step towards the event's label."""
     rank, mean, keep = kernels.rank[k], kernels.start[k], kernels.keep[k]
@@ -347,7 +348,15 @@ def _newton_step(state, kernels, k, row, item, liked):
         state[variance + d] = drifted / (1.0 + curvature * drifted * g * g)
 
 
-@_compiled
+@_inlined
+def _largest(sizes):
+    largest = 1
+    for size in sizes:
+        largest = max(largest, size)
+    return largest
+
+
+@_inlined
 def _dot(left, right, at, n):
     """Sum of left[d] * right[at + d]; four partial sums, for the processor to take at once."""
     a = b = c = e = 0.0
@@ -361,7 +370,7 @@ def _dot(left, right, at, n):
     return (a + b) + (c + e)
 
 
-@_compiled
+@_inlined
 def _is_known(state, seen, kernels, k):
     """Whether the user has any evidence for kernel ``k``."""
     if kernels.kind[k] == SUMS:
@@ -369,7 +378,7 @@ def _is_known(state, seen, kernels, k):
     return seen > 0
 
 
-@_compiled
+@_inlined
 def _posterior(state, kernels, k, profile):
     """Write the posterior mean deviation from the average user; return the constant beside it.
 
@@ -390,7 +399,7 @@ def _posterior(state, kernels, k, profile):
     return 0.0
 
 
-@_compiled
+@_inlined
 def _lift(profile, constant, kernels, k, item, fold):
     """What a profile says of an item: g' m, and for the filter the logit a_i + b_u + g' m."""
     row = _vector(kernels, k, item, fold)
@@ -421,50 +430,54 @@ def profile_values(states, kernels, k, items, folds):
     return values
 
 
-@_compiled
-def _bin(value, fields, f):
+@_inlined
+def _edges(fields, f):
+    """Inner bin edges of a field."""
+    return fields.numbers[fields.first[f] : fields.first[f] + fields.size[f]]
+
+
+@_inlined
+def _bin(value, edges):
     """1 + the number of edges that are not above ``value``."""
-    first, token = fields.first[f], 1
-    for edge in range(fields.size[f]):
+    token = 1
+    for edge in range(len(edges)):
         # Counting all edges is faster than bisection: nothing to mispredict.
-        token += fields.numbers[first + edge] <= value
+        token += edges[edge] <= value
     return token
 
 
-@_compiled
-def _nearest(residual, precision, numbers, first, n_codes):
-    """Code of largest responsibility: argmax_k of log pi_k - sum_d precision (y - e_k)^2 / 2."""
-    rank = len(residual)
-    best, chosen = -np.inf, 0
-    for code in range(n_codes):
-        at = first + n_codes + code * rank
-        a = b = 0.0
-        for d in range(0, rank - 1, 2):
-            left, right = residual[d] - numbers[at + d], residual[d + 1] - numbers[at + d + 1]
-            a += left * left * precision[d]
-            b += right * right * precision[d + 1]
-        if rank % 2:
-            left = residual[rank - 1] - numbers[at + rank - 1]
-            a += left * left * precision[rank - 1]
-        value = numbers[first + code] - 0.5 * (a + b)
-        if value > best:
-            best, chosen = value, code
-    return chosen
+@_inlined
+def _nearest(residual, noise, log_weights, codewords, variance, scores):
+    """Code of largest responsibility: argmax_k of log pi_k - sum_d (y - e_k)^2 / (2 total_d)."""
+    n_codes = len(log_weights)
+    scores[:n_codes] = log_weights
+    for d in range(len(residual)):
+        half_precision = 0.5 / (variance[d] + noise)
+        # Code by code in the inner loop, which the processor takes several at once.
+        for code in range(n_codes):
+            difference = residual[d] - codewords[d * n_codes + code]
+            scores[code] -= half_precision * difference * difference
+    best = 0
+    for code in range(1, n_codes):
+        if scores[code] > scores[best]:
+            best = code
+    return best
 
 
-@_compiled
-def _quantise(residual, noise, numbers, first, n_codes, precision, out):
+@_inlined
+def _quantise(residual, noise, numbers, first, n_codes, scores, out):
     """Codes of all levels, from 0; ``residual`` becomes what the last level leaves."""
     rank = len(residual)
     for level in range(len(out)):
-        variance = first + n_codes * (rank + 1)
-        for d in range(rank):
-            precision[d] = 1.0 / (numbers[variance + d] + noise)
-        code = _nearest(residual, precision, numbers, first, n_codes)
+        middle, last = first + n_codes, first + n_codes * (rank + 1)
+        codewords = numbers[middle:last]
+        code = _nearest(
+            residual, noise, numbers[first:middle], codewords, numbers[last : last + rank], scores
+        )
         out[level] = code
         for d in range(rank):
-            residual[d] -= numbers[first + n_codes + code * rank + d]
-        first = variance + rank
+            residual[d] -= codewords[d * n_codes + code]
+        first = last + rank
 
 
 @_compiled
@@ -476,7 +489,7 @@ def nearest_codes(offsets, noise, numbers, n_codes, levels):
     offsets : ndarray of float64, shape (n, rank)
     noise : ndarray of float64, shape (n,)
     numbers : ndarray of float64
-        Log weights (K,), codewords (K, rank) and variance (rank,) of each level, flat.
+        Log weights (K,), codewords (rank, K) and variance (rank,) of each level, flat.
     n_codes, levels : int
 
     Returns
@@ -485,9 +498,9 @@ def nearest_codes(offsets, noise, numbers, n_codes, levels):
         From 0.
     """
     codes = np.empty((len(offsets), levels), dtype=np.int64)
-    precision = np.empty(offsets.shape[1])
+    scores = np.empty(n_codes)
     for row in range(len(offsets)):
-        _quantise(offsets[row].copy(), noise[row], numbers, 0, n_codes, precision, codes[row])
+        _quantise(offsets[row].copy(), noise[row], numbers, 0, n_codes, scores, codes[row])
     return codes
 
 
@@ -505,10 +518,7 @@ def encode(states, seen, kernels, fields, out):
     out : ndarray of int32, shape (n, n_columns)
         Is written: 0 for [PAD], else from 1.
     """
-    width = 1
-    for rank in kernels.rank:
-        width = max(width, rank)
-    scratch, precision = np.empty(width), np.empty(width)
+    scratch, scores = np.empty(_largest(kernels.rank)), np.empty(_largest(fields.size))
     for row in range(len(states)):
         state = states[row]
         for f in range(len(fields.kernel)):
@@ -522,7 +532,8 @@ def encode(states, seen, kernels, fields, out):
             elif fields.kind[f] == VALUE:
                 # A trait is the lift of any item, for all have the same vector.
                 constant = _posterior(state, kernels, k, scratch)
-                out[row, column] = _bin(_lift(scratch, constant, kernels, k, 0, 0), fields, f)
+                value = _lift(scratch, constant, kernels, k, 0, 0)
+                out[row, column] = _bin(value, _edges(fields, f))
             else:
                 count = np.float64(state[at + rank])
                 for d in range(rank):
@@ -534,23 +545,23 @@ def encode(states, seen, kernels, fields, out):
                     fields.numbers,
                     fields.first[f],
                     fields.size[f],
-                    precision[:rank],
+                    scores,
                     codes,
                 )
                 for c in range(len(codes)):
                     codes[c] += 1
 
 
-@_compiled
+@_inlined
 def _match(state, seen, kernels, fields, f, items, folds, profile, out):
     k = fields.kernel[f]
     if fields.unknown[f] >= 0 and not _is_known(state, seen, kernels, k):
         out[:, f] = fields.unknown[f]
         return
     constant = _posterior(state, kernels, k, profile)
+    edges = _edges(fields, f)
     for row in range(len(items)):
-        value = _lift(profile, constant, kernels, k, items[row], folds[row])
-        out[row, f] = _bin(value, fields, f)
+        out[row, f] = _bin(_lift(profile, constant, kernels, k, items[row], folds[row]), edges)
 
 
 @_compiled
@@ -567,7 +578,7 @@ def encode_matches(states, seen, kernels, fields, items, folds, out):
     out : ndarray of int32, shape (n, n_fields)
         Is written.
     """
-    profile = np.empty(max(1, kernels.rank.max()))
+    profile = np.empty(_largest(kernels.rank))
     for row in range(len(states)):
         one = slice(row, row + 1)
         for f in range(len(fields.kernel)):
@@ -580,6 +591,6 @@ def encode_matches(states, seen, kernels, fields, items, folds, out):
 @_compiled
 def score_candidates(state, seen, kernels, fields, items, folds, out):
     """Match tokens of one state, shape (width,), with many items; see :func:`encode_matches`."""
-    profile = np.empty(max(1, kernels.rank.max()))
+    profile = np.empty(_largest(kernels.rank))
     for f in range(len(fields.kernel)):
         _match(state, seen, kernels, fields, f, items, folds, profile, out)

@@ -178,7 +178,7 @@ class CodebookMixture:
         """Log weights, codewords and variance, flat, as compiled code reads them."""
         with np.errstate(divide="ignore"):
             log_weights = np.log(self.weights_)
-        return np.concatenate([log_weights, self.codewords_.ravel(), self.variance_])
+        return np.concatenate([log_weights, self.codewords_.T.ravel(), self.variance_])
 
     def predict_proba(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Responsibilities r_uk, shape (n, K); rows sum to one."""

@@ -160,7 +160,11 @@ def offsets(state: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def run(
-    kernels: Kernels, history: History, events: Events, rows: np.ndarray | None = None
+    kernels: Kernels,
+    history: History,
+    events: Events,
+    rows: np.ndarray | None = None,
+    start: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """States of rows, each from the events that the row may see.
 
@@ -174,6 +178,8 @@ def run(
         Of all rows that ``history`` speaks of.
     rows : ndarray of int64, optional
         Rows wanted; all by default.
+    start : ndarray of float32, shape (n_timelines, width), optional
+        State that each timeline begins with; by default, that of a user without events.
 
     Yields
     ------
@@ -184,25 +190,29 @@ def run(
     rows = np.arange(len(history.timeline)) if rows is None else np.asarray(rows)
     timeline, seen = history.timeline[rows], history.seen[rows]
     order = np.lexsort((seen, timeline))
+    start = kernels.initial[None, :] if start is None else start
     for low in range(0, len(order), BLOCK_ROWS):
         at = order[low : low + BLOCK_ROWS]
         states = np.empty((len(at), len(kernels.initial)), dtype=np.float32)
         # A timeline that the block before has begun is begun anew.
-        _walk(kernels, history.events, history.first, *events, timeline[at], seen[at], states)
+        _walk(
+            kernels, history.events, history.first, *events, timeline[at], seen[at], start, states
+        )
         yield at, states
 
 
 @numba.njit(cache=True, nogil=True)
-def _walk(kernels, events, first, item, fold, liked, timeline, seen, states):
+def _walk(kernels, events, first, item, fold, liked, timeline, seen, start, states):
     """Follow each timeline once, and write its state where a row asks for it.
 
-    ``timeline`` and ``seen`` say where; they are sorted by timeline, then by ``seen``.
+    ``timeline`` and ``seen`` say where; they are sorted by timeline, then by ``seen``. ``start``
+    has a row for each timeline, or one for all.
     """
-    state = kernels.initial.copy()
+    state = np.empty_like(kernels.initial)
     done = 0
     for row in range(len(timeline)):
         if row == 0 or timeline[row] != timeline[row - 1]:
-            state[:] = kernels.initial
+            state[:] = start[timeline[row] if len(start) > 1 else 0]
             done = 0
         for position in range(done, seen[row]):
             event = events[first[timeline[row]] + position]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Evidence", "evidence", "like_rate"]
+__all__ = ["Evidence", "evidence", "like_rate", "smoothed_rate"]
 
 PRIOR_COUNT = 10.0
 
@@ -48,9 +48,16 @@ def like_rate(
     -------
     ndarray of float64, shape (n_items,)
     """
-    overall = (np.sum(liked) + 0.5) / (len(liked) + 1.0)
     likes = np.bincount(item, weights=liked, minlength=n_items)
     counts = np.bincount(item, minlength=n_items)
+    return smoothed_rate(counts, likes, prior_count)
+
+
+def smoothed_rate(
+    counts: np.ndarray, likes: np.ndarray, prior_count: float = PRIOR_COUNT
+) -> np.ndarray:
+    """:func:`like_rate` of each item's numbers of events and of likes, shape (n_items,)."""
+    overall = (np.sum(likes) + 0.5) / (np.sum(counts) + 1.0)
     return (likes + prior_count * overall) / (counts + prior_count)
 
 

@@ -10,31 +10,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import importlib.metadata
-import json
 import logging
-import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import recbole_uip
 from recbole_uip import lm, profiles
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge import UIPConfig, UIPDataset
 from recbole_uip.bridge.config import load_config_files, parse_command_line
 from recbole_uip.bridge.run import DEFAULT_DATASET, DEFAULT_MODEL, peak_memory
 from recbole_uip.em.encoder import Encoder
-from recbole_uip.files import atomic_write
+from recbole_uip.evidence.figures import Figure, machine, timed, versions
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import resolve_dtype
 from recbole_uip.lm.scoring import MAX_WORKERS
@@ -42,22 +36,19 @@ from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.settings import SettingsError, UIPSettings
 
 __all__ = [
-    "Figure",
     "Matrices",
+    "Task",
     "bench_profiles",
-    "copy_bandwidth",
-    "format_bench",
+    "load_task",
     "matmul_ceiling",
     "matrices",
+    "parse_config",
     "scoring_flops",
-    "write_bench",
 ]
 
 logger = logging.getLogger(__name__)
 
-COPY_BYTES = 64 << 20  # two such arrays are larger than any cache the copy could hide in
 TIMED_FLOPS = 4e9  # products are timed together until they make this many FLOPs: some 10 ms
-_PACKAGES = ("recbole", "transformers")
 
 _NOTES = {
     "scoring": (
@@ -84,46 +75,6 @@ _NOTES = {
     ),
     "transform": "fields of a facet: of that, the fitted facet's transform of all rows; median.",
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured figure and its floor.
-
-    Attributes
-    ----------
-    key : str
-        What it is, for programs: ``scoring``, ``flops``, ``cached``, ``stage``, ``transform`` or
-        ``memory``.
-    name : str
-        What it is, for people.
-    measured : float
-    unit : {"s", "FLOP/s", "B"}
-    floor : float or None
-        In the same unit; of a rate, the ceiling.
-    details : dict
-        What it was made of.
-    """
-
-    key: str
-    name: str
-    measured: float
-    unit: str
-    floor: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times the floor it costs; 1 is the best that can be."""
-        if not self.floor or not self.measured:
-            return None
-        if self.unit == "FLOP/s":
-            return self.floor / self.measured
-        return self.measured / self.floor
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figure as JSON holds it."""
-        return {**dataclasses.asdict(self), "ratio": self.ratio}
 
 
 @dataclass(frozen=True)
@@ -262,32 +213,15 @@ def _product_rate(
             torch.cuda.synchronize(matrix.device)
 
     list(pool.map(work, range(workers)))  # the first product sets things up
-    seconds = _timed(lambda: list(pool.map(work, range(workers))), repeats)
+    seconds = timed(lambda: list(pool.map(work, range(workers))), repeats)
     return workers * times * flops / min(seconds)
-
-
-def copy_bandwidth(n_bytes: int = COPY_BYTES, repeats: int = 5) -> float:
-    """Bytes read and written in a second by a memory copy of ``n_bytes``, the best of several."""
-    source = np.ones(n_bytes // 8)
-    target = np.zeros_like(source)
-    return 2 * source.nbytes / min(_timed(lambda: np.copyto(target, source), repeats))
-
-
-def _timed(function: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of ``repeats`` calls."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return seconds
 
 
 # --- the figures -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """What the profile stage is given.
 
     Attributes
@@ -318,13 +252,13 @@ class _Task:
         """Distinct texts, in the order of the items."""
         return list(dict.fromkeys(text for text in self.texts or () if text))
 
-    def using(self, cache: Path, kept: Sequence[str] | None = None) -> _Task:
+    def using(self, cache: Path, kept: Sequence[str] | None = None) -> Task:
         """The same with another cache folder, and of the texts only those ``kept``."""
         texts = self.texts
         if kept is not None:
             known = set(kept)
             texts = [text if text in known else None for text in texts]
-        return _Task(self.behaviours, texts, dataclasses.replace(self.settings, cache=cache))
+        return Task(self.behaviours, texts, dataclasses.replace(self.settings, cache=cache))
 
 
 def bench_profiles(
@@ -375,24 +309,17 @@ def bench_profiles(
     for key, value in (("repeats", repeats), ("items", items)):
         if value is not None and value < 1:
             raise SettingsError(f"{key}={value} must be at least 1")
-    load_average = list(os.getloadavg())
-    name, parsed = _config(dataset, config_files, config, command_line)
+    name, parsed = parse_config(dataset, config_files, config, command_line)
     started = time.perf_counter()
-    task = _load(parsed)
+    task = load_task(parsed)
     data_seconds = time.perf_counter() - started
-    machine = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": load_average,
-        "copy_bandwidth": copy_bandwidth(),
-    }
+    here = machine()
     figures: list[Figure] = []
     if task.prompts:
         device, dtype = resolve_dtype(task.settings.lm)
-        machine |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+        here |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
         if device.type == "cuda":
-            machine["gpu"] = torch.cuda.get_device_name(device)
+            here["gpu"] = torch.cuda.get_device_name(device)
         cache = task.settings.cache.expanduser()
         cache.mkdir(parents=True, exist_ok=True)
         # In the user's cache, so that scores are read from the disk they would be read from.
@@ -405,9 +332,9 @@ def bench_profiles(
                 stage = task
             else:
                 stage = task.using(Path(folder), chosen)
-            figures += _stage_figures(stage, machine["copy_bandwidth"], repeats)
+            figures += _stage_figures(stage, here["copy_bandwidth"], repeats)
     else:
-        figures += _stage_figures(task, machine["copy_bandwidth"], repeats)
+        figures += _stage_figures(task, here["copy_bandwidth"], repeats)
     figures.append(Figure("memory", "peak memory of the process", peak_memory(), "B"))
     keys = {each.key for each in figures}
     return {
@@ -415,15 +342,15 @@ def bench_profiles(
         "items": items,
         "repeats": repeats,
         "data_seconds": data_seconds,
-        "machine": machine,
+        "machine": here,
         "figures": [each.to_dict() for each in figures],
         "notes": [text for key, text in _NOTES.items() if key in keys],
-        "versions": _versions(),
+        "versions": versions(),
         "command": command or f"bench_profiles({name!r})",
     }
 
 
-def _config(
+def parse_config(
     dataset: str | None,
     config_files: Sequence[str] | None,
     config: Mapping[str, Any] | None,
@@ -444,7 +371,7 @@ def _config(
     return name, parsed
 
 
-def _load(config: UIPConfig) -> _Task:
+def load_task(config: UIPConfig) -> Task:
     """Load and split the data as a run does, and stop before the profile stage."""
     settings = config.uip
     config = copy.deepcopy(config)
@@ -460,10 +387,10 @@ def _load(config: UIPConfig) -> _Task:
             "no item has a text, so there is nothing to score: check uip_item_text, or take "
             "facets with source: collaborative or constant"
         )
-    return _Task(dataset.behaviours, texts, settings)
+    return Task(dataset.behaviours, texts, settings)
 
 
-def _lm_figures(task: _Task, texts: list[str], cache: Path, repeats: int) -> list[Figure]:
+def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list[Figure]:
     """Scoring ``texts`` into the empty folder ``cache``, and reading them from there."""
     settings = task.settings
     # Once before: fetches and dequantises what is not there yet, and says what is multiplied.
@@ -520,10 +447,10 @@ def _lm_figures(task: _Task, texts: list[str], cache: Path, repeats: int) -> lis
     rate = Figure("flops", f"  of {flops / 1e9:,.1f} GFLOP", flops / seconds, "FLOP/s", fastest)
 
     logger.info("reading the scores")
-    cached = _timed(score, repeats)
+    cached = timed(score, repeats)
     files = [path for path in (cache / "scores").glob("*/*.safetensors") if path.stem != "prefix"]
     n_bytes = sum(path.stat().st_size for path in files)
-    plain = _timed(lambda: [path.read_bytes() for path in files], repeats)
+    plain = timed(lambda: [path.read_bytes() for path in files], repeats)
     reading = Figure(
         "cached",
         f"scores from the cache: {n_bytes / 1e6:,.1f} MB",
@@ -535,7 +462,7 @@ def _lm_figures(task: _Task, texts: list[str], cache: Path, repeats: int) -> lis
     return [scoring, rate, reading]
 
 
-def _holds_scores(task: _Task) -> bool:
+def _holds_scores(task: Task) -> bool:
     """Whether the user's cache holds the scores of every text."""
     settings = task.settings
     source = lm.resolve(settings.lm, settings.cache)
@@ -547,7 +474,7 @@ def _holds_scores(task: _Task) -> bool:
     return bool(found.all()) and store.read_file("theta0") is not None
 
 
-def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
+def _stage_figures(task: Task, bandwidth: float, repeats: int) -> list[Figure]:
     """The profile stage with cached scores, and each facet's transform."""
     logger.info("inferring profiles, %d times", repeats)
     results: list[profiles.Profiles] = []
@@ -557,7 +484,7 @@ def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
         results.append(profiles.infer(task.behaviours, task.texts, task.settings))
 
     cpu_started = time.process_time()
-    seconds = _timed(infer, repeats)
+    seconds = timed(infer, repeats)
     cpu_seconds = (time.process_time() - cpu_started) / repeats
     (result,) = results
     n_rows = len(task.behaviours)
@@ -586,7 +513,7 @@ def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
     ]
     for name, facet in result.facets.items():
         encoder = Encoder.of({name: facet.fields()}, result.encoder.kernels.rate)
-        each = _timed(lambda e=encoder: e.transform(result.history, result.events), repeats)
+        each = timed(lambda e=encoder: e.transform(result.history, result.events), repeats)
         size = _state_bytes(encoder, n_rows)
         figures.append(
             Figure(
@@ -599,84 +526,3 @@ def _stage_figures(task: _Task, bandwidth: float, repeats: int) -> list[Figure]:
             )
         )
     return figures
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    versions = {
-        "python": platform.python_version(),
-        "recbole-uip": recbole_uip.__version__,
-        "numpy": np.__version__,
-        "torch": str(torch.__version__),
-    }
-    return versions | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-# --- output ----------------------------------------------------------------------------------
-
-
-def write_bench(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
-    """Write what :func:`bench_profiles` returned as JSON, whole or not at all."""
-    with atomic_write(path, "w") as file:
-        json.dump(results, file, indent=2, allow_nan=False)
-        file.write("\n")
-
-
-def format_bench(results: Mapping[str, Any]) -> str:
-    """A header about the machine, the table, and how its floors are counted."""
-    rows = [("figure", "measured", "floor", "ratio")]
-    for each in results["figures"]:
-        unit, ratio = each["unit"], each["ratio"]
-        rows.append(
-            (
-                each["name"],
-                _quantity(each["measured"], unit),
-                _quantity(each["floor"], unit),
-                "-" if ratio is None else f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        " | ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    ]
-    rule = "-+-".join("-" * width for width in widths)
-    return "\n".join([_header(results), "", lines[0], rule, *lines[1:], "", *results["notes"]])
-
-
-def _header(results: Mapping[str, Any]) -> str:
-    machine, versions = results["machine"], results["versions"]
-    load = " ".join(f"{value:.2f}" for value in machine["load_average"])
-    parts = [
-        f"{results['dataset']} on {machine['cpu']}: cores {machine['cores']}, "
-        f"threads {machine['threads']}, load average at start {load}",
-        f"copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s",
-    ]
-    if "device" in machine:
-        parts.append(f"LM on {machine.get('gpu', machine['device'])} in {machine['dtype']}")
-    parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    return "; ".join(parts)
-
-
-def _quantity(value: float | None, unit: str) -> str:
-    """``value`` with three digits and a unit of its size."""
-    if value is None:
-        return "-"
-    if unit == "s":
-        scales = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-    else:
-        scales = ((1e9, f"G{unit}"), (1e6, f"M{unit}"), (1e3, f"k{unit}"))
-    scale, shown = next((pair for pair in scales if value >= pair[0]), scales[-1])
-    scaled = value / scale
-    return f"{scaled:,.0f} {shown}" if scaled >= 100 else f"{scaled:.3g} {shown}"

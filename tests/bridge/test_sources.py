@@ -7,38 +7,7 @@ import pytest
 
 from recbole_uip.bridge import create_dataset
 from recbole_uip.bridge.config import UIPConfig
-from recbole_uip.bridge.sources import item_texts
 from recbole_uip.settings import SettingsError
-
-TOKENS = {"[PAD]": 0, "a": 1, "b": 2, "c": 3, "d": 4}
-
-
-@pytest.fixture
-def item_file(tmp_path):
-    path = tmp_path / "x.item"
-    path.write_text(
-        "item_id:token\ttitle:token_seq\tgenre:token_seq\n"
-        'a\t"Great" Film\tDrama\n'
-        'b\t"Open quote\t\n'
-        "c\t\t\n"
-        "z\tNot in the data\tDrama\n",
-        encoding="utf-8",
-    )
-    return path
-
-
-def test_item_texts(item_file):
-    texts = item_texts(item_file, "{title} ({genre})", "item_id", TOKENS, 5)
-    assert texts == [None, '"Great" Film (Drama)', '"Open quote', None, None]
-
-
-def test_a_field_the_file_lacks_is_an_error(item_file):
-    with pytest.raises(SettingsError, match="'year'.*item_id, title, genre"):
-        item_texts(item_file, "{title} {year}", "item_id", TOKENS, 5)
-
-
-def test_no_item_file(tmp_path):
-    assert item_texts(tmp_path / "no.item", "{title}", "item_id", TOKENS, 5) == [None] * 5
 
 
 def ml_1m(tmp_path):

@@ -5,17 +5,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recbole_uip import cli
-from recbole_uip.evidence import bench
+from recbole_uip.evidence import bench, figures
 from recbole_uip.evidence.bench import (
-    Figure,
     Matrices,
     bench_profiles,
-    format_bench,
     matmul_ceiling,
     matrices,
     scoring_flops,
-    write_bench,
 )
+from recbole_uip.evidence.figures import Figure, format_bench, write_bench
 from recbole_uip.settings import SettingsError
 
 from ..bridge.conftest import Atomic, make_rows
@@ -88,7 +86,7 @@ def test_ceilings_are_positive_and_leave_the_threads(dtype, monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert bench.copy_bandwidth(1 << 16, 2) > 0
+    assert figures.copy_bandwidth(1 << 16, 2) > 0
 
 
 def test_ratios():
@@ -162,7 +160,7 @@ def test_json_is_whole_or_absent(results, tmp_path):
 def toy(tmp_path, rng, monkeypatch):
     """The arguments that bench a toy dataset, by facets."""
     monkeypatch.setattr(bench, "TIMED_FLOPS", 1e6)
-    monkeypatch.setattr(bench, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(figures, "COPY_BYTES", 1 << 16)
     items = [(f"i{i}", TITLES[i % 7], GENRES[i % 3]) for i in range(14)] + [("i14", "", "")]
     Atomic(tmp_path, "toy", make_rows(rng), items=items).write()
 
@@ -260,7 +258,7 @@ def test_some_items(toy, lm_settings, tmp_path):
     assert (stage["items_with_text"], stage["cost"]["lm_tokens"]) == (9, 0)
     # Once the user's cache holds them all, the stage has them all.
     more = [each for each in toy(TASTE, *lm_settings) if "json=" not in each]
-    task = bench._load(bench._config("toy", None, None, more)[1])
+    task = bench.load_task(bench.parse_config("toy", None, None, more)[1])
     bench.lm.score(task.distinct, task.prompts, task.endings, task.settings.lm, task.settings.cache)
     assert cli.main(line) == 0
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]

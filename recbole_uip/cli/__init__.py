@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import re
 import shlex
 import sys
 import traceback
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recbole_uip import __version__
+from recbole_uip.cli.bank import add_bank
+from recbole_uip.cli.options import OVERRIDES, add_config_files, start
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["entry_point", "main", "run_main"]
 
 OK, UNEXPECTED, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-_OVERRIDES = "Any RecBole or uip_ setting may follow as --key=value; see properties/uip.yaml."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = subcommands.add_parser(
         "run",
         help="train RecBole's models with and without profile fields",
-        epilog=_OVERRIDES,
+        epilog=OVERRIDES,
         allow_abbrev=False,
     )
     _add_run_arguments(run)
     run.set_defaults(function=_run, parser=run)
+    add_bank(subcommands)
     _add_bench(subcommands)
     summary = subcommands.add_parser(
         "summary",
@@ -64,7 +63,7 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
     """``run_recbole_uip.py ...``, the same as ``recbole-uip run ...``."""
     parser = argparse.ArgumentParser(
         description="Train RecBole's models with and without profile fields.",
-        epilog=_OVERRIDES,
+        epilog=OVERRIDES,
         allow_abbrev=False,
     )
     _add_run_arguments(parser)
@@ -79,7 +78,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", "-d", help="dataset, or several: a,b (default: ml-100k, which RecBole carries)"
     )
-    _add_config_files(parser)
+    add_config_files(parser)
 
 
 def _add_bench(subcommands: argparse._SubParsersAction) -> None:
@@ -90,13 +89,13 @@ def _add_bench(subcommands: argparse._SubParsersAction) -> None:
     profiles = stages.add_parser(
         "profiles",
         help="LM scoring, reading the scores, and the profile stage",
-        epilog=_OVERRIDES,
+        epilog=OVERRIDES,
         allow_abbrev=False,
     )
     profiles.add_argument(
         "--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)"
     )
-    _add_config_files(profiles)
+    add_config_files(profiles)
     profiles.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     profiles.add_argument(
         "--repeats",
@@ -109,16 +108,23 @@ def _add_bench(subcommands: argparse._SubParsersAction) -> None:
         "--items", type=int, metavar="N", help="score only the first N distinct item texts"
     )
     profiles.set_defaults(function=_bench_profiles, parser=profiles)
-
-
-def _add_config_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config_files",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="YAML files, separated by spaces or commas; a later one overrides an earlier one",
+    bank = stages.add_parser(
+        "bank",
+        help="building a feature bank of synthetic events, look-ups, matches and updates",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
     )
+    bank.add_argument("--dataset", "-d", help="whose items and facets are taken (default: ml-100k)")
+    add_config_files(bank)
+    bank.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    bank.add_argument(
+        "--events", type=int, default=25_000_000, metavar="N",
+        help="synthetic events, 25 a user (default: 25,000,000)",
+    )  # fmt: skip
+    bank.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="runs of the batch figures (default: 5)"
+    )
+    bank.set_defaults(function=_bench_bank, parser=bank)
 
 
 def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
@@ -148,7 +154,7 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
     from recbole_uip.bridge.report import format_report
     from recbole_uip.bridge.run import run_recbole_uip
 
-    files = _start(namespace, overrides)
+    files = start(namespace, overrides)
     results = run_recbole_uip(
         namespace.model, namespace.dataset, files, command_line=overrides, command=command
     )
@@ -157,9 +163,10 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
 
 
 def _bench_profiles(namespace: Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.bench import bench_profiles, format_bench, write_bench
+    from recbole_uip.evidence.bench import bench_profiles
+    from recbole_uip.evidence.figures import format_bench, write_bench
 
-    files = _start(namespace, overrides)
+    files = start(namespace, overrides)
     results = bench_profiles(
         namespace.dataset,
         files,
@@ -173,43 +180,27 @@ def _bench_profiles(namespace: Namespace, overrides: list[str], command: str) ->
     print(format_bench(results))
 
 
+def _bench_bank(namespace: Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.evidence.bench_bank import bench_bank
+    from recbole_uip.evidence.figures import format_bench, write_bench
+
+    files = start(namespace, overrides)
+    results = bench_bank(
+        namespace.dataset,
+        files,
+        command_line=overrides,
+        events=namespace.events,
+        repeats=namespace.repeats,
+        command=command,
+    )
+    if namespace.json is not None:
+        write_bench(namespace.json, results)
+    print(format_bench(results))
+
+
 def _summary(namespace: Namespace, overrides: list[str], command: str) -> None:
     if overrides:
         raise SettingsError(f"argument {overrides[0]!r} is not understood: summary takes folders")
     from recbole_uip.evidence.summary import format_summary, read_results, summarise
 
     print(format_summary(summarise(read_results(namespace.folders))))
-
-
-def _start(namespace: Namespace, overrides: list[str]) -> list[str]:
-    """Log as the setting ``state`` says; the names given to ``--config_files``."""
-    from recbole_uip.bridge.config import load_config_files, parse_command_line
-
-    files = [name for part in namespace.config_files for name in re.split(r"[,\s]+", part) if name]
-    given = {**load_config_files(files), **parse_command_line(overrides)}
-    _log_to_stderr(str(given.get("state") or "INFO"))
-    return files
-
-
-class _Handler(logging.Handler):
-    """Writes lines above tqdm's bars, without RecBole's colours where nobody sees them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        line = self.format(record)
-        if not sys.stderr.isatty():
-            line = re.sub(r"\x1b\[[0-9;]*m", "", line)
-        tqdm.write(line, file=sys.stderr)
-
-
-def _log_to_stderr(state: str) -> None:
-    # RecBole's own init_logger would also make a folder log/ in the working directory.
-    level = logging.getLevelName(state.upper())
-    handler = _Handler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    root = logging.getLogger()
-    root.setLevel(level if isinstance(level, int) else logging.INFO)
-    root.handlers = [handler]
-    for name in ("absl", "filelock", "httpx", "huggingface_hub", "urllib3"):
-        logging.getLogger(name).setLevel(logging.WARNING)

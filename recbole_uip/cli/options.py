@@ -1,0 +1,60 @@
+"""What the commands share: config files, ``--key=value`` settings, and the log."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+__all__ = ["OVERRIDES", "add_config_files", "start"]
+
+OVERRIDES = "Any RecBole or uip_ setting may follow as --key=value; see properties/uip.yaml."
+
+
+def add_config_files(parser: ArgumentParser) -> None:
+    """Add ``--config_files`` to a command."""
+    parser.add_argument(
+        "--config_files",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML files, separated by spaces or commas; a later one overrides an earlier one",
+    )
+
+
+def start(namespace: Namespace, overrides: list[str]) -> list[str]:
+    """Log as the setting ``state`` says; the names given to ``--config_files``."""
+    from recbole_uip.bridge.config import load_config_files, parse_command_line
+
+    files = [name for part in namespace.config_files for name in re.split(r"[,\s]+", part) if name]
+    given = {**load_config_files(files), **parse_command_line(overrides)}
+    _log_to_stderr(str(given.get("state") or "INFO"))
+    return files
+
+
+class _Handler(logging.Handler):
+    """Writes lines above tqdm's bars, without RecBole's colours where nobody sees them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        line = self.format(record)
+        if not sys.stderr.isatty():
+            line = re.sub(r"\x1b\[[0-9;]*m", "", line)
+        tqdm.write(line, file=sys.stderr)
+
+
+def _log_to_stderr(state: str) -> None:
+    # RecBole's own init_logger would also make a folder log/ in the working directory.
+    level = logging.getLevelName(state.upper())
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.setLevel(level if isinstance(level, int) else logging.INFO)
+    root.handlers = [handler]
+    for name in ("absl", "filelock", "httpx", "huggingface_hub", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,114 @@
+"""Behaviour texts of items: a template filled with the columns of an item file."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+import string
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recbole_uip.settings import SettingsError
+
+__all__ = ["fill", "item_texts"]
+
+logger = logging.getLogger(__name__)
+
+
+def _unquote(value: str) -> str:
+    value = value.strip()
+    if len(value) > 1 and value[0] == value[-1] == '"' and '"' not in value[1:-1]:
+        return value[1:-1].strip()
+    return value
+
+
+def fill(template: str, values: Mapping[str, str]) -> str | None:
+    """The filled template, without the brackets that an empty field leaves; None if all are."""
+    if not any(values.values()):
+        return None
+    text = template.format_map(values)
+    text = re.sub(r"\(\s*\)|\[\s*\]", "", text)
+    return re.sub(r"\s+", " ", text).strip() or None
+
+
+def item_texts(
+    path: str | os.PathLike,
+    template: str,
+    id_field: str,
+    token_id: Mapping[str, int],
+    n_items: int,
+    separator: str = "\t",
+    encoding: str | None = None,
+) -> list[str | None]:
+    """Behaviour text of each item, from the columns of a file.
+
+    RecBole would make a feature of every model of a column that it loads, so the file is read
+    here.
+
+    Parameters
+    ----------
+    path : path
+        The ``.item`` file, CSV with a header, or Parquet; without a file, no item has a text.
+    template : str
+        Template of item fields, such as ``"{movie_title} ({genre})"``.
+    id_field : str
+        Name of the item ID field.
+    token_id : mapping of str to int
+        Item number of each raw item ID.
+    n_items : int
+        Length of the result; id 0 is [PAD], which has no text.
+
+    Returns
+    -------
+    list of str or None, length n_items
+
+    Raises
+    ------
+    SettingsError
+        If the template names a field that the file lacks.
+    """
+    texts: list[str | None] = [None] * n_items
+    if not os.path.isfile(path):
+        logger.warning("no file %s: no item has a text", path)
+        return texts
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    rows = _rows(Path(path), separator, encoding)
+    columns = [column.split(":")[0] for column in next(rows, [])]
+    for name in (id_field, *names):
+        if name not in columns:
+            raise SettingsError(
+                f"uip_item_text={template!r} needs the field {name!r}, but {path} has only "
+                f"{', '.join(columns)}"
+            )
+    id_column = columns.index(id_field)
+    wanted = {name: columns.index(name) for name in names}
+    for row in rows:
+        index = token_id.get(row[id_column]) if len(row) > id_column else None
+        if index:
+            values = {
+                name: row[column] if column < len(row) else "" for name, column in wanted.items()
+            }
+            texts[index] = fill(template, values)
+    return texts
+
+
+def _rows(path: Path, separator: str, encoding: str | None) -> Iterator[list[str]]:
+    """The header, then every row, as text."""
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+        yield table.column_names
+        columns = [table[name].cast(pa.string()).to_pylist() for name in table.column_names]
+        for row in zip(*columns, strict=True):
+            yield [value or "" for value in row]
+        return
+    with open(path, encoding=encoding, newline="") as file:
+        # Between tabs, titles hold quotation marks that quote nothing: one left open must not eat
+        # the next rows. Between commas they have to quote.
+        quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+        for row in csv.reader(file, delimiter=separator, quoting=quoting):
+            yield [_unquote(value) for value in row]

@@ -1,0 +1,68 @@
+"""A bank from an event file, against the same events in memory."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from recbole_uip.bank import build
+from recbole_uip.bank.bank import FeatureBank
+from recbole_uip.bank.build import bank_of_events
+from recbole_uip.bank.events import EventColumns, EventFile
+
+COLUMNS = EventColumns("user_id", "item_id", time="timestamp", rating="rating", threshold=4)
+
+
+@pytest.fixture
+def event_file(tmp_path, world, users, items):
+    behaviours = world.behaviours
+    table = pd.DataFrame(
+        {
+            "user_id": [users[user] for user in behaviours.user],
+            "item_id": [items[item] for item in behaviours.item],
+            "rating": np.where(behaviours.liked == 1, 5, 2),
+            "timestamp": behaviours.time,
+        }
+    )
+    path = tmp_path / "events.csv"
+    table.to_csv(path, index=False)
+    with EventFile(path, COLUMNS, memory_limit="500MB") as events:
+        yield events
+
+
+def test_states_are_those_of_streaming(
+    tmp_path, event_file, bank_settings, world, users, items, monkeypatch
+):
+    monkeypatch.setattr(build, "BLOCK_EVENTS", 1000)
+    behaviours = world.behaviours
+    with bank_of_events(tmp_path / "bank", event_file, bank_settings) as bank:
+        assert sorted(bank.users()) == users
+        assert bank.model.items == ["[PAD]", *sorted(items)]
+        rate = bank.model.kernels.rate[bank.model.numbers(items)]
+        expected = np.bincount(behaviours.item, behaviours.liked) / np.bincount(behaviours.item)
+        assert np.corrcoef(rate, expected)[0, 1] > 0.99
+        order = np.argsort(behaviours.time, kind="stable")
+        kept = {user: bank.state_of(user) for user in users}
+        codes = bank.look_up_many(users)
+        # The same events one by one, from nothing, under other names of the same fold.
+        model = bank.model
+        empty = bank.folder.parent / "empty"
+        table = build.user_table(
+            model, users, [kept[user][2] for user in users], np.zeros(300, int),
+            np.full(300, -np.inf), np.tile(model.kernels.initial, (300, 1)),
+        )  # fmt: skip
+    with FeatureBank.create(empty, model, table) as streamed:
+        for row in order:
+            streamed.update(
+                users[behaviours.user[row]], items[behaviours.item[row]], behaviours.liked[row]
+            )
+        np.testing.assert_array_equal(streamed.look_up_many(users), codes)
+        for user in users:
+            np.testing.assert_array_equal(streamed.state_of(user)[0], kept[user][0])
+            assert streamed.state_of(user)[1:] == kept[user][1:]
+
+
+def test_a_sample_is_enough_to_fit(tmp_path, event_file, bank_settings, users, monkeypatch):
+    monkeypatch.setattr(build, "FIT_USERS", 150)
+    with bank_of_events(tmp_path / "bank", event_file, bank_settings) as bank:
+        assert sorted(bank.users()) == users
+        assert len(np.unique(bank.look_up_many(users), axis=0)) > 20

@@ -1,0 +1,45 @@
+import pandas as pd
+import pytest
+
+from recbole_uip.settings import SettingsError
+from recbole_uip.texts import item_texts
+
+TOKENS = {"[PAD]": 0, "a": 1, "b": 2, "c": 3, "d": 4}
+
+
+@pytest.fixture
+def item_file(tmp_path):
+    path = tmp_path / "x.item"
+    path.write_text(
+        "item_id:token\ttitle:token_seq\tgenre:token_seq\n"
+        'a\t"Great" Film\tDrama\n'
+        'b\t"Open quote\t\n'
+        "c\t\t\n"
+        "z\tNot in the data\tDrama\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_item_texts(item_file):
+    texts = item_texts(item_file, "{title} ({genre})", "item_id", TOKENS, 5)
+    assert texts == [None, '"Great" Film (Drama)', '"Open quote', None, None]
+
+
+def test_a_field_the_file_lacks_is_an_error(item_file):
+    with pytest.raises(SettingsError, match="'year'.*item_id, title, genre"):
+        item_texts(item_file, "{title} {year}", "item_id", TOKENS, 5)
+
+
+def test_no_item_file(tmp_path):
+    assert item_texts(tmp_path / "no.item", "{title}", "item_id", TOKENS, 5) == [None] * 5
+
+
+def test_csv_and_parquet(tmp_path):
+    table = pd.DataFrame({"item_id": ["a", "b"], "title": ['One, "two"', None], "year": [1999, 7]})
+    table.to_csv(tmp_path / "items.csv", index=False)
+    table.to_parquet(tmp_path / "items.parquet")
+    expected = [None, 'One, "two" (1999)', "(7)", None, None]
+    arguments = ("{title} ({year})", "item_id", TOKENS, 5)
+    assert item_texts(tmp_path / "items.csv", *arguments, separator=",") == expected
+    assert item_texts(tmp_path / "items.parquet", *arguments) == expected

@@ -50,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary.add_argument(
         "folders", nargs="+", type=Path, metavar="DIR", help="output folder of a run, or of several"
     )
+    summary.add_argument(
+        "--split", choices=("test", "valid"), default="test", help="whose metrics (default: test)"
+    )
+    summary.add_argument(
+        "--by", metavar="SETTING", help="summarise each value of this setting apart"
+    )
     summary.set_defaults(function=_summary, parser=summary)
     return _guarded(parser, arguments)
 
@@ -203,4 +209,5 @@ def _summary(namespace: Namespace, overrides: list[str], command: str) -> None:
         raise SettingsError(f"argument {overrides[0]!r} is not understood: summary takes folders")
     from recbole_uip.evidence.summary import format_summary, read_results, summarise
 
-    print(format_summary(summarise(read_results(namespace.folders))))
+    cells = summarise(read_results(namespace.folders), namespace.split, namespace.by)
+    print(format_summary(cells))

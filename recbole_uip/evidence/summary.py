@@ -20,7 +20,7 @@ BASELINE = "plain"
 
 @dataclass(frozen=True)
 class Cell:
-    """Test metrics of one model and arm over seeds.
+    """Metrics of one model and arm over seeds.
 
     Attributes
     ----------
@@ -65,24 +65,36 @@ def read_results(folders: Sequence[Path]) -> list[dict]:
     return results
 
 
-def summarise(results: Sequence[dict]) -> list[Cell]:
+def summarise(results: Sequence[dict], split: str = "test", by: str | None = None) -> list[Cell]:
     """Means, deviations and paired differences by model and arm, in the order of appearance.
+
+    Parameters
+    ----------
+    results : sequence of dict
+        From :func:`read_results`.
+    split : {"test", "valid"}
+        Whose metrics.
+    by : str, optional
+        A setting that differs between runs, such as ``weight_decay``: each of its values is
+        summarised apart, and compared with the plain arm of the same value.
 
     Raises
     ------
     SettingsError
-        If a model and arm stand in two results with the same seed.
+        If a model and arm stand in two results with the same seed, or no run has the setting.
     """
     table: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for each in results:
         for model, arms in each["models"].items():
             for arm, outcome in arms.items():
-                by_seed = table.setdefault((model, arm), {})
+                name = model if by is None else f"{model}, {by}={_setting(outcome, by)}"
+                by_seed = table.setdefault((name, arm), {})
                 if each["seed"] in by_seed:
                     raise SettingsError(
-                        f"{model}, arm {arm}, seed {each['seed']} was run twice: leave one out"
+                        f"{name}, arm {arm}, seed {each['seed']} was run twice: leave one out, or "
+                        "name the setting that differs by --by"
                     )
-                by_seed[each["seed"]] = outcome["test"]
+                by_seed[each["seed"]] = outcome[split]
     cells = []
     for (model, arm), by_seed in table.items():
         seeds = tuple(sorted(by_seed))
@@ -98,6 +110,12 @@ def summarise(results: Sequence[dict]) -> list[Cell]:
                 difference[metric] = (float(changes.mean()), _half_width(changes))
         cells.append(Cell(model, arm, seeds, mean, deviation, difference))
     return cells
+
+
+def _setting(outcome: dict, name: str) -> object:
+    if name not in outcome["config"]:
+        raise SettingsError(f"--by={name}: the runs have no such setting")
+    return outcome["config"][name]
 
 
 def _half_width(values: np.ndarray) -> float:

@@ -78,3 +78,23 @@ def test_datasets_are_not_mixed(tmp_path):
         (tmp_path / name / "results.json").write_text(json.dumps(result(1, 0.5, 0.6, name)))
     with pytest.raises(SettingsError, match="different datasets.*a, b"):
         read_results([tmp_path])
+
+
+def test_a_setting_that_differs_is_kept_apart():
+    runs = []
+    for decay, plain in ((0.1, 0.7), (0.2, 0.6)):
+        each = result(1, plain, 0.8)
+        for arm in each["models"]["DeepFM"].values():
+            arm["config"] = {"weight_decay": decay}
+            arm["valid"] = {"auc": 0.5, "logloss": 0.5, "gauc": 0.5}
+        runs.append(each)
+    cells = summarise(runs, by="weight_decay")
+    assert [cell.model for cell in cells[::2]] == [
+        "DeepFM, weight_decay=0.1",
+        "DeepFM, weight_decay=0.2",
+    ]
+    np.testing.assert_allclose(cells[3].difference["auc"][0], 0.2)
+    valid = summarise(runs, "valid", "weight_decay")
+    assert valid[3].mean["auc"] == 0.5
+    with pytest.raises(SettingsError, match="--by=dropout: the runs have no such setting"):
+        summarise(runs, by="dropout")

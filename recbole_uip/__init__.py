@@ -3,7 +3,7 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["run_recbole_uip"]
+__all__ = ["ProfileEncoder", "run_recbole_uip"]
 
 
 def __getattr__(name: str) -> Any:
@@ -12,4 +12,8 @@ def __getattr__(name: str) -> Any:
         from recbole_uip.bridge.run import run_recbole_uip
 
         return run_recbole_uip
+    if name == "ProfileEncoder":
+        from recbole_uip.bank.transformer import ProfileEncoder
+
+        return ProfileEncoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

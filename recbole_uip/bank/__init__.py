@@ -1,4 +1,11 @@
-"""The feature bank: profiles on disk, served and kept up to date without RecBole.
+"""The feature bank: profiles by user token, kept fresh without a language model.
 
-:mod:`store` holds the files: what is committed, what is whole, who may write.
+``store`` (files, commits, the one writer), ``model`` (what is fitted, and the item catalogue),
+``bank`` (look up, match, update, refit), ``events`` and ``build`` (banks from event files of any
+size). Nothing here knows RecBole.
 """
+
+from recbole_uip.bank.bank import FeatureBank, RefitReport
+from recbole_uip.bank.store import BankError
+
+__all__ = ["BankError", "FeatureBank", "RefitReport"]

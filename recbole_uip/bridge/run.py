@@ -25,6 +25,7 @@ from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.metrics import gauc
+from recbole_uip.bridge.serving import write_serving
 from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
 from recbole_uip.files import atomic_write
@@ -53,8 +54,8 @@ def run_recbole_uip(
 
     All arms share rows, split, seed, budget and regularisation; ``uip_arms`` says which fields
     each is given. Artefacts go to ``uip_output`` (by default ``<checkpoint_dir>/uip-<dataset>``):
-    ``results.json``, ``profiles.parquet``, the feature ``bank`` and the best checkpoint of each
-    arm.
+    ``results.json``, ``profiles.parquet``, the feature ``bank``, the best checkpoint of each
+    arm, and what :class:`~recbole_uip.bridge.serving.Scorer` needs besides (``serving``).
 
     Parameters
     ----------
@@ -155,6 +156,7 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         name = each["model"]
         results["cost"]["train_seconds"].setdefault(name, {})[arm.name] = outcome.pop("seconds")
         results["models"].setdefault(name, {})[arm.name] = outcome
+    artefacts["serving"] = write_serving(output, dataset, configs)
     results["cost"]["peak_memory_bytes"] = peak_memory()
     with atomic_write(output / "results.json", "w") as file:
         json.dump(_finite(results), file, indent=2, allow_nan=False)

@@ -53,6 +53,11 @@ class UIPTrainerMixin:
     def __init__(self, config: Any, model: torch.nn.Module) -> None:
         compat.install()
         self._records: list[dict[str, np.ndarray]] = []
+        if not hasattr(model, "other_parameter_name"):
+            # FwFM has its field pairs' weights in a plain random tensor, which no state_dict
+            # holds: without it, a checkpoint would score by other weights.
+            loose = [name for name, value in vars(model).items() if torch.is_tensor(value)]
+            model.other_parameter_name = loose
         with _tensorboard_in(os.path.join(config["checkpoint_dir"], "log_tensorboard")):
             super().__init__(config, model)
 

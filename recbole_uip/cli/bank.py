@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+from recbole_uip.serve import add_serve
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def add_bank(subcommands: _SubParsersAction) -> None:
     info = actions.add_parser("info", help="what a bank holds", allow_abbrev=False)
     info.add_argument("folder", type=Path)
     info.set_defaults(function=_info, parser=info)
+    add_serve(actions)
 
 
 def _build(namespace: Namespace, overrides: list[str], command: str) -> None:

@@ -168,6 +168,7 @@ def test_an_interrupt_leaves_no_half_written_file(go, tmp_path, monkeypatch):
         "profiles.parquet",
         "bank",
         "checkpoints",
+        "serving",
     }
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import joblib
+import numba
 import numpy as np
 import pyarrow as pa
 import scipy.optimize
@@ -20,6 +22,7 @@ import scipy.spatial.distance
 from recbole_uip.bank import store
 from recbole_uip.bank.model import ProfileModel, fold_of
 from recbole_uip.bank.store import BankError, Snapshot, Writer
+from recbole_uip.bank.tokens import TokenIndex, token_array
 from recbole_uip.em.kernels import CODE, Kernels, advance, advance_many, encode, score_candidates
 from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.em.states import offsets
@@ -30,9 +33,14 @@ __all__ = ["FeatureBank", "RefitReport", "advance_in_parallel", "user_schema", "
 MAX_DELTAS = 16
 MAX_DELTA_SHARE = 0.5
 BATCH_ROWS = 200_000
-# Fewer events are not worth a second thread.
+# Fewer events, or rows, are not worth a second thread.
 PARALLEL_EVENTS = 50_000
+# Rows whose states are copied and encoded together.
+ENCODED_ROWS = 2048
+# Fewer item tokens are found sooner in a dict.
+MANY_ITEMS = 10_000
 NO_TIME = -math.inf
+COLUMNS = ("folds", "seen", "last_time", "states", "codes")
 
 
 def user_schema(model: ProfileModel) -> pa.Schema:
@@ -63,7 +71,7 @@ def user_table(
     Parameters
     ----------
     model : ProfileModel
-    users : sequence of n str
+    users : sequence of n str, or pyarrow.Array
     folds, seen : ndarray of int, shape (n,)
     last_time : ndarray of float64, shape (n,)
     states : ndarray of float32, shape (n, width)
@@ -72,7 +80,7 @@ def user_table(
     codes = model.encoder.profiles(states, np.asarray(seen, np.int64)) if codes is None else codes
     schema = user_schema(model)
     columns = [
-        pa.array(users, pa.string()),
+        users.cast(pa.string()) if isinstance(users, pa.Array) else pa.array(users, pa.string()),
         pa.array(folds, pa.int16()),
         pa.array(seen, pa.int64()),
         pa.array(last_time, pa.float64()),
@@ -104,16 +112,75 @@ def advance_in_parallel(
         Where each distinct row begins in ``rows``.
     kernels, items, folds, liked
     """
-    workers = joblib.cpu_count() if len(rows) >= PARALLEL_EVENTS else 1
-    wanted = np.linspace(0, len(rows), workers + 1)[1:-1]
-    cuts = first[np.searchsorted(first, wanted) - 1] if workers > 1 else ()
 
-    def advance_span(span: tuple[int, int]) -> None:
-        part = slice(*span)
-        advance_many(states, rows[part], kernels, items[part], folds[part], liked[part])
+    def advance_part(events: slice, _: slice) -> None:
+        advance_many(states, rows[events], kernels, items[events], folds[events], liked[events])
+
+    _by_rows(advance_part, first, len(rows))
+
+
+def _by_rows(work: Callable[[slice, slice], None], first: np.ndarray, n_events: int) -> None:
+    """Call ``work`` with parts of sorted events, on all cores, no row in two parts.
+
+    Parameters
+    ----------
+    work : callable
+        Takes a part of the events, and the part of the distinct rows that they enter.
+    first : ndarray of int64, shape (n_distinct,)
+        Where each distinct row begins.
+    n_events : int
+    """
+    if n_events < PARALLEL_EVENTS:
+        work(slice(0, n_events), slice(0, len(first)))
+        return
+    workers = joblib.cpu_count()
+    # More parts than threads, in case that one of them has less of a core than another.
+    wanted = np.linspace(0, n_events, 4 * workers + 1)[1:-1]
+    cuts = [0, *np.unique(np.searchsorted(first, wanted)), len(first)]
+    ends = np.append(first, n_events)
+
+    def part(rows: tuple[int, int]) -> None:
+        work(slice(int(ends[rows[0]]), int(ends[rows[1]])), slice(*rows))
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(advance_span, itertools.pairwise([0, *cuts, len(rows)])))
+        list(pool.map(part, itertools.pairwise(cuts)))
+
+
+@numba.njit(cache=True, nogil=True)
+def _counting_order(rows, n_rows):
+    """Stable order of rows from 0 to ``n_rows`` - 1: argsort by counting, shape (n,), int64."""
+    place = np.zeros(n_rows + 1, np.int64)
+    for row in rows:
+        place[row + 1] += 1
+    for row in range(n_rows):
+        place[row + 1] += place[row]
+    order = np.empty(len(rows), np.int64)
+    for event in range(len(rows)):
+        order[place[rows[event]]] = event
+        place[rows[event]] += 1
+    return order
+
+
+@numba.njit(cache=True, nogil=True)
+def _put_rows(array, rows, values):
+    """``array[rows] = values``, which numpy does slowly where a row is short."""
+    for row in range(len(rows)):
+        for column in range(values.shape[1]):
+            array[rows[row], column] = values[row, column]
+
+
+def _stable_order(rows: np.ndarray, n_rows: int, time: np.ndarray | None) -> np.ndarray:
+    """Order of events by row, then by time, then as they are given."""
+    by_time = None
+    # A stream is in the order of time already.
+    if time is not None and (time[1:] < time[:-1]).any():
+        by_time = np.argsort(time, kind="stable")
+        rows = rows[by_time]
+    if n_rows <= 8 * len(rows):
+        order = _counting_order(rows, n_rows)
+    else:
+        order = np.argsort(rows, kind="stable")
+    return order if by_time is None else by_time[order]
 
 
 @dataclass(frozen=True)
@@ -137,7 +204,8 @@ class _Rows:
 
     def __init__(self, width: int, n_codes: int) -> None:
         self.n = 0
-        self.users: list[str] = []
+        self.number = np.empty(0, np.int64)  # of the user in the index
+        self.dirty = np.empty(0, bool)  # whether it differs from what is committed
         self.folds = np.empty(0, np.int64)
         self.seen = np.empty(0, np.int64)
         self.last_time = np.empty(0)
@@ -149,7 +217,7 @@ class _Rows:
         first, self.n = self.n, self.n + n
         if self.n > len(self.seen):
             capacity = max(self.n, 2 * len(self.seen), 16)
-            for name in ("folds", "seen", "last_time", "states", "codes"):
+            for name in ("number", "dirty", *COLUMNS):
                 old = getattr(self, name)
                 new = np.empty((capacity, *old.shape[1:]), old.dtype)
                 new[:first] = old[:first]
@@ -165,6 +233,7 @@ class _Base:
         self.n = table.num_rows
         batches = table.to_batches()
         self.first = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._starts = self.first.tolist()
         self.folds, self.seen, self.last_time, self.states, self.codes = (
             [_numpy(batch.column(name)) for batch in batches]
             for name in ("fold", "seen", "last_time", "state", "codes")
@@ -172,22 +241,33 @@ class _Base:
 
     def place(self, row: int) -> tuple[int, int]:
         """Chunk of a row, and where it stands there."""
-        if len(self.first) == 2:
+        if len(self._starts) == 2:
             return 0, row
-        chunk = int(np.searchsorted(self.first, row, side="right")) - 1
-        return chunk, row - int(self.first[chunk])
+        chunk = bisect.bisect_right(self._starts, row) - 1
+        return chunk, row - self._starts[chunk]
 
     def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Values of a column at many rows."""
         chunks = getattr(self, name)
+        # Of rows, ``take`` copies ten in the time in which indexing copies one.
         if len(chunks) == 1:
-            return chunks[0][rows]
-        out = np.empty((len(rows), *chunks[0].shape[1:]), chunks[0].dtype)
+            return chunks[0].take(rows, axis=0)
+        if len(rows) == 1:
+            number, place = self.place(int(rows[0]))
+            return chunks[number][place : place + 1]
         chunk = np.searchsorted(self.first, rows, side="right") - 1
-        for number in np.unique(chunk):
-            here = chunk == number
-            out[here] = chunks[number][rows[here] - self.first[number]]
-        return out
+        # numpy sorts short integers by counting.
+        order = np.argsort(chunk.astype(np.min_scalar_type(len(chunks))), kind="stable")
+        ends = np.cumsum([0, *np.bincount(chunk, minlength=len(chunks))])
+        ordered = rows[order]
+        out = np.empty((len(rows), *chunks[0].shape[1:]), chunks[0].dtype)
+        for number, (low, high) in enumerate(itertools.pairwise(ends)):
+            if low < high:
+                here = ordered[low:high] - self.first[number]
+                chunks[number].take(here, axis=0, out=out[low:high], mode="clip")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return out.take(place, axis=0)
 
 
 def _numpy(column: pa.Array) -> np.ndarray:
@@ -279,10 +359,10 @@ class FeatureBank:
 
     def __len__(self) -> int:
         """Number of users."""
-        return len(self._row_of)
+        return len(self._users)
 
     def __contains__(self, user: str) -> bool:
-        return user in self._row_of
+        return user in self._users
 
     @property
     def writable(self) -> bool:
@@ -304,22 +384,24 @@ class FeatureBank:
         self.model = ProfileModel.from_parts(snapshot.metadata, snapshot.tables, snapshot.items)
         self._set_unknown()
         self._base = _Base(snapshot.users[0])
-        # Row numbers below the base's size are rows of the base, the others of ``_own``.
         self._own = _Rows(len(self.model.kernels.initial), len(self.fields))
-        users = snapshot.users[0]["user"].to_pylist()
-        self._row_of: dict[str, int] = dict(zip(users, range(self._base.n), strict=True))
+        # A user's number is the row in the base, or for a user who came later a number above.
+        self._users = TokenIndex(snapshot.users[0]["user"])
+        # By number: 1 + the row of ``_own`` that holds the user's state, 0 where the base does.
+        # Zeros that nobody has written to take no memory.
+        self._moved = np.zeros(max(self._base.n, 1), np.int64)
+        self._item_index: tuple[ProfileModel, TokenIndex] | None = None
         self._deltas = len(snapshot.users) - 1
         self._delta_rows = sum(delta.num_rows for delta in snapshot.users[1:])
         self._model_changed = False
         for delta in snapshot.users[1:]:
             self._take(delta)
-        self._dirty: set[int] = set()
 
     def _take(self, delta: pa.Table) -> None:
-        part, users = _Base(delta), delta["user"].to_pylist()
-        rows = self._rows_to_write(users)
+        part = _Base(delta)
+        rows = self._rows_to_write(self._enter(delta["user"]))
         everything = np.arange(part.n)
-        for name in ("folds", "seen", "last_time", "states", "codes"):
+        for name in COLUMNS:
             getattr(self._own, name)[rows] = part.gather(name, everything)
 
     def _set_unknown(self) -> None:
@@ -332,31 +414,37 @@ class FeatureBank:
 
     def look_up(self, user: str) -> np.ndarray:
         """Codes of a user, shape (n_fields,); those of an empty history for an unknown one."""
-        row = self._row_of.get(user)
-        if row is None:
+        number = self._users.get(user)
+        if number < 0:
             return self._unknown_codes
-        if row >= self._base.n:
-            return self._own.codes[row - self._base.n]
-        chunk, place = self._base.place(row)
+        if row := self._moved.item(number):
+            return self._own.codes[row - 1]
+        chunk, place = self._base.place(number)
         return self._base.codes[chunk][place]
 
-    def look_up_many(self, users: Sequence[str]) -> np.ndarray:
-        """Codes of many users, shape (n, n_fields), int32."""
-        rows = self._find(users)
-        codes = np.tile(self._unknown_codes, (len(rows), 1))
-        self._gather("codes", rows, codes)
+    def look_up_many(self, users: Sequence[str] | pa.Array) -> np.ndarray:
+        """Codes of many users, shape (n, n_fields), int32.
+
+        Users are soonest found who come as a ``pyarrow.Array``, whose bytes lie together.
+        """
+        return self._codes_of(self._users.find_many(users))
+
+    def _codes_of(self, numbers: np.ndarray) -> np.ndarray:
+        codes = np.empty((len(numbers), len(self.fields)), np.int32)
+        self._gather("codes", numbers, codes)
+        codes[numbers < 0] = self._unknown_codes
         return codes
 
     def state_of(self, user: str) -> tuple[np.ndarray, int, int]:
         """A copy of a user's state, the number of its events, and the user's fold."""
-        row = self._row_of.get(user)
-        if row is None:
+        number = self._users.get(user)
+        if number < 0:
             return self._initial.copy(), 0, fold_of(user, self.model.n_folds)
-        if row >= self._base.n:
-            row, own = row - self._base.n, self._own
+        if row := self._moved.item(number):
+            row, own = row - 1, self._own
             return own.states[row].copy(), int(own.seen[row]), int(own.folds[row])
         base = self._base
-        chunk, row = base.place(row)
+        chunk, row = base.place(number)
         return base.states[chunk][row].copy(), int(base.seen[chunk][row]), int(
             base.folds[chunk][row]
         )  # fmt: skip
@@ -385,7 +473,7 @@ class FeatureBank:
 
     def users(self) -> list[str]:
         """Tokens of all users."""
-        return list(self._row_of)
+        return self._users.to_list()
 
     def bytes_per_user(self) -> dict[str, int]:
         """Bytes of one user's row, by facet; ``codes`` and ``row`` are what is not of a facet."""
@@ -424,11 +512,11 @@ class FeatureBank:
         self._check_writable()
         if liked not in (0, 1):
             raise BankError(f"liked={liked!r} of user {user!r}: labels must be 0 or 1")
-        row = self._row_of.get(user)
-        if row is None or row < self._base.n:
-            row = int(self._rows_to_write([user])[0])
-        else:
-            row -= self._base.n
+        number = self._users.get(user)
+        row = self._moved.item(number) - 1 if number >= 0 else -1
+        if row < 0:
+            one = np.array([number]) if number >= 0 else self._enter([user])
+            row = int(self._rows_to_write(one)[0])
         own, encoder = self._own, self.model.encoder
         if time is not None:
             if not time >= own.last_time[row]:
@@ -441,13 +529,13 @@ class FeatureBank:
         encode(
             own.states[one], own.seen[one], encoder.kernels, encoder.profile_fields, own.codes[one]
         )
-        self._dirty.add(row)
+        own.dirty[row] = True
         return own.codes[row]
 
     def update_many(
         self,
-        users: Sequence[str],
-        items: Sequence[str] | np.ndarray,
+        users: Sequence[str] | pa.Array,
+        items: Sequence[str] | np.ndarray | pa.Array,
         liked: np.ndarray | None = None,
         time: np.ndarray | None = None,
         *,
@@ -457,8 +545,8 @@ class FeatureBank:
 
         Parameters
         ----------
-        users : sequence of n str
-        items : sequence of n str, or ndarray of int64, shape (n,)
+        users : sequence of n str, or pyarrow.Array
+        items : sequence of n str, pyarrow.Array, or ndarray of int64, shape (n,)
             Item tokens, or item numbers.
         liked : ndarray, shape (n,), optional
             1 or 0; ones by default.
@@ -481,26 +569,48 @@ class FeatureBank:
         liked = np.ones(n) if liked is None else np.asarray(liked, dtype=np.float64)
         time = None if time is None else np.asarray(time, dtype=np.float64)
         self._check_batch(users, numbers, liked, time)
+        tokens = token_array(users)
+        user = self._users.find_many(tokens)
+        keep = None
         if time is not None and late != "apply":
-            keep = self._not_late(users, time, late)
-            if keep is not None:
-                users = [users[event] for event in keep]
-                numbers, liked, time = numbers[keep], liked[keep], time[keep]
-        rows = self._rows_to_write(users)
-        order = np.argsort(rows, kind="stable") if time is None else np.lexsort((time, rows))
-        rows, numbers, liked = rows[order], numbers[order], liked[order]
-        own = self._own
-        touched, first = np.unique(rows, return_index=True)
+            keep = self._not_late(tokens, user, time, late)
+        new = np.flatnonzero(user < 0)
+        if len(new):  # none of whom is late
+            user[new] = self._enter(tokens.take(pa.array(new)))
+        if keep is not None:
+            user, numbers, liked, time = user[keep], numbers[keep], liked[keep], time[keep]
+        self._apply(self._rows_to_write(user), numbers, liked, time)
+        return len(user)
+
+    def _apply(
+        self, rows: np.ndarray, items: np.ndarray, liked: np.ndarray, time: np.ndarray | None
+    ) -> None:
+        """Let events enter rows of ``_own``."""
+        if not len(rows):
+            return
+        own, encoder = self._own, self.model.encoder
+        order = _stable_order(rows, own.n, time)
+        rows, items, liked = rows[order], items[order], liked[order]
+        first = np.flatnonzero(np.diff(rows, prepend=-1))
+        touched, ends = rows[first], np.append(first[1:], len(rows))
+        folds = own.folds[rows]
+
+        def advance_part(events: slice, users: slice) -> None:
+            advance_many(
+                own.states, rows[events], encoder.kernels, items[events], folds[events],
+                liked[events],
+            )  # fmt: skip
+            own.seen[touched[users]] += ends[users] - first[users]
+            for low in range(users.start, users.stop, ENCODED_ROWS):
+                block = touched[low : min(low + ENCODED_ROWS, users.stop)]
+                codes = encoder.profiles(own.states.take(block, axis=0), own.seen[block])
+                _put_rows(own.codes, block, codes)
+
+        _by_rows(advance_part, first, len(rows))
         if time is not None:
-            last = np.maximum.reduceat(time[order], first) if len(rows) else np.empty(0)
+            last = time[order[ends - 1]]
             own.last_time[touched] = np.maximum(own.last_time[touched], last)
-        advance_in_parallel(
-            own.states, rows, first, self.model.kernels, numbers, own.folds[rows], liked
-        )
-        own.seen[touched] += np.diff(np.append(first, len(rows)))
-        own.codes[touched] = self.model.encoder.profiles(own.states[touched], own.seen[touched])
-        self._dirty.update(touched.tolist())
-        return len(rows)
+        own.dirty[touched] = True
 
     def add_items(self, items: Sequence[str], texts: Sequence[str | None]) -> None:
         """Add items to the catalogue; only their texts go through the LM.
@@ -524,9 +634,9 @@ class FeatureBank:
             Number of users to fit on; ``uip_codebook.sample`` by default.
         """
         self._check_writable()
-        users = self.users()
-        before = self.look_up_many(users)
-        rows = self._rows_to_write(users)
+        everyone = np.arange(len(self))
+        before = self._codes_of(everyone)
+        rows = self._rows_to_write(everyone)
         states, seen = self._own.states[rows], self._own.seen[rows]
         sample = sample or self.model.settings.codebook.sample
         encoder = self.model.encoder
@@ -537,7 +647,7 @@ class FeatureBank:
         self.model.encoder = dataclasses.replace(encoder, profile_fields=fields)
         after = self.model.encoder.profiles(states, seen)
         self._own.codes[rows] = after
-        self._dirty.update(rows.tolist())
+        self._own.dirty[rows] = True
         self._model_changed = True
         self._set_unknown()
         user, field = np.nonzero(before != after)
@@ -546,7 +656,7 @@ class FeatureBank:
             moved,
             pa.table(
                 {
-                    "user": pa.array([users[row] for row in user], pa.string()),
+                    "user": self._users.take(user).cast(pa.string()),
                     "field": pa.array([self.fields[c] for c in field], pa.string()),
                     "old": before[user, field],
                     "new": after[user, field],
@@ -568,21 +678,21 @@ class FeatureBank:
             model = self.model
             parts |= {"metadata": model.metadata(), "tables": model.all_tables()}
             parts["items"] = model.item_table()
-        if self._dirty:
-            rows = np.array(sorted(self._dirty), dtype=np.int64)
+        rows = np.flatnonzero(self._own.dirty[: self._own.n])
+        if len(rows):
             delta_rows = self._delta_rows + len(rows)
             too_many = self._deltas and delta_rows > MAX_DELTA_SHARE * len(self)
             if self._deltas >= MAX_DELTAS or too_many:
                 parts |= {"users": self._merged(), "replace_users": True}
             else:
-                parts["users"] = self._segment(rows)
+                parts["users"] = self._table(self._own.number[rows])
         if parts:
             self.generation = self._writer.commit(**parts)
             if "users" in parts:
                 merged = parts.get("replace_users", False)
                 self._deltas = 0 if merged else self._deltas + 1
                 self._delta_rows = 0 if merged else delta_rows
-            self._dirty.clear()
+            self._own.dirty[rows] = False
             self._model_changed = False
         return self.generation
 
@@ -606,17 +716,22 @@ class FeatureBank:
                 f"the bank {self.folder} is open for reading: open it with write=True to update it"
             )
 
-    def _numbers(self, items: Sequence[str] | np.ndarray) -> np.ndarray:
+    def _numbers(self, items: Sequence[str] | np.ndarray | pa.Array) -> np.ndarray:
         if isinstance(items, np.ndarray) and items.dtype.kind in "iu":
             n_items = len(self.model.items)
             if items.size and not (items.min() >= 0 and items.max() < n_items):
                 raise BankError(f"item numbers must be from 0 to {n_items - 1}, got {items}")
             return np.ascontiguousarray(items, dtype=np.int64)
-        return self.model.numbers(items)
+        if not isinstance(items, pa.Array | pa.ChunkedArray) and len(items) < MANY_ITEMS:
+            return self.model.numbers(items)
+        if self._item_index is None or self._item_index[0] is not self.model:
+            self._item_index = self.model, TokenIndex(self.model.items[1:], "item")
+        # Those that are not in the catalogue become 0.
+        return self._item_index[1].find_many(items) + 1
 
     def _check_batch(
         self,
-        users: Sequence[str],
+        users: Sequence[str] | pa.Array,
         numbers: np.ndarray,
         liked: np.ndarray,
         time: np.ndarray | None,
@@ -631,104 +746,117 @@ class FeatureBank:
             row = int(np.flatnonzero(~np.isfinite(time))[0])
             raise BankError(f"time is {time[row]} in row {row}: it must be a finite number")
 
-    def _find(self, users: Sequence[str]) -> np.ndarray:
-        """Row of each user, -1 for unknown ones."""
-        found = map(self._row_of.get, users, itertools.repeat(-1))
-        return np.fromiter(found, dtype=np.int64, count=len(users))
+    def _gather(self, name: str, numbers: np.ndarray, out: np.ndarray) -> None:
+        """Write a column's values of users to ``out``; that of unknown ones (-1) stays."""
 
-    def _gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Write a column's values at ``rows`` to ``out``; that of unknown users (-1) stays."""
-        n_base = self._base.n
-        for here, values in (
-            (np.flatnonzero((rows >= 0) & (rows < n_base)), self._base.gather),
-            (
-                np.flatnonzero(rows >= n_base),
-                lambda name, at: getattr(self._own, name)[at - n_base],
-            ),
-        ):
-            if len(here):
-                out[here] = values(name, rows[here])
+        def gather(part: slice) -> None:
+            here, there = numbers[part], out[part]
+            moved = self._moved[here]
+            moved[here < 0] = -1
+            in_base, in_own = np.flatnonzero(moved == 0), np.flatnonzero(moved > 0)
+            if len(in_base):
+                values = self._base.gather(name, here[in_base])
+                there[in_base if len(in_base) < len(here) else ...] = values
+            if len(in_own):
+                values = getattr(self._own, name).take(moved[in_own] - 1, axis=0)
+                there[in_own if len(in_own) < len(here) else ...] = values
 
-    def _not_late(self, users: Sequence[str], time: np.ndarray, late: str) -> np.ndarray | None:
+        n = len(numbers)
+        if n < PARALLEL_EVENTS:
+            gather(slice(0, n))
+            return
+        workers = joblib.cpu_count()
+        cuts = np.linspace(0, n, 4 * workers + 1).astype(int)
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(gather, itertools.starmap(slice, itertools.pairwise(cuts))))
+
+    def _not_late(
+        self, tokens: pa.Array, user: np.ndarray, time: np.ndarray, late: str
+    ) -> np.ndarray | None:
         """Events that are not late; None if all are in time."""
-        last = np.full(len(users), NO_TIME)
-        self._gather("last_time", self._find(users), last)
+        last = np.full(len(user), NO_TIME)
+        self._gather("last_time", user, last)
         is_late = time < last
         if not is_late.any():
             return None
         if late == "refuse":
             event = int(np.flatnonzero(is_late)[0])
-            raise BankError(_late(users[event], time[event], last[event]))
+            raise BankError(_late(tokens[event].as_py(), time[event], last[event]))
         return np.flatnonzero(~is_late)
 
-    def _rows_to_write(self, users: Sequence[str]) -> np.ndarray:
+    def _enter(self, users: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Numbers of users, of whom new ones get the next; :meth:`_rows_to_write` begins them."""
+        numbers = self._users.add(users)
+        if len(self._users) > len(self._moved):
+            more = max(len(self._users) - len(self._moved), len(self._moved) // 2)
+            self._moved = np.concatenate([self._moved, np.zeros(more, np.int64)])
+        return numbers
+
+    def _rows_to_write(self, numbers: np.ndarray) -> np.ndarray:
         """Rows of ``_own`` for users, who are copied there or begun there if need be."""
-        n_base, own = self._base.n, self._own
-        rows = self._find(users)
-        elsewhere = np.flatnonzero(rows < n_base)
+        rows = self._moved[numbers] - 1
+        elsewhere = np.flatnonzero(rows < 0)
         if len(elsewhere):
-            movers = list(dict.fromkeys(users[row] for row in elsewhere))
-            old = self._find(movers)
+            movers = _distinct(numbers[elsewhere], len(self._users))
+            n_old, own = int(np.searchsorted(movers, self._base.n)), self._own
             first = own.reserve(len(movers))
-            new_rows = slice(first, first + len(movers))
+            begun, new = first + n_old, ()
+            if n_old < len(movers):
+                new = self._users.take(movers[n_old:]).to_pylist()
+            for name in COLUMNS if n_old else ():
+                self._gather(name, movers[:n_old], getattr(own, name)[first:begun])
+            new_rows = slice(begun, own.n)
             own.states[new_rows] = self._initial
             own.codes[new_rows] = self._unknown_codes
             own.seen[new_rows], own.last_time[new_rows] = 0, NO_TIME
-            own.folds[new_rows] = [
-                fold_of(user, self.model.n_folds) if row < 0 else 0
-                for user, row in zip(movers, old, strict=True)
-            ]
-            for name in ("folds", "seen", "last_time", "states", "codes"):
-                self._gather(name, old, getattr(own, name)[new_rows])
-            self._row_of.update(zip(movers, range(n_base + first, n_base + own.n), strict=True))
-            rows[elsewhere] = self._find([users[row] for row in elsewhere])
-        return rows - n_base
+            own.folds[new_rows] = [fold_of(user, self.model.n_folds) for user in new]
+            own.number[first : own.n], own.dirty[first : own.n] = movers, False
+            self._moved[movers] = np.arange(first + 1, own.n + 1)
+            rows[elsewhere] = self._moved[numbers[elsewhere]] - 1
+        return rows
 
     # Segments.
-
-    def _segment(self, rows: np.ndarray) -> pa.Table:
-        """Users of ``_own`` at ``rows``."""
-        own, n_base = self._own, self._base.n
-        wanted = set(rows.tolist())
-        token = {
-            row - n_base: user
-            for user, row in self._row_of.items()
-            if row >= n_base and row - n_base in wanted
-        }
-        return user_table(
-            self.model,
-            [token[row] for row in rows.tolist()],
-            own.folds[rows],
-            own.seen[rows],
-            own.last_time[rows],
-            own.states[rows],
-            own.codes[rows],
-        )
 
     def _merged(self) -> pa.RecordBatchReader:
         """All users as they are now, in batches."""
 
         def batches() -> Iterator[pa.RecordBatch]:
-            users = self.users()
-            for low in range(0, len(users), BATCH_ROWS):
-                block = users[low : low + BATCH_ROWS]
-                yield from self.table_of(block).combine_chunks().to_batches()
+            for low in range(0, len(self), BATCH_ROWS):
+                block = np.arange(low, min(low + BATCH_ROWS, len(self)))
+                yield from self._table(block).combine_chunks().to_batches()
 
         return pa.RecordBatchReader.from_batches(user_schema(self.model), batches())
 
-    def table_of(self, users: Sequence[str]) -> pa.Table:
+    def table_of(self, users: Sequence[str] | pa.Array) -> pa.Table:
         """States and codes of known users (:func:`user_table`)."""
-        rows, width = self._find(users), len(self._initial)
+        tokens = token_array(users)
+        numbers = self._users.find_many(tokens)
+        if len(unknown := np.flatnonzero(numbers < 0)):
+            user = tokens[int(unknown[0])].as_py()
+            raise BankError(f"user {user!r} is not in the bank {self.folder}: leave it out")
+        return self._table(numbers)
+
+    def _table(self, numbers: np.ndarray) -> pa.Table:
+        width = len(self._initial)
         columns = {
-            "folds": np.empty(len(rows), np.int64),
-            "seen": np.empty(len(rows), np.int64),
-            "last_time": np.empty(len(rows)),
-            "states": np.empty((len(rows), width), np.float32),
-            "codes": np.empty((len(rows), len(self.fields)), np.int32),
+            "folds": np.empty(len(numbers), np.int64),
+            "seen": np.empty(len(numbers), np.int64),
+            "last_time": np.empty(len(numbers)),
+            "states": np.empty((len(numbers), width), np.float32),
+            "codes": np.empty((len(numbers), len(self.fields)), np.int32),
         }
         for name, out in columns.items():
-            self._gather(name, rows, out)
-        return user_table(self.model, users, **columns)
+            self._gather(name, numbers, out)
+        return user_table(self.model, self._users.take(numbers), **columns)
+
+
+def _distinct(numbers: np.ndarray, n: int) -> np.ndarray:
+    """Distinct ones of numbers below ``n``, ascending."""
+    if 8 * len(numbers) < n:
+        return np.unique(numbers)
+    met = np.zeros(n, bool)
+    met[numbers] = True
+    return np.flatnonzero(met)
 
 
 def _late(user: str, time: float, last: float) -> str:
@@ -755,11 +883,8 @@ def _refit_field(
             f"{len(chosen)} users have evidence for {model.profile_names[fields.column[f]]}, fewer "
             f"than its {n_codes} codes: refit when there are more"
         )
-    size = n_codes * (rank + 1) + rank
-    old = [
-        numbers[low + n_codes : low + n_codes * (rank + 1)].reshape(rank, n_codes).T
-        for low in range(int(fields.first[f]), int(fields.first[f]) + levels * size, size)
-    ]
+    size, first = n_codes * (rank + 1) + rank, int(fields.first[f])
+    old = np.split(numbers[first : first + levels * size].copy(), levels)
     codebook = ResidualCodebook(
         n_codes,
         levels,
@@ -767,9 +892,9 @@ def _refit_field(
         tol=settings.codebook.tol,
         random_state=settings.seed,
     ).fit(offset[chosen], noise[chosen], start=old)
-    for codewords, level in zip(old, codebook.levels_, strict=True):
+    for start, level in zip(old, codebook.levels_, strict=True):
+        codewords = start[n_codes : n_codes * (rank + 1)].reshape(rank, n_codes).T
         distance = scipy.spatial.distance.cdist(codewords, level.codewords_, "sqeuclidean")
         _, order = scipy.optimize.linear_sum_assignment(distance)
         level.codewords_, level.weights_ = level.codewords_[order], level.weights_[order]
-    first = int(fields.first[f])
     numbers[first : first + levels * size] = codebook.numbers

@@ -7,6 +7,7 @@ from argparse import _SubParsersAction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recbole_uip.bank.commands_export import add_export
 from recbole_uip.cli.options import OVERRIDES, add_config_files, start
 from recbole_uip.serve import add_serve
 from recbole_uip.settings import SettingsError
@@ -51,6 +52,7 @@ def add_bank(subcommands: _SubParsersAction) -> None:
     info = actions.add_parser("info", help="what a bank holds", allow_abbrev=False)
     info.add_argument("folder", type=Path)
     info.set_defaults(function=_info, parser=info)
+    add_export(actions)
     add_serve(actions)
 
 

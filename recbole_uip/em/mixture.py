@@ -77,8 +77,8 @@ class CodebookMixture:
     min_share : float
         A code with less than this share of the mean usage is empty and re-seeded, at the
         sample that the mixture explains worst.
-    start : ndarray of shape (K, r), optional
-        Codewords that EM starts from; those of k-means by default.
+    start : ndarray, optional
+        :attr:`numbers` of a fitted codebook that EM starts from; k-means by default.
     random_state : int, RandomState or None
 
     Attributes
@@ -214,8 +214,10 @@ class CodebookMixture:
         self.variance_ = variance
         self._floor = 1e-6 * variance + np.finfo(float).tiny
         if self.start is not None:
-            self.codewords_ = np.array(self.start, dtype=np.float64)
-            self.weights_ = np.full(self.n_codes, 1.0 / self.n_codes)
+            rank, middle = offsets.shape[1], self.n_codes * (1 + offsets.shape[1])
+            log_weights, codewords, variance = np.split(self.start, [self.n_codes, middle])
+            self.weights_, self.variance_ = np.exp(log_weights), variance
+            self.codewords_ = codewords.reshape(rank, self.n_codes).T.copy()
             return
         # A few steps of k-means spare EM a third of its iterations.
         kmeans = KMeans(self.n_codes, n_init=1, max_iter=KMEANS_STEPS, random_state=random_state)
@@ -341,8 +343,8 @@ class ResidualCodebook:
         Parameters
         ----------
         offsets, noise
-        start : sequence of ndarray, each of shape (K, r), optional
-            Codewords of each level that EM starts from.
+        start : sequence of ndarray, optional
+            The numbers of each level of a fitted codebook that EM starts from.
         """
         self.levels_ = []
         residual = np.asarray(offsets, dtype=np.float64)

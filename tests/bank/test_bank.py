@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -297,3 +298,73 @@ def test_an_empty_bank_grows(tmp_path, model):
         bank.commit()
     with FeatureBank.open(tmp_path / "bank") as bank:
         assert len(bank) == 2 and bank.state_of("a")[1] == 2
+
+
+@pytest.mark.parametrize("sort_by_counting", [True, False])
+def test_threads_chunks_and_arrow_change_nothing(
+    full_bank, world, users, items, monkeypatch, sort_by_counting
+):
+    """Batches on threads, over a base of many chunks, against single updates."""
+    monkeypatch.setattr(bank_module, "BATCH_ROWS", 37)
+    full_bank._writer.commit(users=full_bank._merged(), replace_users=True)
+    full_bank.close()
+    rng, n = np.random.default_rng(0), 900
+    names = [*users, *(f"new{number}" for number in range(40))]
+    tokens = [names[number] for number in rng.integers(0, len(names), n)]
+    met = [[*items, "unknown"][number] for number in rng.integers(0, N_ITEMS + 1, n)]
+    liked, time = rng.integers(0, 2, n), rng.integers(100, 120, n).astype(float)
+    with FeatureBank.open(full_bank.folder, write=True) as single:
+        assert len(single._base.codes) == 9
+        for row in np.argsort(time, kind="stable"):
+            single.update(tokens[row], met[row], liked[row], time[row])
+        expected = single.look_up_many(names)
+        states = {user: single.state_of(user) for user in names}
+    for name in ("PARALLEL_EVENTS", "MANY_ITEMS", "ENCODED_ROWS"):
+        monkeypatch.setattr(bank_module, name, 10)
+    if not sort_by_counting:
+        counting = bank_module._counting_order
+        monkeypatch.setattr(
+            bank_module, "_counting_order", lambda rows, _: np.argsort(rows, kind="stable")
+        )
+        rows = rng.integers(0, 50, 1000)
+        np.testing.assert_array_equal(counting(rows, 50), np.argsort(rows, kind="stable"))
+    with FeatureBank.open(full_bank.folder, write=True) as batched:
+        before = batched.look_up_many(pa.array(names))
+        np.testing.assert_array_equal(before[5], batched.look_up(names[5]))
+        batched.update_many(pa.chunked_array([tokens[:100], tokens[100:]]), met, liked, time)
+        np.testing.assert_array_equal(batched.look_up_many(pa.array(names)), expected)
+        np.testing.assert_array_equal(batched.look_up_many(names), expected)
+        for user in names:
+            for left, right in zip(batched.state_of(user), states[user], strict=True):
+                np.testing.assert_array_equal(left, right)
+        batched.commit()
+    with FeatureBank.open(full_bank.folder) as reader:
+        np.testing.assert_array_equal(reader.look_up_many(names), expected)
+
+
+def test_a_refused_batch_adds_nobody(full_bank, users, items):
+    known = full_bank.users()
+    with pytest.raises(BankError, match="'u000' is earlier"):
+        full_bank.update_many(["new", users[0]], items[1:3], [1, 1], [1e9, -5.0])
+    assert full_bank.users() == known
+    assert full_bank.update_many(["new", users[0]], items[1:3], [1, 1], [1e9, -5.0], late="drop")
+    assert full_bank.users() == [*known, "new"]
+    with pytest.raises(BankError, match="users must be strings"):
+        full_bank.update_many([1], ["i1"])
+    assert full_bank.update_many([], []) == full_bank.update_many([], [], [], []) == 0
+    assert full_bank.update_many([users[0]], [items[0]], [1], [-5.0], late="drop") == 0
+
+
+def test_tables_of_unknown_users(full_bank, users):
+    assert full_bank.table_of(users[3:5])["user"].to_pylist() == users[3:5]
+    with pytest.raises(BankError, match="user 'nobody' is not in the bank"):
+        full_bank.table_of([users[0], "nobody"])
+
+
+def test_a_user_twice_in_the_base_is_said(tmp_path, model):
+    table = user_table(
+        model, ["a", "b", "a"], [0] * 3, np.zeros(3, int), [-np.inf] * 3,
+        np.tile(model.kernels.initial, (3, 1)),
+    )  # fmt: skip
+    with pytest.raises(BankError, match="user 'a' is given twice"):
+        FeatureBank.create(tmp_path / "bank", model, table)

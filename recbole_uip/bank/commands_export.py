@@ -1,0 +1,210 @@
+"""``recbole-uip bank export``: a run's profiles and its bank, in the forms of other systems."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from recbole_uip.settings import SettingsError
+
+__all__ = ["add_export"]
+
+# Settings of the run that shape what RecBole makes of its files.
+_ATOMIC_KEYS = (
+    "load_col",
+    "field_separator",
+    "seq_separator",
+    "encoding",
+    "seq_len",
+    "normalize_field",
+    "normalize_all",
+    "discretization",
+)
+
+
+def add_export(subcommands: argparse._SubParsersAction) -> None:
+    """Add ``export`` to the subcommands of ``recbole-uip bank``."""
+    export = subcommands.add_parser(
+        "export",
+        help="for RecBole without this package, Feast, Redis or PEFT",
+        allow_abbrev=False,
+    )
+    forms = export.add_subparsers(metavar="FORM", required=True)
+    _add_atomic(forms)
+    _add_feast(forms)
+    _add_redis(forms)
+    _add_peft(forms)
+
+
+def _add_atomic(forms: argparse._SubParsersAction) -> None:
+    atomic = forms.add_parser(
+        "atomic",
+        help="RecBole's atomic files, with profiles as token fields",
+        description="Atomic files that RecBole trains on without this package.",
+        allow_abbrev=False,
+    )
+    _add_run(atomic)
+    atomic.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="folder of the run's dataset"
+    )
+    atomic.add_argument("--name", required=True, help="name of the new dataset")
+    atomic.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="RecBole's data_path"
+    )
+    atomic.set_defaults(function=_atomic, parser=atomic)
+
+
+def _add_feast(forms: argparse._SubParsersAction) -> None:
+    feast = forms.add_parser(
+        "feast",
+        help="Parquet for a Feast feature store, exact at every point in time",
+        allow_abbrev=False,
+    )
+    _add_run(feast)
+    feast.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the Parquet file"
+    )
+    feast.add_argument(
+        "--unit",
+        choices=("s", "ms", "us"),
+        default="s",
+        help="what the timestamps count since 1970 (default: s)",
+    )
+    feast.set_defaults(function=_feast, parser=feast)
+
+
+def _add_redis(forms: argparse._SubParsersAction) -> None:
+    redis = forms.add_parser(
+        "redis", help="today's codes as one Redis key a user", allow_abbrev=False
+    )
+    _add_bank(redis)
+    redis.add_argument(
+        "--url", default="redis://localhost:6379/0", help="of the server (default: %(default)s)"
+    )
+    redis.add_argument(
+        "--prefix", default="uip:", help="begins every key of this bank (default: %(default)s)"
+    )
+    redis.add_argument(
+        "--batch", type=int, default=1000, metavar="N", help="users a round trip (default: 1000)"
+    )
+    redis.set_defaults(function=_redis, parser=redis)
+
+
+def _add_peft(forms: argparse._SubParsersAction) -> None:
+    peft = forms.add_parser(
+        "peft", help="one code's soft prompt as a PEFT adapter", allow_abbrev=False
+    )
+    _add_bank(peft)
+    peft.add_argument("--facet", required=True, help="facet with source: lm, or its code field")
+    peft.add_argument(
+        "--code", type=int, nargs="+", required=True, metavar="N", help="code, for each level"
+    )
+    peft.add_argument(
+        "--scale", type=float, default=1.0, metavar="S", help="how far to go (default: 1)"
+    )
+    peft.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder of the adapter"
+    )
+    peft.set_defaults(function=_peft, parser=peft)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="output folder of recbole-uip run"
+    )
+
+
+def _add_bank(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bank", type=Path, required=True, metavar="DIR", help="folder of the feature bank"
+    )
+
+
+def _atomic(namespace: Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.bank.export_atomic import atomic_files
+
+    _refuse(overrides)
+    path = atomic_files(
+        namespace.run / "profiles.parquet",
+        namespace.data,
+        namespace.name,
+        namespace.output,
+        _settings_of(namespace.run / "results.json"),
+    )
+    print(f"wrote {path.parent}; train on it with config_file_list: [{path}]")
+
+
+def _feast(namespace: Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.bank.bank import FeatureBank
+    from recbole_uip.bank.export_feast import feature_store_parquet
+
+    _refuse(overrides)
+    with FeatureBank.open(namespace.run / "bank") as bank:
+        rows = feature_store_parquet(
+            namespace.run / "profiles.parquet", bank, namespace.output, unit=namespace.unit
+        )
+    print(f"wrote {namespace.output}: {rows} rows")
+
+
+def _redis(namespace: Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.bank.bank import FeatureBank
+    from recbole_uip.bank.export_redis import to_redis
+
+    _refuse(overrides)
+    try:
+        import redis
+    except ImportError:
+        raise SettingsError(
+            "export to Redis needs its client: pip install 'recbole-uip[redis]'"
+        ) from None
+    with FeatureBank.open(namespace.bank) as bank:
+        try:
+            client = redis.Redis.from_url(namespace.url)
+            users = to_redis(bank, client, namespace.prefix, namespace.batch)
+        except (redis.RedisError, ValueError) as error:
+            if isinstance(error, SettingsError):
+                raise
+            raise SettingsError(f"--url={namespace.url}: {error}") from error
+    print(f"wrote {users} users under {namespace.prefix}* to {namespace.url}")
+
+
+def _peft(namespace: Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.bank.bank import FeatureBank
+    from recbole_uip.bank.export_peft import soft_prompts
+
+    _refuse(overrides)
+    with FeatureBank.open(namespace.bank) as bank:
+        folder = soft_prompts(
+            bank, namespace.output, namespace.facet, namespace.code, scale=namespace.scale
+        )
+    print(f"wrote {folder}; load it with PeftModel.from_pretrained")
+
+
+def _refuse(overrides: list[str]) -> None:
+    if overrides:
+        raise SettingsError(
+            f"argument {overrides[0]!r} is not understood: an export takes no settings"
+        )
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """The run's settings that matter to a reader of its data; none where it has no results."""
+    if not path.is_file():
+        return {}
+    try:
+        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        config = next(iter(next(iter(models.values())).values()))["config"]
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise SettingsError(f"{path} is no results.json of recbole-uip run ({error!r})") from error
+    settings = {key: config[key] for key in _ATOMIC_KEYS if config.get(key) is not None}
+    sampling = config.get("train_neg_sample_args") or {}
+    if sampling.get("distribution", "none") != "none":
+        settings["train_neg_sample_args"] = sampling
+    if mode := (config.get("eval_args") or {}).get("mode"):
+        settings["eval_args"] = {
+            "split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": None, "mode": mode,
+        }  # fmt: skip
+    return settings

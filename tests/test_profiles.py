@@ -275,7 +275,10 @@ def test_the_order_of_rows_does_not_matter(world, inferred):
     assert moved < 0.01
 
 
-@pytest.mark.parametrize("module", ["lm", "em", "profiles", "settings", "behaviours"])
+@pytest.mark.parametrize(
+    "module",
+    ["lm", "em", "profiles", "texts", "bank", "bank.build", "bank.transformer", "bank.service"],
+)
 def test_the_core_never_imports_recbole(module):
     code = (
         f"import sys, recbole_uip.{module}; "

@@ -512,6 +512,8 @@ class FeatureBank:
         self._check_writable()
         if liked not in (0, 1):
             raise BankError(f"liked={liked!r} of user {user!r}: labels must be 0 or 1")
+        if time is not None and not math.isfinite(time):
+            raise BankError(f"time={time!r} of user {user!r} must be a finite number")
         number = self._users.get(user)
         row = self._moved.item(number) - 1 if number >= 0 else -1
         if row < 0:
@@ -519,7 +521,7 @@ class FeatureBank:
             row = int(self._rows_to_write(one)[0])
         own, encoder = self._own, self.model.encoder
         if time is not None:
-            if not time >= own.last_time[row]:
+            if time < own.last_time[row]:
                 raise BankError(_late(user, time, own.last_time[row]))
             own.last_time[row] = time
         number = self.model.number(item)

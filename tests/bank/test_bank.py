@@ -194,6 +194,8 @@ def test_bad_batches_change_nothing(full_bank, arguments, message):
     assert "a" not in full_bank
     with pytest.raises(BankError, match="labels must be 0 or 1"):
         full_bank.update("a", "i1", 0.5)
+    with pytest.raises(BankError, match="time=nan of user 'a' must be a finite number"):
+        full_bank.update("a", "i1", 1, np.nan)
     assert "a" not in full_bank
 
 

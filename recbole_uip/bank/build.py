@@ -21,7 +21,7 @@ from recbole_uip.em.weights import smoothed_rate
 from recbole_uip.profiles import Profiles, infer
 from recbole_uip.settings import UIPSettings
 
-__all__ = ["bank_of_events", "bank_of_profiles"]
+__all__ = ["bank_of_events", "bank_of_profiles", "fit_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +109,38 @@ def bank_of_events(
         Open for writing.
     """
     counts = events.item_counts()
+    sample = events.sample_users(FIT_USERS, settings.seed, FIT_EVENTS)
+    model = fit_model(sample, counts, settings, texts)
+    schema = user_schema(model)
+    batches = _user_batches(model, events, counts["item"])
+    return FeatureBank.create(folder, model, pa.RecordBatchReader.from_batches(schema, batches))
+
+
+def fit_model(
+    sample: pa.Table,
+    counts: pa.Table,
+    settings: UIPSettings,
+    texts: Callable[[Mapping[str, int], int], Sequence[str | None]] | None = None,
+) -> ProfileModel:
+    """Fit the model of a bank on the events of some users.
+
+    Parameters
+    ----------
+    sample : pyarrow.Table
+        As of :meth:`EventFile.sample_users`.
+    counts : pyarrow.Table
+        As of :meth:`EventFile.item_counts`: like rates are those of all events.
+    settings : UIPSettings
+    texts : callable, optional
+        From the number of each item token, and the number of items, to the items' texts.
+
+    Returns
+    -------
+    ProfileModel
+    """
     items = [NO_ITEM, *counts["item"].to_pylist()]
     number_of = {item: number for number, item in enumerate(items) if number}
     item_texts = None if texts is None else texts(number_of, len(items))
-    sample = events.sample_users(FIT_USERS, settings.seed, FIT_EVENTS)
     behaviours, users = _behaviours(sample, counts["item"], len(items))
     logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
     static = behaviours.time is None
@@ -126,9 +154,7 @@ def bank_of_events(
         # Number 0, no item, has no events.
         count, likes = (np.append(0, counts[name].to_numpy()) for name in ("count", "likes"))
         model.encoder = model.encoder.with_rate(smoothed_rate(count, likes))
-    schema = user_schema(model)
-    batches = _user_batches(model, events, counts["item"])
-    return FeatureBank.create(folder, model, pa.RecordBatchReader.from_batches(schema, batches))
+    return model
 
 
 def _behaviours(

@@ -233,7 +233,7 @@ class _Base:
         self.n = table.num_rows
         batches = table.to_batches()
         self.first = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self._starts = self.first.tolist()
+        self.starts = self.first.tolist()
         self.folds, self.seen, self.last_time, self.states, self.codes = (
             [_numpy(batch.column(name)) for batch in batches]
             for name in ("fold", "seen", "last_time", "state", "codes")
@@ -241,10 +241,10 @@ class _Base:
 
     def place(self, row: int) -> tuple[int, int]:
         """Chunk of a row, and where it stands there."""
-        if len(self._starts) == 2:
+        if len(self.starts) == 2:
             return 0, row
-        chunk = bisect.bisect_right(self._starts, row) - 1
-        return chunk, row - self._starts[chunk]
+        chunk = bisect.bisect_right(self.starts, row) - 1
+        return chunk, row - self.starts[chunk]
 
     def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Values of a column at many rows."""
@@ -419,8 +419,10 @@ class FeatureBank:
             return self._unknown_codes
         if row := self._moved.item(number):
             return self._own.codes[row - 1]
-        chunk, place = self._base.place(number)
-        return self._base.codes[chunk][place]
+        # As _Base.place, in line: a call would take as long as all of this.
+        base = self._base
+        chunk = bisect.bisect_right(base.starts, number) - 1
+        return base.codes[chunk][number - base.starts[chunk]]
 
     def look_up_many(self, users: Sequence[str] | pa.Array) -> np.ndarray:
         """Codes of many users, shape (n, n_fields), int32.

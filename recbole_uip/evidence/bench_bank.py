@@ -26,6 +26,7 @@ from recbole_uip.bank.events import EventColumns, EventFile
 from recbole_uip.bridge.run import peak_memory
 from recbole_uip.evidence.bench import load_task, parse_config
 from recbole_uip.evidence.figures import Figure, machine, timed, versions
+from recbole_uip.evidence.load import http_figures
 from recbole_uip.settings import SettingsError, UIPSettings
 
 __all__ = ["bench_bank", "write_events"]
@@ -57,6 +58,12 @@ _NOTES = (
     "Cold is the one batch in which states leave the base, later ones are warm. Ceiling: the "
     "states read and written once an event (cold: twice) at the bandwidth of a memory copy.",
 )
+
+_SERVED = (
+    "over HTTP: recbole-uip bank serve in a process of its own, the load generator hey beside it "
+    "on the same machine. Floor: the same server's answer to GET /health."
+)
+_NOT_SERVED = "over HTTP: not measured, for hey or the extra serve is not installed."
 
 
 def bench_bank(
@@ -112,13 +119,15 @@ def bench_bank(
         with FeatureBank.open(folder / f"bank-{events}", write=True, verify=False) as bank:
             figures += _reading(bank, repeats)
             figures += _writing(bank, repeats, here["copy_bandwidth"])
+            user = bank.users()[0]
+        served = http_figures(folder / f"bank-{events}", user)
     return {
         "dataset": name,
         "events": events,
         "repeats": repeats,
         "machine": here,
-        "figures": [each.to_dict() for each in figures],
-        "notes": list(_NOTES),
+        "figures": [each.to_dict() for each in figures + served],
+        "notes": [*_NOTES, _SERVED if served else _NOT_SERVED],
         "versions": versions(),
         "command": command or f"bench_bank({name!r})",
     }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from recbole_uip import __version__
 from recbole_uip import profiles as profile_stage
 from recbole_uip.bank.store import BankError
 from recbole_uip.em.encoder import Encoder
@@ -118,6 +119,7 @@ class ProfileModel:
     def metadata(self) -> dict[str, Any]:
         """What is no array, as JSON can hold it."""
         return {
+            "version": __version__,
             "encoder": self.encoder.description(),
             "settings": self.settings.to_dict(),
             "n_folds": self.n_folds,

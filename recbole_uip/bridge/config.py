@@ -139,7 +139,10 @@ def profile_settings(files: Sequence[str], arguments: Sequence[str]) -> UIPSetti
     For commands that infer profiles without a RecBole dataset; of other keys only ``seed`` counts.
     """
     defaults = yaml.load(read_properties("uip.yaml") or "", Loader=_Loader)
-    given = {key: _convert(value) for key, value in parse_command_line(arguments).items()}
+    given = {
+        key: value if key in _TEXTS else _convert(value)
+        for key, value in parse_command_line(arguments).items()
+    }
     return UIPSettings.from_dict({**defaults, **load_config_files(files), **given})
 
 

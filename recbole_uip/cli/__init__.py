@@ -136,8 +136,12 @@ def _add_bench(subcommands: argparse._SubParsersAction) -> None:
 def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Run the chosen function; say what went wrong, and by the exit code whose fault it is."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # argparse takes an unknown option with a space in it for a value, such as of --config_files.
+    settings = [argument for argument in arguments if argument.startswith("--uip_")]
+    others = [argument for argument in arguments if not argument.startswith("--uip_")]
     try:
-        namespace, overrides = parser.parse_known_args(arguments)
+        namespace, overrides = parser.parse_known_args(others)
+        overrides += settings
     except SystemExit as stop:
         return int(stop.code or 0)
     command = shlex.join([parser.prog, *arguments])

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from recbole_uip import cli
 from recbole_uip.bank import build
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_events
@@ -66,3 +67,23 @@ def test_a_sample_is_enough_to_fit(tmp_path, event_file, bank_settings, users, m
     with bank_of_events(tmp_path / "bank", event_file, bank_settings) as bank:
         assert sorted(bank.users()) == users
         assert len(np.unique(bank.look_up_many(users), axis=0)) > 20
+
+
+def test_the_command_line(tmp_path, event_file, capsys):
+    config = tmp_path / "facets.yaml"
+    config.write_text(
+        "uip_facets: {leniency: {weight: contrast, source: constant, half_life: [5, inf]}}"
+    )
+    events = str(event_file.files[0])
+    command = ["bank", "build", str(tmp_path / "bank"), "--events", events, "--rating", "rating"]
+    command += ["--threshold", "4", "--config_files", str(config)]
+    assert cli.main([*command, "--uip_item_text={title} ({genre})"]) == 0
+    assert "users: 300; items: 80" in capsys.readouterr().out
+    assert cli.main(["bank", "info", str(tmp_path / "bank")]) == 0
+    assert "uip_leniency_5: bin" in capsys.readouterr().out
+    with FeatureBank.open(tmp_path / "bank") as bank:
+        assert bank.model.settings.item_text == "{title} ({genre})"
+    assert cli.main([*command, "--items", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv: there is no such file" in capsys.readouterr().err
+    assert cli.main([*command, "--items", str(config)]) == 2
+    assert "uip_item_text does not say" in capsys.readouterr().err

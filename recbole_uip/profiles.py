@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import basis, collaborative, states, weights
-from recbole_uip.em.encoder import Encoder
+from recbole_uip.em.encoder import Encoder, FieldInfo
 from recbole_uip.em.facet import Facet, Observations
 from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
 
@@ -35,28 +35,16 @@ LM_DIRECTIONS = 700
 
 
 @dataclass(frozen=True)
-class ProfileField:
-    """One token field.
+class ProfileField(FieldInfo):
+    """One token field, and its tokens.
 
     Attributes
     ----------
-    name : str
-        Field name, such as ``uip_interests`` or ``uip_taste_match_20``.
-    facet : str
-        The facet it belongs to.
-    kind : {"code", "bin", "match"}
-        A code of the user, a bin of the user, or a bin of the user and the row's item.
     values : ndarray of int32, shape (n_rows,)
         Token of each row: 0 for [PAD] (no history), else 1 to ``size``.
-    size : int
-        Number of tokens, [PAD] not counted.
     """
 
-    name: str
-    facet: str
-    kind: str
     values: np.ndarray
-    size: int
 
 
 @dataclass(frozen=True)
@@ -192,7 +180,7 @@ def infer(
     )
     tokens = result.encoder.transform(history, result.events)
     result.fields = tuple(
-        ProfileField(info.name, info.facet, info.kind, np.ascontiguousarray(values), info.size)
+        ProfileField(info.name, info.facet, info.kind, info.size, np.ascontiguousarray(values))
         for info, values in zip(result.encoder.fields, tokens.T, strict=True)
     )
     result.cost["em_seconds"] = time.perf_counter() - started - result.cost.get("lm_seconds", 0.0)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from recbole_uip.bank.bank import FeatureBank, advance_in_parallel, user_schema, user_table
 from recbole_uip.bank.events import EventFile
-from recbole_uip.bank.model import ProfileModel, fold_of
+from recbole_uip.bank.model import NO_ITEM, ProfileModel, fold_of
 from recbole_uip.behaviours import TRAIN, Behaviours
 from recbole_uip.em.states import run, whole_history
 from recbole_uip.em.weights import smoothed_rate
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 FIT_EVENTS = 2_000_000
 FIT_USERS = 50_000
 BLOCK_EVENTS = 1_000_000
-NO_ITEM = "[PAD]"
 
 
 def bank_of_profiles(

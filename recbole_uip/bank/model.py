@@ -20,10 +20,12 @@ from recbole_uip.em.kernels import Kernels
 from recbole_uip.profiles import Profiles
 from recbole_uip.settings import UIPSettings
 
-__all__ = ["UNKNOWN_ITEM", "ProfileModel", "fold_of"]
+__all__ = ["NO_ITEM", "UNKNOWN_ITEM", "ProfileModel", "fold_of"]
 
 #: Item number of every item that is not in the catalogue: no vector, the overall like rate.
 UNKNOWN_ITEM = 0
+#: Token of that number, where there is no other.
+NO_ITEM = "[PAD]"
 
 
 def fold_of(user: str, n_folds: int) -> int:

@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from recbole_uip.bank.bank import NO_TIME, FeatureBank, user_table
-from recbole_uip.bank.model import UNKNOWN_ITEM, ProfileModel, fold_of
+from recbole_uip.bank.model import NO_ITEM, UNKNOWN_ITEM, ProfileModel, fold_of
 from recbole_uip.behaviours import TRAIN, Behaviours
 from recbole_uip.em.states import Events, index_history, run, whole_history
 from recbole_uip.profiles import Profiles, infer
@@ -25,8 +25,6 @@ from recbole_uip.settings import SettingsError, UIPSettings
 from recbole_uip.texts import fill
 
 __all__ = ["ProfileEncoder"]
-
-NO_ITEM = "[PAD]"
 
 # What facets=None stands for: no text, no LM.
 _COMPANY = {

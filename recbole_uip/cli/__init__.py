@@ -174,7 +174,6 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
 
 def _bench_profiles(namespace: Namespace, overrides: list[str], command: str) -> None:
     from recbole_uip.evidence.bench import bench_profiles
-    from recbole_uip.evidence.figures import format_bench, write_bench
 
     files = start(namespace, overrides)
     results = bench_profiles(
@@ -185,14 +184,11 @@ def _bench_profiles(namespace: Namespace, overrides: list[str], command: str) ->
         items=namespace.items,
         command=command,
     )
-    if namespace.json is not None:
-        write_bench(namespace.json, results)
-    print(format_bench(results))
+    _show_bench(results, namespace.json)
 
 
 def _bench_bank(namespace: Namespace, overrides: list[str], command: str) -> None:
     from recbole_uip.evidence.bench_bank import bench_bank
-    from recbole_uip.evidence.figures import format_bench, write_bench
 
     files = start(namespace, overrides)
     results = bench_bank(
@@ -203,8 +199,14 @@ def _bench_bank(namespace: Namespace, overrides: list[str], command: str) -> Non
         repeats=namespace.repeats,
         command=command,
     )
-    if namespace.json is not None:
-        write_bench(namespace.json, results)
+    _show_bench(results, namespace.json)
+
+
+def _show_bench(results: dict, path: Path | None) -> None:
+    from recbole_uip.evidence.figures import format_bench, write_bench
+
+    if path is not None:
+        write_bench(path, results)
     print(format_bench(results))
 
 

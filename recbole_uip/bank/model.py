@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +129,21 @@ class ProfileModel:
             "n_folds": self.n_folds,
             "implicit": self.implicit,
             "lm_fingerprint": self.lm_fingerprint,
+            "prompt_fingerprint": self.prompt_fingerprint,
         }
+
+    @property
+    def prompt_fingerprint(self) -> str | None:
+        """SHA-256 of the facets' names in the prompt and the endings; None without an LM."""
+        if self.lm_fingerprint is None:
+            return None
+        content = json.dumps([*self._prompt()])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _prompt(self) -> tuple[list[str], tuple[str, str] | None]:
+        """Names in words of the LM's facets, and the feedback endings."""
+        prompts = [facet.prompt for facet in self.settings.facets if facet.source == "lm"]
+        return prompts, None if self.implicit else self.settings.endings
 
     def all_tables(self) -> dict[str, np.ndarray]:
         """Every array, by name."""
@@ -219,9 +235,7 @@ class ProfileModel:
     def _raw_scores(self, texts: Sequence[str]) -> np.ndarray:
         from recbole_uip import lm
 
-        prompts = [facet.prompt for facet in self.settings.facets if facet.source == "lm"]
-        endings = None if self.implicit else self.settings.endings
-        scored = lm.score(texts, prompts, endings, self.settings.lm, self.settings.cache)
+        scored = lm.score(texts, *self._prompt(), self.settings.lm, self.settings.cache)
         if scored.fingerprint != self.lm_fingerprint:
             raise BankError(
                 f"uip_lm={self.settings.lm.name!r} is not the LM that scored this bank's catalogue "

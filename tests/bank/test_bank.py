@@ -1,5 +1,6 @@
 """The bank against the point-in-time path, and what outlives a commit."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from recbole_uip.bank.bank import FeatureBank, user_table
 from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bank.model import fold_of
 from recbole_uip.bank.store import BankError
+from recbole_uip.settings import UIPSettings
 
 from .conftest import N_ITEMS
 
@@ -370,3 +372,19 @@ def test_a_user_twice_in_the_base_is_said(tmp_path, model):
     )  # fmt: skip
     with pytest.raises(BankError, match="user 'a' is given twice"):
         FeatureBank.create(tmp_path / "bank", model, table)
+
+
+def test_the_manifest_tells_prompts_apart(model):
+    assert model.metadata()["prompt_fingerprint"] is None
+    found = set()
+    for name, ending in (("interests", " good"), ("tastes", " good"), ("interests", " fine")):
+        settings = UIPSettings.from_dict(
+            {
+                "uip_facets": {"interests": {"prompt": name}},
+                "uip_item_text": "{title}",
+                "uip_endings": {"liked": ending, "disliked": " bad"},
+            }
+        )
+        changed = dataclasses.replace(model, lm_fingerprint="an LM", settings=settings)
+        found.add(changed.metadata()["prompt_fingerprint"])
+    assert len(found) == 3 and None not in found

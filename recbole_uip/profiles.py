@@ -268,7 +268,7 @@ def _score_texts(
 
     Items without text have the mean score, and so say nothing.
     """
-    facets = [facet.prompt for facet in settings.facets if facet.source == "lm"]
+    facets = settings.prompts
     if not facets:
         return None
     from recbole_uip import lm

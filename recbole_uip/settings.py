@@ -272,6 +272,11 @@ class UIPSettings:
                 "set uip_time=point_in_time or drop uip_refresh"
             )
 
+    @property
+    def prompts(self) -> list[str]:
+        """Names in words of the facets that the LM scores."""
+        return [facet.prompt for facet in self.facets if facet.source == "lm"]
+
     def facets_of(self, arm: ArmSettings) -> tuple[FacetSettings, ...]:
         """The facets that ``arm`` uses, in the order of ``uip_facets``."""
         return tuple(facet for facet in self.facets if facet.name in arm.facets)

@@ -174,7 +174,7 @@ def _prefix(model: ProfileModel, backbone: Backbone, theta: np.ndarray) -> np.nd
 
     from recbole_uip.lm import prompt as prompts
 
-    names = [facet.prompt for facet in model.settings.facets if facet.source == "lm"]
+    names = model.settings.prompts
     prompt = prompts.build(backbone.tokenizer, names)
     with torch.no_grad():
         arguments = prompts.inputs(backbone, prompt, torch.from_numpy(theta), [[]])

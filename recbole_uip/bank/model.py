@@ -142,8 +142,7 @@ class ProfileModel:
 
     def _prompt(self) -> tuple[list[str], tuple[str, str] | None]:
         """Names in words of the LM's facets, and the feedback endings."""
-        prompts = [facet.prompt for facet in self.settings.facets if facet.source == "lm"]
-        return prompts, None if self.implicit else self.settings.endings
+        return self.settings.prompts, None if self.implicit else self.settings.endings
 
     def all_tables(self) -> dict[str, np.ndarray]:
         """Every array, by name."""

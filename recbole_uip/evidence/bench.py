@@ -240,7 +240,7 @@ class Task:
     @property
     def prompts(self) -> list[str]:
         """Names in words of the facets that the LM scores."""
-        return [facet.prompt for facet in self.settings.facets if facet.source == "lm"]
+        return self.settings.prompts
 
     @property
     def endings(self) -> tuple[str, str] | None:

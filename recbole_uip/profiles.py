@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import joblib
 import numpy as np
@@ -21,16 +21,17 @@ from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import basis, collaborative, states, weights
 from recbole_uip.em.encoder import Encoder, FieldInfo
 from recbole_uip.em.facet import Facet, Observations
-from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
+from recbole_uip.settings import TEXT_SOURCES, FacetSettings, SettingsError, UIPSettings
+from recbole_uip.texts import bag_of_words
 
 if TYPE_CHECKING:
     from recbole_uip.lm import Scores
 
-__all__ = ["LanguageScores", "ProfileField", "Profiles", "infer", "raw_scores"]
+__all__ = ["ProfileField", "Profiles", "TextVectors", "infer", "raw_scores"]
 
 logger = logging.getLogger(__name__)
 
-# Leading Fisher directions of the LM's scores that a basis may use.
+# Leading Fisher directions of the items' texts that a basis may use.
 LM_DIRECTIONS = 700
 
 
@@ -48,21 +49,24 @@ class ProfileField(FieldInfo):
 
 
 @dataclass(frozen=True)
-class LanguageScores:
-    """What the LM's scores were whitened by, for items that come later.
+class TextVectors:
+    """What vectors of the items' texts were whitened by, for items that come later.
 
     Attributes
     ----------
-    fingerprint : str
-        Of the LM.
-    theta0 : ndarray of float32, shape (n_facets, d)
-        Soft tokens at which the scores were taken.
     whitening : Whitening
+    fingerprint : str or None
+        Of the LM; None without one (``source: words``).
+    theta0 : ndarray of float32, shape (n_facets, d), or None
+        Soft tokens at which scores were taken (``source: lm``).
+    vocabulary : tuple of str
+        Words that count (``source: words``).
     """
 
-    fingerprint: str
-    theta0: np.ndarray
     whitening: basis.Whitening
+    fingerprint: str | None = None
+    theta0: np.ndarray | None = None
+    vocabulary: tuple[str, ...] = ()
 
 
 @dataclass
@@ -86,8 +90,8 @@ class Profiles:
         What each row may see.
     events : Events
         The rows as events.
-    language : LanguageScores or None
-        Where a facet's item vectors come from the LM.
+    texts : dict of str to TextVectors
+        For each source by which facets have their item vectors from the items' texts.
     """
 
     fields: tuple[ProfileField, ...]
@@ -98,7 +102,7 @@ class Profiles:
     encoder: Encoder | None = None
     history: states.History | None = None
     events: states.Events | None = None
-    language: LanguageScores | None = None
+    texts: dict[str, TextVectors] = field(default_factory=dict)
 
     def match(self, rows: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
         """Match fields of the users and times of ``rows``, with other ``items``.
@@ -131,7 +135,8 @@ def infer(
     ----------
     behaviours : Behaviours
     item_texts : sequence of str or None, length n_items
-        None or an empty text for an item that has none; only ``source: lm`` reads them.
+        None or an empty text for an item that has none; only ``source: lm``, ``embedding`` and
+        ``words`` read them.
     settings : UIPSettings
     fold : ndarray of int64, shape (n_users,), optional
         Fold of each user, below ``settings.folds``; balanced and random by default.
@@ -156,7 +161,11 @@ def infer(
     if fold is None:
         fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
     result = Profiles((), static, history=history, events=states.Events.of(behaviours, fold))
-    scores = _score_texts(behaviours, item_texts, settings, result)
+    of_texts = {
+        source: _text_vectors(source, behaviours, item_texts, settings, result)
+        for source in TEXT_SOURCES
+        if any(facet.source == source for facet in settings.facets)
+    }
 
     def fit(facet_settings: FacetSettings) -> Facet:
         try:
@@ -164,7 +173,7 @@ def infer(
                 facet_settings.weight, behaviours.item, behaviours.liked, rate
             )
             observed = Observations(behaviours, history, evidence, rate, train_events, fold)
-            vectors = _item_vectors(facet_settings, observed, scores, settings)
+            vectors = _item_vectors(facet_settings, observed, of_texts, settings)
             return Facet(
                 facet_settings, settings.codebook, empty=settings.empty, seed=settings.seed
             ).fit(vectors, observed)
@@ -231,16 +240,19 @@ def _history(behaviours: Behaviours, settings: UIPSettings, static: bool) -> sta
 
 
 def _item_vectors(
-    facet: FacetSettings, observed: Observations, scores: np.ndarray | None, settings: UIPSettings
+    facet: FacetSettings,
+    observed: Observations,
+    of_texts: Mapping[str, np.ndarray],
+    settings: UIPSettings,
 ) -> list[np.ndarray]:
     """Whitened item vectors of a facet, by its source: one array for each fold of users."""
     behaviours, train = observed.behaviours, observed.train_events
     n_users, n_items = behaviours.n_users, behaviours.n_items
     if facet.source == "constant":
         return [np.ones((n_items, 1))]
-    if facet.source == "lm":
-        # The LM knows nobody's labels, but the basis that a facet makes of its scores does.
-        return [scores] * settings.folds
+    if facet.source in of_texts:
+        # Texts know nobody's labels, but the basis that a facet makes of their vectors does.
+        return [of_texts[facet.source]] * settings.folds
     rank = max(facet.rank if facet.codes else 0, facet.match.rank if facet.match else 0)
     by_fold = []
     for index in range(settings.folds):
@@ -258,45 +270,61 @@ def _item_vectors(
     return by_fold
 
 
-def _score_texts(
+def _text_vectors(
+    source: str,
     behaviours: Behaviours,
     item_texts: Sequence[str | None] | None,
     settings: UIPSettings,
     result: Profiles,
-) -> np.ndarray | None:
-    """Whitened LM scores of every item, shape (n_items, m).
+) -> np.ndarray:
+    """Whitened vectors of every item by its text, shape (n_items, m).
 
-    Items without text have the mean score, and so say nothing.
+    Items without text have the mean vector, and so say nothing.
     """
-    facets = settings.prompts
-    if not facets:
-        return None
-    from recbole_uip import lm
-
     rows = [row for row, text in enumerate(item_texts or ()) if text]
     if not rows:
         raise SettingsError(
-            "no item has a text, so source: lm facets cannot be inferred: check uip_item_text, or "
-            "take source: collaborative or constant"
+            f"no item has a text, so source: {source} facets cannot be inferred: check "
+            "uip_item_text, or take source: collaborative or constant"
         )
-    endings = settings.endings if behaviours.liked is not None else None
-    scored = lm.score(
-        [item_texts[row] for row in rows], facets, endings, settings.lm, settings.cache
-    )
-    result.cost |= {"lm_tokens": scored.lm_tokens, "lm_seconds": scored.seconds}
-    vectors = raw_scores(scored)
     train_items = behaviours.item[behaviours.train]
     counts = np.bincount(train_items, minlength=behaviours.n_items)[rows]
     if not counts.any():
         raise SettingsError(
-            "no item of the training rows has a text, so source: lm facets cannot be inferred: "
-            "check uip_item_text and the .item file"
+            f"no item of the training rows has a text, so source: {source} facets cannot be "
+            "inferred: check uip_item_text and the .item file"
         )
+    texts = [item_texts[row] for row in rows]
+    vectors, about = _raw_vectors(source, texts, behaviours.liked is None, settings, result.cost)
     whitening = basis.whiten(vectors, counts, keep=LM_DIRECTIONS)
-    result.language = LanguageScores(scored.fingerprint, scored.theta0, whitening)
+    result.texts[source] = TextVectors(whitening, **about)
     spread = np.zeros((len(item_texts), whitening.vectors.shape[1]))
     spread[rows] = whitening.vectors
     return spread
+
+
+def _raw_vectors(
+    source: str, texts: list[str], implicit: bool, settings: UIPSettings, cost: dict[str, float]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Vectors of texts, one each, and what :class:`TextVectors` is to say of them."""
+    if source == "words":
+        try:
+            bags, vocabulary = bag_of_words(texts)
+        except ValueError as error:
+            raise SettingsError(f"source: words facets cannot be inferred: {error}") from error
+        return bags, {"vocabulary": tuple(vocabulary)}
+    from recbole_uip import lm
+
+    if source == "lm":
+        endings = None if implicit else settings.endings
+        scored = lm.score(texts, settings.prompts, endings, settings.lm, settings.cache)
+        vectors, about = raw_scores(scored), {"theta0": scored.theta0}
+    else:
+        scored = lm.embed(texts, settings.lm, settings.cache)
+        vectors, about = scored.vectors, {}
+    for name, spent in (("lm_tokens", scored.lm_tokens), ("lm_seconds", scored.seconds)):
+        cost[name] = cost.get(name, 0) + spent
+    return vectors, {"fingerprint": scored.fingerprint, **about}
 
 
 def raw_scores(scored: Scores) -> np.ndarray:

@@ -29,9 +29,14 @@ __all__ = [
     "parse_duration",
 ]
 
-SOURCES = ("lm", "collaborative", "constant")
+SOURCES = ("lm", "embedding", "words", "collaborative", "constant")
+TEXT_SOURCES = ("lm", "embedding", "words")
 WEIGHTS = ("positive", "negative", "all", "contrast")
 POSTERIORS = ("auto", "filter", "sums")
+DIRECTIONS = ("between", "fisher")
+CONTROLS = ("none", "random", "shuffled")
+VALUES = ("tokens", "means")
+METHODS = ("em", "kmeans", "vq", "fsq", "sinkhorn", "random")
 DEFAULT_LM = "SmolLM2-135M"
 
 
@@ -70,8 +75,9 @@ class FacetSettings:
     ----------
     name : str
         Name of the facet, and stem of its fields (``uip_<name>``).
-    source : {"lm", "collaborative", "constant"}
-        Where the item vectors come from.
+    source : {"lm", "embedding", "words", "collaborative", "constant"}
+        Where the item vectors come from: the LM's scores of the item texts, its mean embeddings
+        of them, their words, the training rows, or nowhere (every item has the same).
     weight : {"positive", "negative", "all", "contrast"}
         Evidence weight of an event.
     prompt : str
@@ -79,7 +85,10 @@ class FacetSettings:
     codes : int
         Size of the codebook; 0 for no code field.
     rank : int
-        Number of between-user directions that are quantised.
+        Number of directions that are quantised.
+    directions : {"between", "fisher"}
+        Which: those in which users differ most, or those of most Fisher information (in which
+        items differ most).
     levels : int
         Residual quantisation levels, one code field each.
     half_life : tuple of float
@@ -96,6 +105,7 @@ class FacetSettings:
     prompt: str = ""
     codes: int = 32
     rank: int = 16
+    directions: str = "between"
     levels: int = 1
     half_life: tuple[float, ...] = (math.inf,)
     bins: int = 24
@@ -104,11 +114,21 @@ class FacetSettings:
 
 @dataclass(frozen=True)
 class CodebookSettings:
-    """How a codebook is fitted (see :class:`recbole_uip.em.mixture.CodebookMixture`).
+    """How a codebook is fitted (see :class:`recbole_uip.em.codebook.Codebook`).
 
-    ``sample`` is the number of point-in-time states of training rows it is fitted on.
+    Parameters
+    ----------
+    method : {"em", "kmeans", "vq", "fsq", "sinkhorn", "random"}
+        Mixture EM, or one of the alternatives of :mod:`recbole_uip.em.quantizers`.
+    sample : int
+        Number of point-in-time states of training rows it is fitted on.
+    n_init, max_iter : int
+        Restarts, and the most iterations of each.
+    tol : float
+        Least gain of an iteration, in nats a sample.
     """
 
+    method: str = "em"
     sample: int = 5_000
     n_init: int = 1
     max_iter: int = 200
@@ -153,11 +173,22 @@ class ArmSettings:
         Facets whose fields the model sees; empty for the plain model.
     user_id : {"keep", "drop"}
         Whether the model also sees the user ID.
+    control : {"none", "random", "shuffled"}
+        ``random`` puts random tokens in the place of profiles, ``shuffled`` another user's.
+    values : {"tokens", "means"}
+        ``means`` gives the posterior means before quantisation, as float fields.
     """
 
     name: str
     facets: tuple[str, ...] = ()
     user_id: str = "keep"
+    control: str = "none"
+    values: str = "tokens"
+
+    @property
+    def served(self) -> bool:
+        """Whether its fields are the profile's own tokens, which a bank can serve."""
+        return self.control == "none" and self.values == "tokens"
 
 
 @dataclass(frozen=True)
@@ -259,12 +290,11 @@ class UIPSettings:
         }
 
     def _check(self) -> None:
-        lm_facets = [facet.name for facet in self.facets if facet.source == "lm"]
-        if lm_facets and self.item_text is None:
+        if self.text_facets and self.item_text is None:
             raise SettingsError(
-                f"uip_item_text is not set, and the facets {lm_facets} read the items' texts: "
-                'set it to a template of item fields such as "{movie_title} ({genre})", or take '
-                "facets with source: collaborative or constant"
+                f"uip_item_text is not set, and the facets {self.text_facets} read the items' "
+                'texts: set it to a template of item fields such as "{movie_title} ({genre})", or '
+                "take facets with source: collaborative or constant"
             )
         if self.time == "static" and self.refresh:
             raise SettingsError(
@@ -276,6 +306,11 @@ class UIPSettings:
     def prompts(self) -> list[str]:
         """Names in words of the facets that the LM scores."""
         return [facet.prompt for facet in self.facets if facet.source == "lm"]
+
+    @property
+    def text_facets(self) -> list[str]:
+        """Names of the facets whose item vectors come from the items' texts."""
+        return [facet.name for facet in self.facets if facet.source in TEXT_SOURCES]
 
     def facets_of(self, arm: ArmSettings) -> tuple[FacetSettings, ...]:
         """The facets that ``arm`` uses, in the order of ``uip_facets``."""
@@ -414,6 +449,10 @@ def _parse_section(kind: type, key: str, value: Any, **fixed: Any) -> Any:
             _choice(path, item, WEIGHTS)
         elif name == "posterior":
             _choice(path, item, POSTERIORS)
+        elif name == "method":
+            _choice(path, item, METHODS)
+        elif name == "directions":
+            _choice(path, item, DIRECTIONS)
         elif isinstance(defaults[name], int):
             _positive(path, item, minimum=0 if name == "codes" else 1)
         elif isinstance(defaults[name], float):
@@ -438,6 +477,11 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
         if facet.source != "lm" and facet.prompt:
             raise SettingsError(
                 f"{key}.prompt={facet.prompt!r} has no meaning with source: {facet.source}"
+            )
+        if facet.source == "constant" and facet.directions == "fisher":
+            raise SettingsError(
+                f"{key}.directions=fisher has no meaning with source: constant, which has one "
+                "direction: leave it out"
             )
         if facet.match and facet.weight != "contrast" and facet.match.posterior == "filter":
             raise SettingsError(
@@ -477,16 +521,28 @@ def _parse_arms(
         key = f"uip_arms.{name}"
         section = dict(section or {})
         wanted = section.pop("facets", "all")
-        arm_user_id = _choice(f"{key}.user_id", section.pop("user_id", user_id), ("keep", "drop"))
+        chosen = {
+            option: _choice(f"{key}.{option}", section.pop(option, default), choices)
+            for option, default, choices in (
+                ("user_id", user_id, ("keep", "drop")),
+                ("control", "none", CONTROLS),
+                ("values", "tokens", VALUES),
+            )
+        }
         if section:
             unknown = next(iter(section))
             raise SettingsError(
                 f"unknown setting {f'{key}.{unknown}'!r}"
-                f"{_nearest(str(unknown), ('facets', 'user_id'))}"
+                f"{_nearest(str(unknown), ('facets', *chosen))}"
             )
         wanted = names if wanted == "all" else tuple(wanted or ())
         for facet in wanted:
             if facet not in names:
                 raise SettingsError(f"{key}.facets: no facet {facet!r}{_nearest(facet, names)}")
-        arms.append(ArmSettings(str(name), wanted, arm_user_id))
+        if chosen["control"] != "none" and chosen["values"] == "means":
+            raise SettingsError(
+                f"{key}: control={chosen['control']} replaces tokens, and values=means has none: "
+                "set one of the two"
+            )
+        arms.append(ArmSettings(str(name), wanted, **chosen))
     return tuple(arms)

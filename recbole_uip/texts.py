@@ -7,17 +7,22 @@ import logging
 import os
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from sklearn.feature_extraction.text import CountVectorizer
 
 from recbole_uip.settings import SettingsError
 
-__all__ = ["fill", "item_texts"]
+__all__ = ["bag_of_words", "fill", "item_texts"]
 
 logger = logging.getLogger(__name__)
+
+# Words in a vocabulary, at most: the most frequent of the catalogue.
+MAX_WORDS = 5_000
 
 
 def _unquote(value: str) -> str:
@@ -112,3 +117,36 @@ def _rows(path: Path, separator: str, encoding: str | None) -> Iterator[list[str
         quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
         for row in csv.reader(file, delimiter=separator, quoting=quoting):
             yield [_unquote(value) for value in row]
+
+
+def bag_of_words(
+    texts: Sequence[str], vocabulary: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
+    r"""Which words stand in each text: runs of ``\w``, lower-cased.
+
+    Parameters
+    ----------
+    texts : sequence of n str
+    vocabulary : sequence of d str, optional
+        Words that count; by default the texts' own, of many the most frequent.
+
+    Returns
+    -------
+    bags : ndarray of float32, shape (n, d)
+        1 where the word is in the text.
+    vocabulary : list of d str
+
+    Raises
+    ------
+    ValueError
+        If no text has a word, and no vocabulary is given.
+    """
+    counter = CountVectorizer(
+        binary=True,
+        token_pattern=r"\w+",
+        max_features=MAX_WORDS,
+        vocabulary=vocabulary,
+        dtype=np.float32,
+    )
+    bags = counter.fit_transform(texts)
+    return bags.toarray(), counter.get_feature_names_out().tolist()

@@ -15,10 +15,12 @@ from sklearn.metrics import roc_auc_score
 from recbole_uip.behaviours import TEST, TRAIN, VALID
 from recbole_uip.em import states
 from recbole_uip.em.facet import Facet
+from recbole_uip.lm import embed
 from recbole_uip.profiles import infer
 from recbole_uip.settings import SettingsError, UIPSettings
 
 from .em.conftest import make_world
+from .lm.conftest import WORDS, make_model, make_tokenizer
 
 FACETS = {
     "leniency": {"source": "constant", "half_life": [5, "inf"], "bins": 8},
@@ -243,6 +245,118 @@ def test_lm_facets_need_texts(world):
             [None] * world.behaviours.n_items,
             settings(uip_facets=facets, uip_item_text="{title}"),
         )
+
+
+@pytest.fixture(scope="module")
+def tiny_lm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return {"uip_lm": str(folder), "uip_lm_dtype": "float32", "uip_cache": str(folder / "cache")}
+
+
+@pytest.fixture(scope="module")
+def texts(world):
+    """Words that tell of the two planted tastes, and one that tells nothing; some have none."""
+    rng = np.random.default_rng(3)
+    high = np.digitize(world.vectors[:, :2], [-0.5, 0.5])
+    telling = np.array([["drama", "day", "city"], ["action", "night", "war"]])
+    told = [
+        " ".join([telling[0, a], telling[1, b], rng.choice(WORDS[15:-2])]).title() for a, b in high
+    ]
+    return [None if item % 20 == 0 else text for item, text in enumerate(told)]
+
+
+def of_texts(source, tiny_lm, **keys):
+    facet = {
+        "source": source, "weight": "contrast", "codes": 4, "rank": 2,
+        "match": {"rank": 2, "bins": 8}, **keys,
+    }  # fmt: skip
+    return settings(uip_facets={"told": facet}, uip_item_text="{title}", **tiny_lm)
+
+
+@pytest.mark.parametrize("source", ["embedding", "words"])
+@pytest.mark.parametrize("directions", ["between", "fisher"])
+def test_facets_of_texts_without_scores(world, texts, tiny_lm, source, directions):
+    wanted = of_texts(source, tiny_lm, directions=directions)
+    profiles = infer(world.behaviours, texts, wanted)
+    assert [field.name for field in profiles.fields] == ["uip_told", "uip_told_match"]
+    for field in profiles.fields:
+        assert len(np.unique(field.values[field.values > 0])) > 1
+    facet, about = profiles.facets["told"], profiles.texts[source]
+    missing = [item for item, text in enumerate(texts) if text is None]
+    assert missing and (facet.vectors_[:, missing] == 0).all()
+    assert (about.fingerprint is None) == (source == "words")
+    if source == "words":
+        assert set(about.vocabulary) == {w for text in texts if text for w in text.lower().split()}
+        assert "lm_tokens" not in profiles.cost
+    else:
+        # What a facet works with is the LM's embeddings, centred and turned.
+        rows = [item for item, text in enumerate(texts) if text]
+        raw = embed([texts[row] for row in rows], wanted.lm, wanted.cache).vectors
+        turned = (raw - about.whitening.mean) @ about.whitening.directions()
+        np.testing.assert_allclose(
+            turned @ facet.basis_.directions[1], facet.vectors_[1, rows], rtol=1e-3, atol=1e-3
+        )
+        assert infer(world.behaviours, texts, wanted).cost["lm_tokens"] == 0
+    if directions == "between":
+        test = world.behaviours.split == TEST
+        liked, tokens = world.behaviours.liked[test], profiles.fields[1].values[test]
+        rate = profiles.encoder.kernels.rate[world.behaviours.item[test]]
+        assert roc_auc_score(liked, tokens) > roc_auc_score(liked, rate) + 0.02
+
+
+def test_fisher_directions_find_less_of_how_users_differ(world, texts, tiny_lm):
+    captured = {}
+    for directions in ("between", "fisher"):
+        profiles = infer(world.behaviours, texts, of_texts("words", tiny_lm, directions=directions))
+        captured[directions] = profiles.facets["told"].basis_.variance.sum()
+    assert captured["fisher"] < 0.8 * captured["between"]
+
+
+@pytest.mark.parametrize("source", ["embedding", "words"])
+def test_held_out_labels_reach_no_parameter_of_text_facets(world, texts, tiny_lm, source):
+    behaviours = world.behaviours
+    wanted = of_texts(source, tiny_lm, directions="fisher")
+    before = infer(behaviours, texts, wanted)
+    changed = np.flatnonzero(behaviours.split == TEST)[::7]
+    after = infer(with_labels(behaviours, changed), texts, wanted)
+    for old, new in zip(parameters(before), parameters(after), strict=True):
+        np.testing.assert_array_equal(old, new)
+    first = np.full(behaviours.n_users, np.inf)
+    np.minimum.at(first, behaviours.user[changed], behaviours.time[changed])
+    untouched = behaviours.time <= first[behaviours.user]
+    moved = 0
+    for old, new in zip(before.fields, after.fields, strict=True):
+        np.testing.assert_array_equal(old.values[untouched], new.values[untouched])
+        moved += (old.values != new.values).sum()
+    assert moved > 0
+
+
+@pytest.mark.parametrize("source", ["embedding", "words"])
+def test_a_user_meets_text_vectors_of_other_users(world, texts, tiny_lm, source):
+    """The basis of each fold of users, by fisher too, comes from the other folds' labels."""
+    behaviours, wanted = world.behaviours, of_texts(source, tiny_lm, directions="fisher")
+    before = infer(behaviours, texts, wanted)
+    user = int(behaviours.user[before.events.fold == 0][0])
+    rows = np.flatnonzero(behaviours.train & (behaviours.user == user))
+    after = infer(with_labels(behaviours, rows), texts, wanted)
+    old, new = before.facets["told"].vectors_, after.facets["told"].vectors_
+    same = [np.array_equal(old[fold], new[fold]) for fold in range(4)]
+    assert same == [True, False, False, False]
+
+
+@pytest.mark.parametrize("source", ["embedding", "words"])
+def test_text_facets_need_texts(world, tiny_lm, source):
+    nothing = [None] * world.behaviours.n_items
+    with pytest.raises(SettingsError, match=f"no item has a text, so source: {source} facets"):
+        infer(world.behaviours, nothing, of_texts(source, tiny_lm))
+
+
+def test_texts_without_words_are_said(world, tiny_lm):
+    dots = ["..."] * world.behaviours.n_items
+    with pytest.raises(SettingsError, match="source: words facets cannot be inferred: empty voc"):
+        infer(world.behaviours, dots, of_texts("words", tiny_lm))
 
 
 def test_same_seed_same_profiles(world, inferred):

@@ -24,6 +24,20 @@ def test_facets_are_parsed():
     assert leniency.half_life == (5.0, math.inf) and leniency.prompt == ""
 
 
+def test_controls_of_the_lm_are_parsed():
+    facets = {
+        "embedded": {"source": "embedding", "directions": "fisher"},
+        "worded": {"source": "words"},
+    }
+    settings = parse(uip_facets=facets)
+    embedded, worded = settings.facets
+    assert (embedded.source, embedded.directions, embedded.prompt) == ("embedding", "fisher", "")
+    assert (worded.source, worded.directions) == ("words", "between")
+    # They read texts, but are no part of the prompt.
+    assert settings.text_facets == ["embedded", "worded"] and settings.prompts == []
+    assert parse().text_facets == ["interests", "taste"]
+
+
 def test_default_arms_are_plain_and_uip():
     plain, uip = parse().arms
     assert (plain.name, plain.facets, plain.user_id) == ("plain", (), "keep")
@@ -79,6 +93,23 @@ def test_durations(value, seconds):
         ({"uip_facets": {"a": {"half_life": [1, 1]}}}, "each once"),
         ({"uip_facets": {"a": {"source": "magic"}}}, "source='magic' must be one of"),
         ({"uip_facets": {"a": {"codes": 0}}}, "gives no field"),
+        ({"uip_facets": {"a": {"directions": "up"}}}, "directions='up' must be one of between"),
+        (
+            {"uip_facets": {"a": {"source": "constant", "directions": "fisher"}}},
+            "directions=fisher has no meaning with source: constant",
+        ),
+        (
+            {"uip_item_text": None, "uip_facets": {"a": {"source": "words"}}},
+            r"uip_item_text is not set.*\['a'\]",
+        ),
+        (
+            {"uip_item_text": None, "uip_facets": {"a": {"source": "embedding"}}},
+            r"uip_item_text is not set.*\['a'\]",
+        ),
+        (
+            {"uip_facets": {"a": {"source": "embedding", "prompt": "x"}}},
+            "prompt='x' has no meaning with source: embedding",
+        ),
         (
             {"uip_facets": {"a": {"source": "constant", "prompt": "x"}}},
             "prompt='x' has no meaning with source: constant",
@@ -113,6 +144,7 @@ def test_settings_survive_a_round_trip_through_json():
                 "interests": {"prompt": "tastes in films", "weight": "positive", "levels": 2},
                 "leniency": {"source": "constant", "half_life": [5, "inf"], "match": {}},
                 "company": {"source": "collaborative", "match": {"half_life": [20, "inf"]}},
+                "worded": {"source": "words", "directions": "fisher"},
             },
             "uip_item_text": "{title}",
             "uip_endings": {"liked": " and loved it", "disliked": " and hated it"},

@@ -1,8 +1,9 @@
 import pandas as pd
 import pytest
 
+from recbole_uip import texts
 from recbole_uip.settings import SettingsError
-from recbole_uip.texts import item_texts
+from recbole_uip.texts import bag_of_words, item_texts
 
 TOKENS = {"[PAD]": 0, "a": 1, "b": 2, "c": 3, "d": 4}
 
@@ -43,3 +44,18 @@ def test_csv_and_parquet(tmp_path):
     arguments = ("{title} ({year})", "item_id", TOKENS, 5)
     assert item_texts(tmp_path / "items.csv", *arguments, separator=",") == expected
     assert item_texts(tmp_path / "items.parquet", *arguments) == expected
+
+
+def test_bags_of_words():
+    bags, vocabulary = bag_of_words(["Toy Story (1995)", "A Story; a STORY", "Ça 2"])
+    assert vocabulary == ["1995", "2", "a", "story", "toy", "ça"]
+    assert bags.tolist() == [[1, 0, 0, 1, 1, 0], [0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 1]]
+    # New texts keep the columns, whatever words they have.
+    again, same = bag_of_words(["story of a toy"], vocabulary)
+    assert same == vocabulary and again.tolist() == [[0, 0, 1, 1, 1, 0]]
+
+
+def test_the_most_frequent_words_count(monkeypatch):
+    monkeypatch.setattr(texts, "MAX_WORDS", 2)
+    bags, vocabulary = bag_of_words(["x a b", "a b", "y b a"])
+    assert vocabulary == ["a", "b"] and bags.shape == (3, 2)

@@ -892,6 +892,7 @@ def _refit_field(
     codebook = ResidualCodebook(
         n_codes,
         levels,
+        method=settings.codebook.method,
         max_iter=settings.codebook.max_iter,
         tol=settings.codebook.tol,
         random_state=settings.seed,
@@ -900,5 +901,5 @@ def _refit_field(
         codewords = start[n_codes : n_codes * (rank + 1)].reshape(rank, n_codes).T
         distance = scipy.spatial.distance.cdist(codewords, level.codewords_, "sqeuclidean")
         _, order = scipy.optimize.linear_sum_assignment(distance)
-        level.codewords_, level.weights_ = level.codewords_[order], level.weights_[order]
+        level.reorder(order)
     numbers[first : first + levels * size] = codebook.numbers

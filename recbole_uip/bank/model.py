@@ -20,7 +20,8 @@ from recbole_uip.bank.store import BankError
 from recbole_uip.em.encoder import Encoder
 from recbole_uip.em.kernels import Kernels
 from recbole_uip.profiles import Profiles
-from recbole_uip.settings import UIPSettings
+from recbole_uip.settings import TEXT_SOURCES, UIPSettings
+from recbole_uip.texts import bag_of_words
 
 __all__ = ["NO_ITEM", "UNKNOWN_ITEM", "ProfileModel", "fold_of"]
 
@@ -28,6 +29,8 @@ __all__ = ["NO_ITEM", "UNKNOWN_ITEM", "ProfileModel", "fold_of"]
 UNKNOWN_ITEM = 0
 #: Token of that number, where there is no other.
 NO_ITEM = "[PAD]"
+# What the names of tables for new items begin with.
+_OF_TEXTS = tuple(f"{source}_" for source in TEXT_SOURCES)
 
 
 def fold_of(user: str, n_folds: int) -> int:
@@ -54,7 +57,9 @@ class ProfileModel:
         Of the LM, where a facet has its vectors from it.
     tables : dict of str to ndarray
         For new items: ``lm_mean`` (d,), ``lm_theta0`` (n_facets, width) and, for each facet of
-        the LM, ``lm_map.<facet>`` (n_folds, d, rank), from raw scores to item vectors.
+        the LM, ``lm_map.<facet>`` (n_folds, d, rank), from raw scores to item vectors. In the
+        same way ``embedding_mean`` and ``embedding_map.<facet>``, ``words_mean`` and
+        ``words_map.<facet>``; and ``words_vocabulary``, UTF-8, a line for each word.
     """
 
     encoder: Encoder
@@ -79,23 +84,28 @@ class ProfileModel:
         settings : UIPSettings
         implicit : bool
         """
-        tables, language = {}, profiles.language
-        if language is not None:
-            whitening = language.whitening
-            directions = whitening.directions()
-            tables["lm_mean"] = whitening.mean
-            tables["lm_theta0"] = language.theta0
+        tables, fingerprint = {}, None
+        for source, about in profiles.texts.items():
+            directions = about.whitening.directions()
+            tables[f"{source}_mean"] = about.whitening.mean
+            if about.theta0 is not None:
+                tables[f"{source}_theta0"] = about.theta0
+            if about.vocabulary:
+                lines = "\n".join(about.vocabulary).encode()
+                tables[f"{source}_vocabulary"] = np.frombuffer(lines, np.uint8)
             for name, facet in profiles.facets.items():
-                if facet.settings.source == "lm":
+                if facet.settings.source == source:
                     maps = [directions @ each for each in facet.basis_.directions]
-                    tables[f"lm_map.{name}"] = np.stack(maps).astype(np.float32)
+                    tables[f"{source}_map.{name}"] = np.stack(maps).astype(np.float32)
+            # Scores and embeddings are of the same LM.
+            fingerprint = about.fingerprint or fingerprint
         return cls(
             encoder=profiles.encoder,
             items=[str(item) for item in items],
             settings=settings,
             n_folds=settings.folds,
             implicit=implicit,
-            lm_fingerprint=None if language is None else language.fingerprint,
+            lm_fingerprint=fingerprint,
             tables=tables,
         )
 
@@ -112,7 +122,7 @@ class ProfileModel:
                 n_folds=metadata["n_folds"],
                 implicit=metadata["implicit"],
                 lm_fingerprint=metadata["lm_fingerprint"],
-                tables={name: array for name, array in tables.items() if name.startswith("lm_")},
+                tables={name: tables[name] for name in tables if name.startswith(_OF_TEXTS)},
             )
         except (KeyError, TypeError) as error:
             raise BankError(
@@ -134,8 +144,8 @@ class ProfileModel:
 
     @property
     def prompt_fingerprint(self) -> str | None:
-        """SHA-256 of the facets' names in the prompt and the endings; None without an LM."""
-        if self.lm_fingerprint is None:
+        """SHA-256 of the facets' names in the prompt and the endings; None without a prompt."""
+        if self.lm_fingerprint is None or not self.settings.prompts:
             return None
         content = json.dumps([*self._prompt()])
         return hashlib.sha256(content.encode()).hexdigest()
@@ -181,7 +191,7 @@ class ProfileModel:
         return np.fromiter(found, dtype=np.int64, count=len(items))
 
     def with_items(self, items: Sequence[str], texts: Sequence[str | None]) -> ProfileModel:
-        """A model with more items: the LM scores their texts, and theirs alone.
+        """A model with more items: the LM sees their texts, and theirs alone.
 
         An item's vector is zero where nothing is known of it: in collaborative facets, and
         without a text. Its like rate is the overall one.
@@ -215,11 +225,13 @@ class ProfileModel:
             if facet.source == "constant":
                 vectors[facet.name][:] = self.encoder.vectors(facet.name)[:, :1]
         rows = [row for row, text in enumerate(texts) if text]
-        if self.lm_fingerprint is not None and rows:
-            centred = self._raw_scores([texts[row] for row in rows]) - self.tables["lm_mean"]
-            for facet in self.settings.facets:
-                if facet.source == "lm":
-                    vectors[facet.name][:, rows] = centred @ self.tables[f"lm_map.{facet.name}"]
+        for source in TEXT_SOURCES:
+            facets = [facet.name for facet in self.settings.facets if facet.source == source]
+            if facets and rows:
+                raw = self._raw_vectors(source, [texts[row] for row in rows])
+                centred = raw - self.tables[f"{source}_mean"]
+                for name in facets:
+                    vectors[name][:, rows] = centred @ self.tables[f"{source}_map.{name}"]
         rate = np.full(len(items), self.kernels.rate[UNKNOWN_ITEM])
         return ProfileModel(
             self.encoder.with_items(vectors, rate),
@@ -231,14 +243,21 @@ class ProfileModel:
             self.tables,
         )
 
-    def _raw_scores(self, texts: Sequence[str]) -> np.ndarray:
+    def _raw_vectors(self, source: str, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of texts before whitening, shape (n, d)."""
+        if source == "words":
+            lines = self.tables["words_vocabulary"].tobytes().decode()
+            return bag_of_words(texts, lines.split("\n"))[0]
         from recbole_uip import lm
 
-        scored = lm.score(texts, *self._prompt(), self.settings.lm, self.settings.cache)
+        if source == "lm":
+            scored = lm.score(texts, *self._prompt(), self.settings.lm, self.settings.cache)
+        else:
+            scored = lm.embed(texts, self.settings.lm, self.settings.cache)
         if scored.fingerprint != self.lm_fingerprint:
             raise BankError(
                 f"uip_lm={self.settings.lm.name!r} is not the LM that scored this bank's catalogue "
                 f"(fingerprint {scored.fingerprint[:12]}, not {self.lm_fingerprint[:12]}): use the "
                 "same LM, or build the bank again"
             )
-        return profile_stage.raw_scores(scored)
+        return profile_stage.raw_scores(scored) if source == "lm" else scored.vectors

@@ -87,7 +87,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         transformed see the whole history, so fitted rows are :meth:`fit_transform`'s alone.
     items : pandas.DataFrame or pyarrow.Table, optional
         One row an item, with the column ``item`` and those that ``item_text`` names. Only facets
-        with ``source: lm`` read it, and need it.
+        with ``source: lm``, ``embedding`` or ``words`` read it, and need it.
     item_text : str, optional
         Column of ``items`` that holds the text, or a template such as ``"{title} ({genre})"``.
     endings : tuple of two str, mapping or None
@@ -376,15 +376,15 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         )
         if not settings.facets:
             raise SettingsError("facets={} gives no field: name a facet, or take facets=None")
-        scored = [facet.name for facet in settings.facets if facet.source == "lm"]
-        if scored and (text is None or self.items is None):
+        readers = settings.text_facets
+        if readers and (text is None or self.items is None):
             lacking = "item_text" if text is None else "items"
             raise SettingsError(
-                f"{lacking}=None, and the facets {scored} read the items' texts: give items, a "
+                f"{lacking}=None, and the facets {readers} read the items' texts: give items, a "
                 f"table with the column {self.item!r}, and item_text, its column of texts or a "
                 "template, or take facets with source: collaborative or constant"
             )
-        return settings if scored else dataclasses.replace(settings, item_text=None)
+        return settings if readers else dataclasses.replace(settings, item_text=None)
 
     def _catalogue(
         self, seen: list[str], settings: UIPSettings

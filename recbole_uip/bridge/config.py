@@ -10,7 +10,7 @@ import pkgutil
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import recbole
 import yaml
@@ -21,14 +21,23 @@ import recbole_uip
 from recbole_uip.bridge import compat
 from recbole_uip.settings import SettingsError, UIPSettings
 
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
 __all__ = [
+    "PLAN_KEY",
     "UIPConfig",
     "context_models",
+    "list_properties",
     "load_config_files",
     "parse_command_line",
     "profile_settings",
+    "parse_yaml",
     "read_properties",
 ]
+
+#: What an experiment runs stands under this key, beside the settings that it runs with.
+PLAN_KEY = "uip_experiment"
 
 _CONTEXT = "context_aware_recommender"
 # RecBole tells a model's type by its class. The folder tells as much without importing it, which
@@ -68,17 +77,41 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_properties(name: str) -> str | None:
-    """Text of the file ``name`` in ``properties/``, or None if there is no such file."""
+def _properties(name: str) -> Traversable:
     try:
         root = importlib.resources.files("recbole_uip.properties")
     except ModuleNotFoundError:
         # A checkout that is not installed: properties/ lies beside the package.
         root = Path(recbole_uip.__file__).parents[1] / "properties"
-    file = root
     for part in name.split("/"):
-        file = file / part
+        root = root / part
+    return root
+
+
+def parse_yaml(text: str) -> Any:
+    """What ``text`` says, with numbers as RecBole reads them (``1e-3``).
+
+    Raises
+    ------
+    ValueError
+        If it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def read_properties(name: str) -> str | None:
+    """Text of the file ``name`` in ``properties/``, or None if there is no such file."""
+    file = _properties(name)
     return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def list_properties(folder: str) -> list[str]:
+    """Names of the YAML files in a folder of ``properties/``, sorted."""
+    files = _properties(folder).iterdir()
+    return sorted(file.name for file in files if file.name.endswith(".yaml"))
 
 
 def context_models() -> list[str]:
@@ -94,7 +127,8 @@ def context_models() -> list[str]:
 def load_config_files(files: Sequence[str]) -> dict[str, Any]:
     """Settings of YAML ``files``; a later file overrides an earlier one, key by key.
 
-    A path through ``properties/`` that is not there is looked up in the installed package.
+    A path through ``properties/`` that is not there is looked up in the installed package. What
+    an experiment's file says of its runs (``uip_experiment``) is no setting, and left out.
     """
     settings: dict[str, Any] = {}
     for file in files:
@@ -105,13 +139,13 @@ def load_config_files(files: Sequence[str]) -> dict[str, Any]:
         if text is None:
             raise SettingsError(f"config_files: there is no file {str(file)!r}")
         try:
-            loaded = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise SettingsError(f"config_files: {str(file)!r} is not YAML: {reason}") from error
+            loaded = parse_yaml(text)
+        except ValueError as error:
+            raise SettingsError(f"config_files: {str(file)!r} is not YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise SettingsError(f"config_files: {str(file)!r} does not map keys to values")
         settings.update(loaded or {})
+    settings.pop(PLAN_KEY, None)
     return settings
 
 
@@ -138,7 +172,7 @@ def profile_settings(files: Sequence[str], arguments: Sequence[str]) -> UIPSetti
 
     For commands that infer profiles without a RecBole dataset; of other keys only ``seed`` counts.
     """
-    defaults = yaml.load(read_properties("uip.yaml") or "", Loader=_Loader)
+    defaults = parse_yaml(read_properties("uip.yaml") or "")
     given = {
         key: value if key in _TEXTS else _convert(value)
         for key, value in parse_command_line(arguments).items()
@@ -161,8 +195,8 @@ def _convert(value: str) -> Any:
     # Only brackets are YAML: a bare word such as "no" stays the word it is in RecBole.
     if value.lstrip()[:1] in ("{", "["):
         try:
-            return yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError:
+            return parse_yaml(value)
+        except ValueError:
             return value
     return value
 
@@ -262,7 +296,7 @@ class UIPConfig(Config):
         super()._load_internal_config_dict(model, model_class, dataset)
         for name in ("uip.yaml", f"dataset/{dataset}.yaml"):
             if (text := read_properties(name)) is not None:
-                self.internal_config_dict.update(yaml.load(text, Loader=self.yaml_loader) or {})
+                self.internal_config_dict.update(parse_yaml(text) or {})
 
     def _set_default_parameters(self) -> None:
         try:

@@ -20,6 +20,7 @@ from recbole.utils import FeatureSource, FeatureType
 
 from recbole_uip import profiles as profile_stage
 from recbole_uip.behaviours import TEST, TRAIN, VALID, Behaviours
+from recbole_uip.bridge import controls
 from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.sources import download, missing_files_error
 from recbole_uip.bridge.storage import load_pickle
@@ -27,7 +28,7 @@ from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings
 from recbole_uip.texts import item_texts
 
-__all__ = ["ROW", "UIPDataset", "create_dataset", "data_preparation"]
+__all__ = ["ROW", "UIPDataset", "create_dataset", "data_preparation", "data_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ ROW = "uip_row"
 
 # Keys that say where things go or which of the fields a model is given, not what the fields are.
 _INERT = ("uip_output", "uip_cache", "uip_arms", "uip_user_id", "uip_lm_device")
+# Of RecBole's keys, those that shape the data beside the ones it lists itself.
+_DATA_KEYS = ("dataset", "data_path", "seed", "repeatable", "eval_args")
 
 
 class _Series(pd.Series):
@@ -312,9 +315,12 @@ class UIPDataset(Dataset):
             view.user_feat = Interaction(dict(self.user_feat.interaction))
         if self.profiles is not None:
             view._detach()
-            for field in self.profiles.fields:
-                if field.facet in arm.facets:
-                    view._attach(field)
+            if arm.values == "means":
+                view._attach_means(arm.facets)
+            else:
+                for field in self.profiles.fields:
+                    if field.facet in arm.facets:
+                        view._attach(self._controlled(field, arm))
         view._hidden = frozenset([self.uid_field] if arm.user_id == "drop" else [])
         if config["double_tower"] and not view.fields(
             source=[FeatureSource.USER, FeatureSource.USER_ID]
@@ -365,6 +371,12 @@ class UIPDataset(Dataset):
                     column[index] = torch.from_numpy(np.asarray(matches[name], dtype=np.int64))
                     df[name] = column
         return df
+
+    def _samples_negatives(self) -> bool:
+        return any(
+            self.config[f"{phase}_neg_sample_args"]["distribution"] != "none"
+            for phase in ("train", "valid", "test")
+        )
 
     def _check_order(self) -> None:
         if (
@@ -433,7 +445,7 @@ class UIPDataset(Dataset):
 
     def item_texts(self, settings: UIPSettings) -> list[str | None] | None:
         """Text of each item by ``uip_item_text``, or None where no facet reads texts."""
-        if not any(facet.source == "lm" for facet in settings.facets):
+        if not settings.text_facets:
             return None
         return item_texts(
             os.path.join(self.dataset_path, f"{self.dataset_name}.item"),
@@ -470,6 +482,38 @@ class UIPDataset(Dataset):
             ):
                 table.pop(field.name, None)
         self._match_fields = ()
+
+    def _controlled(
+        self, field: profile_stage.ProfileField, arm: ArmSettings
+    ) -> profile_stage.ProfileField:
+        """The field, or what stands in its place in a control arm."""
+        if arm.control == "none":
+            return field
+        if field.kind == "match" and self._samples_negatives():
+            raise SettingsError(
+                f"uip_arms.{arm.name}.control={arm.control} has no match fields for sampled "
+                "negatives: use it where every row has a label, or leave match out"
+            )
+        make = controls.random_tokens if arm.control == "random" else controls.shuffled_tokens
+        values = make(field, self.behaviours, self.settings.seed)
+        return dataclasses.replace(field, values=values)
+
+    def _attach_means(self, facets: tuple[str, ...]) -> None:
+        """Add the posterior means of ``facets`` to this view, as numerical fields."""
+        if self._samples_negatives():
+            raise SettingsError(
+                "values=means has no match values for sampled negatives: use it where every row "
+                "has a label"
+            )
+        columns = controls.float_fields(self.profiles, self.behaviours, facets)
+        self.config["numerical_features"] = [*self.config["numerical_features"], *columns]
+        self.field2bucketnum = {**self.field2bucketnum, **dict.fromkeys(columns, 2)}
+        rows = self.inter_feat[ROW]
+        for name, values in columns.items():
+            # RecBole's numerical fields are pairs of a value and the index of its embedding.
+            pair = np.stack([values, np.ones_like(values)], axis=1)
+            self.inter_feat[name] = torch.from_numpy(pair)[rows]
+            self.set_field_property(name, FeatureType.FLOAT, FeatureSource.INTERACTION, 1)
 
     def _attach(self, field: profile_stage.ProfileField) -> None:
         """Add one profile field to this view."""
@@ -539,7 +583,7 @@ def create_dataset(config: UIPConfig) -> UIPDataset:
     path = config["dataset_save_path"] or _saved_dataset(config)
     if os.path.isfile(path):
         dataset = load_pickle(path)
-        if isinstance(dataset, UIPDataset) and _unchanged(config, dataset.config):
+        if isinstance(dataset, UIPDataset) and _unchanged(config, dataset.config, splits=False):
             logger.info("loading the filtered dataset from %s", path)
             dataset.config = config
             return dataset
@@ -594,16 +638,23 @@ def _saved_dataloaders(config: UIPConfig) -> str:
     )
 
 
-def _unchanged(config: UIPConfig, saved: UIPConfig, *more: str) -> bool:
-    """Whether every setting that shapes the data is the same, as RecBole compares its own."""
-    keys = {*config.parameters["Dataset"], "dataset", "data_path", "seed", "repeatable", *more}
+def data_settings(config: UIPConfig) -> dict[str, Any]:
+    """Every setting that shapes rows, splits and profiles."""
+    keys = {*config.parameters["Dataset"], *_DATA_KEYS}
     keys |= {
-        key
-        for settings in (config, saved)
-        for key in settings.final_config_dict
-        if key.startswith("uip_") and key not in _INERT
+        key for key in config.final_config_dict if key.startswith("uip_") and key not in _INERT
     }
-    return all(config[key] == saved[key] for key in keys)
+    return {key: config[key] for key in keys}
+
+
+def _unchanged(config: UIPConfig, saved: UIPConfig, splits: bool = True) -> bool:
+    """Whether every setting that shapes the data is the same, as RecBole compares its own.
+
+    The split counts only where the saved data are already split.
+    """
+    new, old = data_settings(config), data_settings(saved)
+    different = {key for key in new.keys() | old.keys() if new.get(key) != old.get(key)}
+    return not different - (set() if splits else {"eval_args"})
 
 
 def _save_dataloaders(config: UIPConfig, dataset: UIPDataset) -> None:
@@ -625,7 +676,7 @@ def _load_splits(config: UIPConfig) -> list[UIPDataset] | None:
         return None
     splits = [loader._dataset for loader, _ in load_pickle(path)]
     if not all(isinstance(split, UIPDataset) for split in splits) or not _unchanged(
-        config, splits[0].config, "eval_args"
+        config, splits[0].config
     ):
         return None
     logger.info("loading the split dataloaders from %s", path)

@@ -31,7 +31,15 @@ from recbole_uip.bridge.trainer import make_trainer
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError
 
-__all__ = ["peak_memory", "run_recbole_uip", "train_arm", "write_profiles"]
+__all__ = [
+    "finite",
+    "peak_memory",
+    "protocol",
+    "run_recbole_uip",
+    "train_arm",
+    "versions",
+    "write_profiles",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +151,10 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
             "field_bytes": field_bytes,
             "train_seconds": {},
         },
-        "protocol": _protocol(config, dataset),
+        "protocol": protocol(config, dataset),
         "profiles": plain(dataset.profiles.report),
         "artefacts": artefacts,
-        "versions": _versions(),
+        "versions": versions(),
         "command": command or f"run_recbole_uip(dataset={config['dataset']!r})",
     }
     runs = [(each, arm) for each in configs for arm in settings.arms]
@@ -159,7 +167,7 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     artefacts["serving"] = write_serving(output, dataset, configs)
     results["cost"]["peak_memory_bytes"] = peak_memory()
     with atomic_write(output / "results.json", "w") as file:
-        json.dump(_finite(results), file, indent=2, allow_nan=False)
+        json.dump(finite(results), file, indent=2, allow_nan=False)
         file.write("\n")
     return results
 
@@ -172,7 +180,9 @@ def train_arm(
     Returns
     -------
     outcome : dict
-        ``valid`` and ``test`` metrics, ``fields`` the model reads, ``config`` and ``seconds``.
+        ``valid`` and ``test`` metrics, ``fields`` the model reads, ``config``, ``seconds`` and
+        ``epochs`` of training, ``score_seconds`` of the test split and the number of weights
+        (``parameters``).
     predictions : dict
         For ``valid`` and ``test``, the arrays ``row``, ``user``, ``item``, ``label``, ``score``.
     """
@@ -200,6 +210,9 @@ def train_arm(
     outcome["user_id"] = arm.user_id
     outcome["config"] = plain(config.final_config_dict)
     outcome["seconds"] = seconds
+    outcome["epochs"] = len(trainer.train_loss_dict)
+    outcome["score_seconds"] = trainer.score_seconds
+    outcome["parameters"] = sum(weights.numel() for weights in model.parameters())
     return outcome, predictions
 
 
@@ -276,7 +289,8 @@ def peak_memory() -> int:
     return usage * (1 if sys.platform == "darwin" else 1024)
 
 
-def _protocol(config: UIPConfig, dataset: UIPDataset) -> dict:
+def protocol(config: UIPConfig, dataset: UIPDataset) -> dict:
+    """How the rows were split, labelled and given their history, in plain values."""
     settings, eval_args = dataset.settings, config["eval_args"]
     counts = np.bincount(dataset.behaviours.split, minlength=3)
     liked = dataset.behaviours.liked
@@ -295,27 +309,28 @@ def _protocol(config: UIPConfig, dataset: UIPDataset) -> dict:
     }
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that shape results."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    if versions["recbole-uip"] is None:
+            found[name] = None
+    if found["recbole-uip"] is None:
         # A checkout that is not installed.
         from recbole_uip import __version__
 
-        versions["recbole-uip"] = __version__
-    return versions
+        found["recbole-uip"] = __version__
+    return found
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """``value`` as JSON can hold it: infinities as strings, NaN (no such metric) as null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value

@@ -101,7 +101,7 @@ def write_serving(output: Path, dataset: UIPDataset, configs: Sequence[UIPConfig
         pq.write_table(pa.table(columns), file)
     shared = {name: sha256_of(output / name) for name in (FEATURES, TOKENS)}
     for config in configs:
-        for arm in config.uip.arms:
+        for arm in filter(lambda arm: arm.served, config.uip.arms):
             name = f"{config['model']}-{arm.name}"
             checkpoint = f"checkpoints/{name}.pth"
             described = {

@@ -90,7 +90,7 @@ _NAMES = {
     },
     "recbole_uip.behaviours": {"Behaviours"},
     "recbole_uip.bridge.config": {"restore_config"},
-    "recbole_uip.profiles": {"LanguageScores", "ProfileField", "Profiles"},
+    "recbole_uip.profiles": {"ProfileField", "Profiles", "TextVectors"},
     "recbole_uip.settings": {
         "ArmSettings",
         "CodebookSettings",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,16 +49,26 @@ class UIPTrainerMixin:
     predictions : dict of str to ndarray
         What the last evaluation predicted: ``row`` (number of the interaction, in the input's
         order), ``user``, ``item``, ``label`` and ``score``.
+    score_seconds : float
+        What the last evaluation spent in the model.
     """
 
     def __init__(self, config: Any, model: torch.nn.Module) -> None:
         compat.install()
         self._records: list[dict[str, np.ndarray]] = []
+        self.score_seconds = 0.0
         if not hasattr(model, "other_parameter_name"):
             # FwFM has its field pairs' weights in a plain random tensor, which no state_dict
             # holds: without it, a checkpoint would score by other weights.
             loose = [name for name, value in vars(model).items() if torch.is_tensor(value)]
             model.other_parameter_name = loose
+        # DIN and DIEN name their embedding module, which holds the whole dataset; state_dict has
+        # its weights.
+        model.other_parameter_name = [
+            name
+            for name in model.other_parameter_name
+            if not isinstance(getattr(model, name), torch.nn.Module)
+        ]
         with _tensorboard_in(os.path.join(config["checkpoint_dir"], "log_tensorboard")):
             super().__init__(config, model)
 
@@ -74,7 +85,7 @@ class UIPTrainerMixin:
         show_progress: bool = False,
     ) -> dict[str, float] | None:
         """As in RecBole; the best model is loaded as weights only."""
-        self._records = []
+        self._records, self.score_seconds = [], 0.0
         if eval_data and load_best_model:
             checkpoint = load_checkpoint(model_file or self.saved_model_file, self.device)
             self.model.load_state_dict(checkpoint["state_dict"])
@@ -118,7 +129,9 @@ class UIPTrainerMixin:
             self.logger.info("saved the current model to %s", path)
 
     def _neg_sample_batch_eval(self, batched_data: tuple) -> tuple:
+        started = time.perf_counter()
         interaction, scores, positive_u, positive_i = super()._neg_sample_batch_eval(batched_data)
+        self.score_seconds += time.perf_counter() - started
         config = self.config
         row_scores = scores
         if config["eval_type"] == EvaluatorType.RANKING:

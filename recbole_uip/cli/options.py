@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-__all__ = ["OVERRIDES", "add_config_files", "start"]
+__all__ = ["OVERRIDES", "add_config_files", "log_as", "start"]
 
 OVERRIDES = "Any RecBole or uip_ setting may follow as --key=value; see properties/uip.yaml."
 
@@ -32,8 +32,23 @@ def start(namespace: Namespace, overrides: list[str]) -> list[str]:
 
     files = [name for part in namespace.config_files for name in re.split(r"[,\s]+", part) if name]
     given = {**load_config_files(files), **parse_command_line(overrides)}
-    _log_to_stderr(str(given.get("state") or "INFO"))
+    log_as(given.get("state"))
     return files
+
+
+def log_as(state: str | None, ours: str | None = None) -> None:
+    """Log to the standard error from level ``state`` on, and one package from INFO on."""
+    level = logging.getLevelName(str(state or "INFO").upper())
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.setLevel(level if isinstance(level, int) else logging.INFO)
+    # RecBole's own init_logger would also make a folder log/ in the working directory.
+    root.handlers = [handler]
+    for name in ("absl", "filelock", "httpx", "huggingface_hub", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if ours is not None:
+        logging.getLogger(ours).setLevel(logging.INFO)
 
 
 class _Handler(logging.Handler):
@@ -46,15 +61,3 @@ class _Handler(logging.Handler):
         if not sys.stderr.isatty():
             line = re.sub(r"\x1b\[[0-9;]*m", "", line)
         tqdm.write(line, file=sys.stderr)
-
-
-def _log_to_stderr(state: str) -> None:
-    # RecBole's own init_logger would also make a folder log/ in the working directory.
-    level = logging.getLevelName(state.upper())
-    handler = _Handler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    root = logging.getLogger()
-    root.setLevel(level if isinstance(level, int) else logging.INFO)
-    root.handlers = [handler]
-    for name in ("absl", "filelock", "httpx", "huggingface_hub", "urllib3"):
-        logging.getLogger(name).setLevel(logging.WARNING)

@@ -4,7 +4,8 @@ Item vectors are whitened by their second moment over training events (the Fishe
 of the scores, :math:`H = E[g g^\top]`). In that space the between-user covariance B of the
 weighted mean scores is estimated without bias from two halves of each user's events, whose
 noises are independent: :math:`B = E_u[\,y_u^A {y_u^B}^\top]`. Its leading eigenvectors are the
-basis, their eigenvalues the prior variances.
+basis, their eigenvalues the prior variances. (The control, ``directions: fisher``, takes the
+leading eigenvectors of H, and the variances that B has along them.)
 """
 
 from __future__ import annotations
@@ -133,8 +134,11 @@ def fit(
     evidence: Evidence,
     n_users: int,
     rank: int,
+    directions: str = "between",
 ) -> Basis:
-    """Leading eigenvectors of the between-user covariance, from training events.
+    """Leading directions and what is known of users along them, from training events.
+
+    By default these are the leading eigenvectors of the between-user covariance.
 
     Parameters
     ----------
@@ -150,6 +154,9 @@ def fit(
     rank : int
         Number of directions, at most m. One whose estimated variance is not positive keeps a
         tiny prior variance, so that every fold has the same rank.
+    directions : {"between", "fisher"}
+        ``fisher`` takes the leading whitened directions as they are, those of most Fisher
+        information; mean, variance and noise along them are estimated the same way.
     """
     if not evidence.weight.any():
         raise ValueError(
@@ -163,13 +170,17 @@ def fit(
         _cross_covariance(half_a[group::2], half_b[group::2], user_weight[group::2])
         for group in (0, 1)
     ]
-    keep = supported_directions(groups, rank)
-    between = (groups[0] + groups[1])[:keep, :keep] / user_weight.sum()
-    values, directions = _leading(between, rank)
-    vectors = whitened[:, :keep] @ directions
+    between = (groups[0] + groups[1]) / user_weight.sum()
+    if directions == "fisher":
+        keep = rank
+        values, chosen = np.diag(between)[:rank], np.eye(rank)
+    else:
+        keep = supported_directions(groups, rank)
+        values, chosen = _leading(between[:keep, :keep], rank)
+    vectors = whitened[:, :keep] @ chosen
     noise = _event_noise(vectors, item, evidence, values)
     scaled = np.zeros((whitened.shape[1], rank))
-    scaled[:keep] = directions / np.sqrt(noise)
+    scaled[:keep] = chosen / np.sqrt(noise)
     return Basis(
         vectors=vectors / np.sqrt(noise),
         mean=mean @ scaled,

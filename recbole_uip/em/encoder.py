@@ -203,6 +203,49 @@ class Encoder:
         tokens[:, self.match_columns] = self.matches(states, seen, items, folds)
         return tokens
 
+    def means(self, history: History, events: Events) -> dict[str, np.ndarray]:
+        """What all rows' fields are before they are quantised.
+
+        A code field has the posterior mean deviation from the average user, before the first of
+        its levels; a bin or match field the value that is binned.
+
+        Parameters
+        ----------
+        history : History
+        events : Events
+
+        Returns
+        -------
+        dict of str to ndarray of float32, shape (n_rows, rank) or (n_rows, 1)
+            By field name; zeros for rows without history.
+        """
+        readers = [
+            (self.fields[columns[fields.column[f]]], fields.kind[f], fields.kernel[f])
+            for fields, columns in (
+                (self.profile_fields, self.profile_columns),
+                (self.match_fields, self.match_columns),
+            )
+            for f in range(len(fields.kernel))
+        ]
+        n_rows = len(history.timeline)
+        means = {
+            field.name: np.zeros(
+                (n_rows, self.kernels.rank[k] if kind == CODE else 1), dtype=np.float32
+            )
+            for field, kind, k in readers
+        }
+        for at, states in run(self.kernels, history, events):
+            known = history.seen[at] > 0
+            rows, states = at[known], states[known]
+            for field, kind, k in readers:
+                if kind == CODE:
+                    values = em_kernels.posterior_means(states, self.kernels, k)
+                else:
+                    item, fold = events.item[rows], events.fold[rows]
+                    values = em_kernels.profile_values(states, self.kernels, k, item, fold)
+                means[field.name][rows] = values.reshape(len(rows), -1)
+        return means
+
     def match(
         self, history: History, events: Events, rows: np.ndarray, items: np.ndarray
     ) -> np.ndarray:

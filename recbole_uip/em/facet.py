@@ -207,7 +207,9 @@ class Facet:
                     "converged": level.converged_,
                     "iterations": level.n_iter_,
                     "lower_bound": round(level.lower_bound_, 5),
+                    "lower_bounds": np.round(level.lower_bounds_, 5).tolist(),
                     "perplexity": round(level.perplexity_, 2),
+                    "usage": np.round(level.usage_, 5).tolist(),
                     "reseeded": len(level.reseeded_),
                 }
                 for level in codebook.levels_
@@ -239,6 +241,7 @@ class Facet:
                     evidence,
                     behaviours.n_users,
                     min(rank, whitened.shape[1]),
+                    self.settings.directions,
                 )
             )
         return em_basis.merge(bases)
@@ -298,6 +301,7 @@ class Facet:
         codebook = ResidualCodebook(
             self.settings.codes,
             self.settings.levels,
+            method=self.codebook.method,
             max_iter=self.codebook.max_iter,
             tol=self.codebook.tol,
             n_init=self.codebook.n_init,

@@ -54,6 +54,7 @@ __all__ = [
     "intercepts",
     "nearest_codes",
     "pack",
+    "posterior_means",
     "profile_values",
     "retention",
     "score_candidates",
@@ -428,6 +429,26 @@ def profile_values(states, kernels, k, items, folds):
         constant = _posterior(states[row], kernels, k, profile)
         values[row] = _lift(profile, constant, kernels, k, items[row], folds[row])
     return values
+
+
+@_compiled
+def posterior_means(states, kernels, k):
+    """Posterior mean deviation of each state from the average user, by kernel ``k``.
+
+    Parameters
+    ----------
+    states : ndarray of float32, shape (n, width)
+    kernels : Kernels
+    k : int
+
+    Returns
+    -------
+    ndarray of float64, shape (n, rank of k)
+    """
+    means = np.empty((len(states), kernels.rank[k]))
+    for row in range(len(states)):
+        _posterior(states[row], kernels, k, means[row])
+    return means
 
 
 @_inlined

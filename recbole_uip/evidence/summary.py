@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 
+from recbole_uip.evidence.statistics import half_width, relative
 from recbole_uip.settings import SettingsError
 
 __all__ = ["Cell", "format_summary", "read_results", "summarise"]
@@ -107,7 +107,7 @@ def summarise(results: Sequence[dict], split: str = "test", by: str | None = Non
             deviation[metric] = float(values.std(ddof=1)) if len(values) > 1 else np.nan
             if paired:
                 changes = np.array([by_seed[s][metric] - plain[s][metric] for s in paired])
-                difference[metric] = (float(changes.mean()), _half_width(changes))
+                difference[metric] = (float(changes.mean()), half_width(changes))
         cells.append(Cell(model, arm, seeds, mean, deviation, difference))
     return cells
 
@@ -116,14 +116,6 @@ def _setting(outcome: dict, name: str) -> object:
     if name not in outcome["config"]:
         raise SettingsError(f"--by={name}: the runs have no such setting")
     return outcome["config"][name]
-
-
-def _half_width(values: np.ndarray) -> float:
-    """Half the width of the 95% t-interval of the mean; NaN for a single value."""
-    if len(values) < 2:
-        return float("nan")
-    quantile = scipy.stats.t.ppf(0.975, len(values) - 1)
-    return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def format_summary(cells: Sequence[Cell]) -> str:
@@ -143,11 +135,11 @@ def format_summary(cells: Sequence[Cell]) -> str:
             columns.append(shown if np.isnan(spread) else f"{shown} ± {spread:.4f}")
         for metric in ("auc", "logloss"):
             columns.append(_change(*cell.difference[metric]) if cell.difference else "")
-        relative = ""
+        improvement = ""
         if cell.difference:
-            change = cell.difference["auc"][0]
-            relative = f"{change / (cell.mean['auc'] - change):+.2%}"
-        lines.append("| " + " | ".join([*columns, relative]) + " |")
+            mean = cell.mean["auc"]
+            improvement = f"{relative(mean, mean - cell.difference['auc'][0]).ratio:+.2%}"
+        lines.append("| " + " | ".join([*columns, improvement]) + " |")
     return "\n".join(lines)
 
 

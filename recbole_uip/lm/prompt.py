@@ -31,6 +31,7 @@ __all__ = [
     "content_key",
     "feedback_logit",
     "inputs",
+    "lead_ids",
     "log_likelihood",
     "logits",
     "sum_log_probs",
@@ -172,7 +173,7 @@ def build(
         ending = Ending(tuple(liked[:n_common]), liked[n_common], disliked[n_common])
     return Prompt(
         names=tuple(names),
-        lead_ids=tuple(_lead_ids(tokenizer)),
+        lead_ids=tuple(lead_ids(tokenizer)),
         name_ids=tuple(tuple(ids) for ids in name_ids),
         ending=ending,
     )
@@ -342,7 +343,7 @@ def verb_difference(
     return logits[rows, last, ending.liked] - logits[rows, last, ending.disliked]
 
 
-def _lead_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def lead_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that the tokenizer puts before a text, such as BOS."""
     plain = tokenizer("x", add_special_tokens=False)["input_ids"]
     special = tokenizer("x")["input_ids"]

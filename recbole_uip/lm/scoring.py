@@ -32,7 +32,7 @@ from recbole_uip.lm.prompt import Prompt
 from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.settings import LMSettings
 
-__all__ = ["Scores", "score"]
+__all__ = ["Scores", "check_lengths", "check_texts", "put_through", "score"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +114,7 @@ def score(
     """
     started = time.perf_counter()
     texts, facets = list(texts), list(facets)
-    for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"texts[{row}]={text!r} is empty: leave out items that have no text")
+    check_texts(texts)
     distinct = list(dict.fromkeys(texts))
     order = {text: row for row, text in enumerate(distinct)}
     rows = np.fromiter((order[text] for text in texts), dtype=np.int64, count=len(texts))
@@ -185,10 +183,48 @@ def _score_missing(
         return {}, 0
     ids = prompts.tokenize(backbone.tokenizer, texts)
     n_ending = len(prompt.ending.common) if prompt.ending else 0
-    _check_lengths(texts, ids, backbone, prompt, n_ending)
+    check_lengths(texts, ids, backbone, len(prompt) + n_ending)
     lengths = np.array([len(row) + n_ending for row in ids])
     run, lm_tokens = _runner(backbone, prompt, store, int(lengths.max()))
-    lm_tokens += int(lengths.sum())
+    columns = put_through(
+        texts, ids, lengths, run, backbone, settings.batch_tokens, store, "scoring texts"
+    )
+    return columns, lm_tokens + int(lengths.sum())
+
+
+def put_through(
+    texts: Sequence[str],
+    ids: Sequence[list[int]],
+    lengths: np.ndarray,
+    run: Callable[[list[list[int]]], dict[str, torch.Tensor]],
+    backbone: Backbone,
+    batch_tokens: int,
+    store: ScoreStore,
+    description: str,
+) -> dict[str, np.ndarray]:
+    """Run all texts in batches of like length, saving shards on the way.
+
+    Parameters
+    ----------
+    texts : sequence of n str
+    ids : sequence of n lists of int
+        Their token ids.
+    lengths : ndarray of int, shape (n,)
+        Tokens that each costs.
+    run : callable
+        Takes the ids of a batch; columns by name, one row for each of them.
+    backbone : Backbone
+    batch_tokens : int
+        Token budget of one batch.
+    store : ScoreStore
+    description : str
+        Of the progress bar.
+
+    Returns
+    -------
+    dict of str to ndarray of float32, each of shape (n, ...)
+        The columns, and ``n_tokens``.
+    """
     columns: dict[str, np.ndarray] = {}
     pending: list[np.ndarray] = []
     saved_at = time.monotonic()
@@ -203,9 +239,9 @@ def _score_missing(
         pending.clear()
         saved_at = time.monotonic()
 
-    bar = tqdm(total=int(lengths.sum()), desc="scoring texts", unit="tok", leave=False, delay=2)
+    bar = tqdm(total=int(lengths.sum()), desc=description, unit="tok", leave=False, delay=2)
     try:
-        batches = _batches(lengths, settings.batch_tokens)
+        batches = _batches(lengths, batch_tokens)
         for batch, result in _in_parallel(
             lambda batch: run([ids[row] for row in batch]), batches, _n_workers(backbone)
         ):
@@ -223,24 +259,41 @@ def _score_missing(
         bar.close()
         if pending:
             save()
-    return columns, lm_tokens
+    return columns
 
 
-def _check_lengths(
-    texts: Sequence[str],
-    ids: Sequence[Sequence[int]],
-    backbone: Backbone,
-    prompt: Prompt,
-    n_ending: int,
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse a text that is empty.
+
+    Raises
+    ------
+    ValueError
+    """
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"texts[{row}]={text!r} is empty: leave out items that have no text")
+
+
+def check_lengths(
+    texts: Sequence[str], ids: Sequence[Sequence[int]], backbone: Backbone, n_more: int
 ) -> None:
+    """Refuse a text without tokens, or one too long for the LM with ``n_more`` tokens about it.
+
+    Raises
+    ------
+    ValueError
+        If a text has no tokens.
+    ModelError
+        If one has too many.
+    """
     limit = getattr(backbone.model.config.get_text_config(), "max_position_embeddings", None)
     for text, row in zip(texts, ids, strict=True):
         if not row:
             raise ValueError(f"text {text!r} has no tokens: leave out items that have no text")
-        length = len(prompt) + len(row) + n_ending
+        length = len(row) + n_more
         if limit is not None and length > limit:
             raise ModelError(
-                f"text {text[:60]!r}… needs {length} positions with its prompt, but the LM has "
+                f"text {text[:60]!r}… needs {length} positions in all, but the LM has "
                 f"{limit}: shorten uip_item_text, or choose an LM with a longer context"
             )
 

@@ -15,7 +15,7 @@ def train_events(behaviours):
     return history.events
 
 
-def fitted(world, rank, n_items_whitened=None):
+def fitted(world, rank, directions="between"):
     behaviours = world.behaviours
     train = train_events(behaviours)
     item, liked = behaviours.item[train], behaviours.liked[train]
@@ -24,7 +24,7 @@ def fitted(world, rank, n_items_whitened=None):
     counts = np.bincount(item, minlength=behaviours.n_items)
     whitened = basis.whiten(world.vectors, counts).vectors
     return basis.fit(
-        whitened, behaviours.user[train], item, evidence, behaviours.n_users, rank
+        whitened, behaviours.user[train], item, evidence, behaviours.n_users, rank, directions
     ), whitened
 
 
@@ -92,6 +92,30 @@ def test_one_event_has_unit_noise():
     scores = found.vectors[item] * (liked - rate[item])[:, None]
     total = scores.var(axis=0)
     np.testing.assert_allclose(total, 1.0 + found.variance, rtol=0.1)
+
+
+def test_fisher_takes_the_leading_item_directions(world):
+    found, whitened = fitted(world, 3, "fisher")
+    scale = np.diag(found.directions[0][:3])
+    np.testing.assert_allclose(found.vectors, whitened[:, :3] * scale)
+    (directions,) = found.directions
+    assert directions.shape == (whitened.shape[1], 3)
+    assert np.count_nonzero(directions) == 3
+    # What is estimated along a direction does not depend on how it was chosen.
+    wide, _ = fitted(world, 5, "fisher")
+    np.testing.assert_allclose(found.variance, wide.variance[:3])
+    np.testing.assert_allclose(found.mean, wide.mean[:3])
+
+
+def test_fisher_captures_less_of_how_users_differ():
+    world = make_world(n_users=1500, events_per_user=60)
+    between, whitened = fitted(world, 2)
+    fisher, _ = fitted(world, 2, "fisher")
+    assert fisher.variance.sum() < 0.8 * between.variance.sum()
+    # With all directions there is nothing to choose.
+    everything = [fitted(world, whitened.shape[1], way)[0] for way in ("between", "fisher")]
+    captured = [basis.variance.sum() for basis in everything]
+    np.testing.assert_allclose(captured[1], captured[0], rtol=0.1)
 
 
 def test_posterior_shrinks_with_noise():

@@ -1,0 +1,227 @@
+"""Carry out an experiment: what is not in the store yet is trained, and kept."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from recbole_uip.behaviours import Behaviours
+from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
+from recbole_uip.bridge.run import finite, protocol, train_arm, versions
+from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
+from recbole_uip.bridge.storage import plain
+from recbole_uip.evidence.plan import Case, Experiment, Run
+from recbole_uip.evidence.store import RunStore
+from recbole_uip.files import atomic_write
+from recbole_uip.settings import ArmSettings, SettingsError
+
+__all__ = ["DEFAULT_OUTPUT", "run_experiment"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_OUTPUT = Path("saved", "experiments")
+# Runs that one worker makes on one set of profiles: many share their cost, few spread over workers.
+RUNS_A_TASK = 3
+
+
+def run_experiment(
+    experiment: Experiment,
+    output: Path = DEFAULT_OUTPUT,
+    *,
+    workers: int = 1,
+    command: str | None = None,
+) -> Path:
+    """Make every run of ``experiment`` that ``output/runs`` does not hold.
+
+    A run is known by a hash of what shapes it, so an interrupted experiment goes on where it
+    stopped, and experiments share the runs they have in common. With a grid, each model and arm
+    is first tuned on the validation split with one seed, then run with what was best.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    output : Path
+        Gets ``runs/``, the store, and ``<name>/experiment.json``, which says what stands there.
+    workers : int
+        Processes that train side by side, each with its share of the cores.
+    command : str, optional
+        How this was started, for the record.
+
+    Returns
+    -------
+    Path
+        The folder of ``experiment.json``.
+    """
+    if workers < 1:
+        raise SettingsError(f"--workers={workers} must be at least 1")
+    store = RunStore(output / "runs")
+    cases = list(experiment.cases())
+    tuning: list[dict] = []
+    chosen: dict[Case, dict[str, Any]] = {}
+    folder = output / experiment.name
+    if experiment.tune:
+        grids = {
+            case: [
+                (point, experiment.run(case, experiment.tune.seed, point))
+                for point in experiment.tune.points()
+            ]
+            for case in cases
+        }
+        _make([run for grid in grids.values() for _, run in grid], store, workers, "tuning")
+        for case, grid in grids.items():
+            best = max(grid, key=lambda pair: store.read(pair[1].key)["valid"]["auc"])
+            chosen[case] = best[0]
+            tuning.append(
+                {
+                    **_describe(case),
+                    "grid": [{"settings": point, "key": run.key} for point, run in grid],
+                    "chosen": best[0],
+                }
+            )
+    runs = {
+        case: [experiment.run(case, seed, chosen.get(case)) for seed in experiment.seeds]
+        for case in cases
+    }
+    plan = {
+        "name": experiment.name,
+        "title": experiment.title,
+        "question": experiment.question,
+        "baseline": experiment.baseline,
+        "compare": [list(pair) for pair in experiment.compare],
+        "cases": [
+            {**_describe(case), "seeds": {str(run.seed): run.key for run in each}}
+            for case, each in runs.items()
+        ],
+        "tuning": tuning,
+        "runs": "../runs",
+        "command": command or f"recbole-uip experiment {experiment.name}",
+        "commands": [command or f"recbole-uip experiment {experiment.name}"],
+    }
+    # Before the runs, so that what is finished can be looked at meanwhile.
+    with atomic_write(folder / "experiment.json", "w") as file:
+        json.dump(plain(plan), file, indent=1)
+        file.write("\n")
+    _make([run for each in runs.values() for run in each], store, workers, experiment.name)
+    return folder
+
+
+def _describe(case: Case) -> dict[str, Any]:
+    return {
+        "dataset": case.dataset,
+        "model": case.model,
+        "arm": case.arm,
+        "variant": dict(case.variant),
+    }
+
+
+def _make(runs: Sequence[Run], store: RunStore, workers: int, name: str) -> None:
+    """Make the runs that are missing, each once."""
+    missing = {run.key: run for run in runs if run.key not in store}
+    if not missing:
+        logger.info("%s: all %d runs are there already", name, len({run.key for run in runs}))
+        return
+    logger.info("%s: %d runs to make", name, len(missing))
+    tasks = _tasks(list(missing.values()))
+    threads = max(1, joblib.cpu_count() // workers)
+    made = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(
+        joblib.delayed(_make_task)(task, store, threads if workers > 1 else None) for task in tasks
+    )
+    with tqdm(total=len(missing), desc=name, unit="run") as bar:
+        for finished in made:
+            for line in finished:
+                logger.info("%s", line)
+            bar.update(len(finished))
+
+
+def _tasks(runs: list[Run]) -> list[list[Run]]:
+    """Runs on the same profiles in small batches, seed by seed so that all arms grow alike."""
+    runs = sorted(runs, key=lambda run: (run.seed, run.group))
+    tasks = []
+    for _, group in itertools.groupby(runs, key=lambda run: run.group):
+        group = list(group)
+        tasks += [group[low : low + RUNS_A_TASK] for low in range(0, len(group), RUNS_A_TASK)]
+    return tasks
+
+
+def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[str]:
+    """Make runs that share rows and profiles; a line about each."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = runs[0].config
+    started = time.perf_counter()
+    sequential = isinstance(config, SequenceConfig)
+    dataset = SequenceDataset(config) if sequential else create_dataset(config)
+    data_preparation(config, dataset)
+    profile_seconds = time.perf_counter() - started
+    lines = []
+    for run in runs:
+        with tempfile.TemporaryDirectory() as checkpoints:
+            outcome, predictions = train_arm(run.config, dataset, run.arm, Path(checkpoints))
+        record = {
+            **_describe(run.case),
+            "seed": run.seed,
+            **outcome,
+            "cost": _cost(dataset, run.arm, profile_seconds),
+            "protocol": protocol(run.config, dataset),
+            "profiles": {name: dataset.profiles.report[name] for name in run.arm.facets},
+            "versions": versions(),
+            "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        store.write(run.key, finite(plain(record)), _columns(predictions, dataset))
+        lines.append(
+            f"{run.case.dataset} {run.case.model} {run.arm.name} "
+            f"{' '.join(f'{key}={value}' for key, value in run.case.variant)} seed {run.seed}: "
+            f"valid AUC {outcome['valid']['auc']:.4f}, {outcome['epochs']} epochs, "
+            f"{outcome['seconds']:.0f} s"
+        )
+    return lines
+
+
+def _cost(dataset: UIPDataset, arm: ArmSettings, profile_seconds: float) -> dict[str, float]:
+    if isinstance(dataset, SequenceDataset):
+        # An item ID and a byte of feedback an event.
+        return {"bytes_per_user": dataset.max_length * (np.dtype(np.int32).itemsize + 1)}
+    if not arm.facets:
+        return {}
+    encoder = dataset.profiles.encoder
+    widths = np.diff(encoder.kernels.start)
+    facets = zip(widths, encoder.facets, strict=True)
+    own = [width for width, facet in facets if facet in arm.facets]
+    return {
+        **dataset.profiles.cost,
+        "profile_seconds": profile_seconds,
+        # A bank keeps a user's state in single precision.
+        "bytes_per_user": int(sum(own)) * np.dtype(np.float32).itemsize,
+    }
+
+
+def _columns(
+    predictions: dict[str, dict[str, np.ndarray]], dataset: UIPDataset
+) -> dict[str, np.ndarray]:
+    """Predictions of both splits, and how much is known of each row's user and item."""
+    behaviours: Behaviours = dataset.behaviours
+    train = behaviours.train
+    user_rows = np.bincount(behaviours.user[train], minlength=behaviours.n_users)
+    item_rows = np.bincount(behaviours.item[train], minlength=behaviours.n_items)
+    kinds = {"row": np.int64, "user": np.int32, "item": np.int32, "label": np.int8}
+    columns = {}
+    for split, part in predictions.items():
+        for name, kind in kinds.items():
+            columns[f"{split}_{name}"] = part[name].astype(kind)
+        columns[f"{split}_score"] = part["score"].astype(np.float32)
+        columns[f"{split}_history"] = dataset.profiles.history.seen[part["row"]].astype(np.int32)
+        columns[f"{split}_user_rows"] = user_rows[part["user"]].astype(np.int32)
+        columns[f"{split}_item_rows"] = item_rows[part["item"]].astype(np.int32)
+    return columns

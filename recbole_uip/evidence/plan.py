@@ -1,0 +1,415 @@
+"""What an experiment asks: a YAML file, and the runs that it stands for."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recbole_uip.bridge.config import (
+    PLAN_KEY,
+    UIPConfig,
+    list_properties,
+    load_config_files,
+    parse_yaml,
+    read_properties,
+)
+from recbole_uip.bridge.dataset import data_settings
+from recbole_uip.bridge.sequences import MODELS as SEQUENCE_MODELS
+from recbole_uip.bridge.sequences import SequenceConfig
+from recbole_uip.bridge.storage import plain
+from recbole_uip.evidence.store import key_of
+from recbole_uip.settings import (
+    ArmSettings,
+    CodebookSettings,
+    FacetSettings,
+    SettingsError,
+    UIPSettings,
+)
+
+__all__ = ["Case", "Experiment", "Run", "Tuning", "experiment_names", "load_experiment"]
+
+FOLDER = "experiment"
+
+# Where things go, and how loudly: no result depends on these. The data are known by their name
+# and size, not by where they lie.
+_INERT = {
+    "checkpoint_dir", "data_path", "dataset_save_path", "dataloaders_save_path", "device",
+    "gpu_id", "local_rank", "log_wandb", "save_dataloaders", "save_dataset", "saved",
+    "show_progress", "single_spec", "state", "use_gpu", "wandb_project", "worker", "nproc",
+    "world_size", "offset", "ip", "port", "eval_step_log", "encoding",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A grid that every model and arm is tuned on, by AUC on the validation split.
+
+    Attributes
+    ----------
+    seed : int
+    grid : dict of str to list
+        Values of each RecBole setting; all combinations are run.
+    """
+
+    seed: int
+    grid: dict[str, list]
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination of the grid's values."""
+        return [
+            dict(zip(self.grid, values, strict=True))
+            for values in itertools.product(*self.grid.values())
+        ]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of the comparison.
+
+    Attributes
+    ----------
+    name : str
+    section : dict
+        As in ``uip_arms``: facets, user_id, control, values.
+    settings : dict
+        Settings of this arm alone.
+    models : tuple of str
+        The models that it is for; empty for the experiment's.
+    """
+
+    name: str
+    section: dict[str, Any]
+    settings: dict[str, Any]
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is repeated over seeds: one model and arm, on one dataset, under one variant."""
+
+    dataset: str
+    model: str
+    arm: str
+    variant: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes
+    ----------
+    case : Case
+    seed : int
+    config : UIPConfig
+    arm : ArmSettings
+    key : str
+        Hash of all that shapes the result.
+    group : str
+        Hash of all that shapes rows and profiles, which runs of a group share.
+    """
+
+    case: Case
+    seed: int
+    config: UIPConfig = field(repr=False)
+    arm: ArmSettings
+    key: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment as its YAML file says it.
+
+    Attributes
+    ----------
+    name, title, question : str
+    extends : tuple of str
+        Config files below its own settings.
+    datasets, models : tuple of str
+    seeds : tuple of int
+    settings : dict
+        RecBole and ``uip_*`` settings of every run: all of the file but ``uip_experiment``. A key
+        with dots changes one value inside another, such as ``uip_facets.interests.codes``; ``*``
+        stands for every facet that has such a value.
+    vary : tuple of dict of str to list
+        Grids of settings: everything is run at all combinations of each grid's values.
+    arms : tuple of Arm
+    compare : tuple of (str, str)
+        Pairs of arms whose difference is tested, beside that from the first arm.
+    tune : Tuning or None
+    command_line : tuple of str
+        ``--key=value`` arguments, stronger than all of these.
+    """
+
+    name: str
+    title: str
+    question: str
+    extends: tuple[str, ...]
+    datasets: tuple[str, ...]
+    models: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+    vary: tuple[dict[str, list], ...]
+    arms: tuple[Arm, ...]
+    compare: tuple[tuple[str, str], ...]
+    tune: Tuning | None
+    command_line: tuple[str, ...] = ()
+
+    @property
+    def baseline(self) -> str:
+        """The arm that every other one is compared with: the first."""
+        return self.arms[0].name
+
+    def only(self, **chosen: Sequence | None) -> Experiment:
+        """The experiment on fewer ``datasets``, ``models``, ``seeds`` or ``arms``.
+
+        Raises
+        ------
+        SettingsError
+            If it has no such one.
+        """
+        changes: dict[str, Any] = {}
+        for part, names in chosen.items():
+            if not names:
+                continue
+            known = {getattr(each, "name", each): each for each in getattr(self, part)}
+            for name in names:
+                if name not in known:
+                    raise SettingsError(
+                        f"--{part}={name}: experiment {self.name} has {', '.join(map(str, known))}"
+                    )
+            changes[part] = tuple(each for name, each in known.items() if name in names)
+        experiment = dataclasses.replace(self, **changes)
+        left = {arm.name for arm in experiment.arms}
+        compare = tuple(pair for pair in self.compare if left.issuperset(pair))
+        return dataclasses.replace(experiment, compare=compare)
+
+    def cases(self) -> Iterator[Case]:
+        """Every dataset, variant, model and arm, in this order."""
+        variants = [
+            tuple(zip(grid, values, strict=True))
+            for grid in self.vary
+            for values in itertools.product(*grid.values())
+        ]
+        for dataset, variant, model in itertools.product(self.datasets, variants, self.models):
+            for arm in self.arms:
+                # Models of a user's events read no profile: theirs are the arms that name them.
+                if model in arm.models or not (arm.models or model in SEQUENCE_MODELS):
+                    yield Case(dataset, model, arm.name, variant)
+
+    def run(self, case: Case, seed: int, tuned: Mapping[str, Any] | None = None) -> Run:
+        """The training of ``case`` with a seed and, where tuned, the values chosen."""
+        arm = next(arm for arm in self.arms if arm.name == case.arm)
+        settings = {
+            **self.settings,
+            **arm.settings,
+            **dict(case.variant),
+            **(tuned or {}),
+            "seed": seed,
+            # A sweep has a bar of its own.
+            "show_progress": False,
+            "uip_arms": {arm.name: arm.section},
+        }
+        config = self._config(case, settings)
+        return Run(
+            case,
+            seed,
+            config,
+            config.uip.arms[0],
+            key_of(_essence(config)),
+            key_of(plain(data_settings(config))),
+        )
+
+    def _config(self, case: Case, settings: dict[str, Any]) -> UIPConfig:
+        flat = {key: value for key, value in settings.items() if "." not in key}
+        dotted = {key: value for key, value in settings.items() if "." in key}
+
+        kind = SequenceConfig if case.model in SEQUENCE_MODELS else UIPConfig
+
+        def config() -> UIPConfig:
+            return kind(
+                case.model, case.dataset, self.extends, flat, command_line=self.command_line
+            )
+
+        if dotted:
+            below = config()
+            for key, value in dotted.items():
+                root, *path = key.split(".")
+                flat[root] = copy.deepcopy(flat.get(root, below[root]))
+                if not _set(flat[root], path, value):
+                    raise SettingsError(f"experiment {self.name}: {key} names nothing that is set")
+        return config()
+
+
+def _set(mapping: Any, path: Sequence[str], value: Any) -> bool:
+    """Set what ``path`` names in nested mappings; whether there was such a place."""
+    name, *rest = path
+    if not isinstance(mapping, dict):
+        return False
+    if name == "*":
+        return any([_set(each, rest, value) for each in mapping.values()])
+    if not rest:
+        mapping[name] = value
+        return True
+    return _set(mapping.get(name), rest, value)
+
+
+def _essence(config: UIPConfig) -> dict[str, Any]:
+    """All that shapes a run's result, in plain values.
+
+    Settings at their default are left out, so that a setting that comes later leaves older runs
+    what they are. A run without profiles has none of the profiles' settings, and one whose facets
+    the LM has no part in has those facets alone: runs are shared between experiments.
+    """
+    arm, settings = config.uip.arms[0], config.uip
+    essence = {
+        key: plain(value)
+        for key, value in config.final_config_dict.items()
+        if key not in _INERT and not key.startswith("uip_")
+    }
+    essence["data_bytes"] = [
+        path.stat().st_size if path.is_file() else 0
+        for path in (
+            Path(config["data_path"], f"{config['dataset']}.{kind}")
+            for kind in ("inter", "user", "item")
+        )
+    ]
+    essence["arm"] = {
+        "facets": list(arm.facets), "user_id": arm.user_id,
+        "control": arm.control, "values": arm.values,
+    }  # fmt: skip
+    if isinstance(config, SequenceConfig):
+        essence["history"] = [settings.history, settings.refresh]
+    if arm.facets:
+        chosen = settings.facets_of(arm)
+        reads_texts = any(facet.source not in ("collaborative", "constant") for facet in chosen)
+        if not reads_texts:
+            settings = dataclasses.replace(
+                settings, facets=chosen, item_text=None, endings=None, lm=UIPSettings().lm
+            )
+        given = _given(settings.to_dict(), UIPSettings().to_dict())
+        given["uip_facets"] = {
+            facet.name: _given(
+                UIPSettings(facets=(facet,)).to_dict()["uip_facets"][facet.name],
+                _facet_defaults(facet),
+            )
+            for facet in settings.facets
+        }
+        if "uip_codebook" in given:
+            defaults = dataclasses.asdict(CodebookSettings())
+            given["uip_codebook"] = _given(given["uip_codebook"], defaults)
+        essence["profiles"] = plain(given)
+    return essence
+
+
+def _facet_defaults(facet: FacetSettings) -> dict[str, Any]:
+    default = FacetSettings(facet.name, source=facet.source, weight=facet.weight)
+    plain_default = UIPSettings(facets=(default,)).to_dict()["uip_facets"][facet.name]
+    # These tell facets apart, so they always stand.
+    return {k: v for k, v in plain_default.items() if k not in ("source", "weight")}
+
+
+def _given(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value for key, value in values.items() if key not in defaults or value != defaults[key]
+    }
+
+
+def experiment_names() -> list[str]:
+    """Names of the experiments in ``properties/``."""
+    return [name.removesuffix(".yaml") for name in list_properties(FOLDER)]
+
+
+def load_experiment(name: str, command_line: Sequence[str] = ()) -> Experiment:
+    """Read an experiment of ``properties/``, or a YAML file of one's own.
+
+    Raises
+    ------
+    SettingsError
+        If there is none of this name, or it says something that cannot be run.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise SettingsError(f"experiment: there is no file {name!r}")
+        text, name = path.read_text(encoding="utf-8"), path.stem
+    else:
+        text = read_properties(f"{FOLDER}/{name}.yaml")
+        if text is None:
+            raise SettingsError(
+                f"experiment: there is none named {name!r}; known are "
+                f"{', '.join(experiment_names())}, or give a path that ends in .yaml"
+            )
+    try:
+        settings = parse_yaml(text)
+    except ValueError as error:
+        raise SettingsError(f"experiment {name} is not YAML: {error}") from error
+    if not isinstance(settings, Mapping) or not isinstance(settings.get(PLAN_KEY), Mapping):
+        raise SettingsError(f"experiment {name} has no mapping {PLAN_KEY}, which says what to run")
+    settings = dict(settings)
+    return _parse(name, settings.pop(PLAN_KEY), settings, tuple(command_line))
+
+
+_PARTS = (
+    "title", "question", "extends", "datasets", "models", "seeds", "vary", "arms", "compare",
+    "tune",
+)  # fmt: skip
+
+
+def _parse(
+    name: str, given: Mapping[str, Any], settings: dict[str, Any], command_line: tuple[str, ...]
+) -> Experiment:
+    extends = tuple(given.get("extends") or ())
+    arms = given.get("arms") or {**load_config_files(extends), **settings}.get("uip_arms")
+    for key in given:
+        if key not in _PARTS:
+            raise SettingsError(
+                f"experiment {name}: unknown key {key!r}; known are {', '.join(_PARTS)}"
+            )
+    for key in ("title", "datasets", "models", "seeds"):
+        if not given.get(key):
+            raise SettingsError(f"experiment {name}: {key} is missing")
+    if not arms:
+        raise SettingsError(f"experiment {name}: it has neither arms nor uip_arms")
+    arms = tuple(_parse_arm(name, arm, section) for arm, section in arms.items())
+    names = {arm.name for arm in arms}
+    compare = tuple(tuple(pair) for pair in given.get("compare") or ())
+    for pair in compare:
+        if len(pair) != 2 or not names.issuperset(pair):
+            raise SettingsError(f"experiment {name}: compare={list(pair)} must name two arms")
+    tune = given.get("tune")
+    if tune is not None:
+        if set(tune) != {"seed", "grid"}:
+            raise SettingsError(f"experiment {name}: tune must have seed and grid")
+        tune = Tuning(int(tune["seed"]), {key: list(each) for key, each in tune["grid"].items()})
+    return Experiment(
+        name,
+        str(given["title"]),
+        " ".join(str(given.get("question", "")).split()),
+        extends,
+        tuple(given["datasets"]),
+        tuple(given["models"]),
+        tuple(int(seed) for seed in given["seeds"]),
+        settings,
+        tuple(dict(grid) for grid in given.get("vary") or [{}]),
+        arms,
+        compare,
+        tune,
+        command_line,
+    )
+
+
+def _parse_arm(experiment: str, name: str, section: Any) -> Arm:
+    section = dict(section or {})
+    settings, models = section.pop("settings", None) or {}, section.pop("models", None) or ()
+    if not isinstance(settings, Mapping):
+        raise SettingsError(
+            f"experiment {experiment}: arms.{name}.settings must map keys to values"
+        )
+    return Arm(str(name), section, dict(settings), tuple(models))

@@ -179,7 +179,7 @@ def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[st
             "versions": versions(),
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-        store.write(run.key, finite(plain(record)), _columns(predictions, dataset))
+        store.write(run.key, finite(plain(record)), _columns(predictions, dataset, run.arm))
         lines.append(
             f"{run.case.dataset} {run.case.model} {run.arm.name} "
             f"{' '.join(f'{key}={value}' for key, value in run.case.variant)} seed {run.seed}: "
@@ -208,9 +208,9 @@ def _cost(dataset: UIPDataset, arm: ArmSettings, profile_seconds: float) -> dict
 
 
 def _columns(
-    predictions: dict[str, dict[str, np.ndarray]], dataset: UIPDataset
+    predictions: dict[str, dict[str, np.ndarray]], dataset: UIPDataset, arm: ArmSettings
 ) -> dict[str, np.ndarray]:
-    """Predictions of both splits, and how much is known of each row's user and item."""
+    """Predictions of both splits, how much is known of each row's user and item, and codes."""
     behaviours: Behaviours = dataset.behaviours
     train = behaviours.train
     user_rows = np.bincount(behaviours.user[train], minlength=behaviours.n_users)
@@ -224,4 +224,8 @@ def _columns(
         columns[f"{split}_history"] = dataset.profiles.history.seen[part["row"]].astype(np.int32)
         columns[f"{split}_user_rows"] = user_rows[part["user"]].astype(np.int32)
         columns[f"{split}_item_rows"] = item_rows[part["item"]].astype(np.int32)
+    for field in dataset.profiles.fields:
+        if field.kind == "code" and field.facet in arm.facets:
+            codes = field.values[predictions["test"]["row"]]
+            columns[f"test_token_{field.name}"] = codes.astype(np.int16)
     return columns

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = Path("saved", "experiments")
 # Runs that one worker makes on one set of profiles: many share their cost, few spread over workers.
-RUNS_A_TASK = 3
+RUNS_A_TASK = 4
 
 
 def run_experiment(

@@ -1,3 +1,5 @@
+import importlib.metadata
+import re
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,17 @@ def test_every_subpackage_is_shipped():
         for folder in (ROOT / "properties").rglob("*.yaml")
     }
     assert set(listed) == there | properties
+
+
+def test_the_installation_without_ray_names_every_other_dependency():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*project["dependencies"], *importlib.metadata.requires("recbole")]
+    needed = {re.match(r"[\w-]+", line)[0] for line in required if "extra ==" not in line}
+    (line,) = (
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("pip install --no-deps recbole")
+    )
+    named = {re.match(r"[\w.-]+", word)[0] for word in line.split("&& pip install ")[1].split()}
+    assert named == needed - {"recbole", "ray"}

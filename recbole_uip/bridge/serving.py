@@ -329,11 +329,22 @@ class Scorer:
         items: Sequence[str],
         time: float | Sequence[float] | None = None,
         context: Mapping[str, Any] | None = None,
+        profiles: Mapping[str, np.ndarray] | None = None,
     ) -> Interaction:
-        """What the model reads of pairs; all that needs the bank."""
+        """What the model reads of pairs; all that needs the bank.
+
+        ``profiles`` has the tokens of each profile field, where they are not to be looked up now.
+        """
         if len(users) != len(items):
             raise SettingsError(f"items has {len(items)} rows, but users has {len(users)}")
-        return self._interaction(users, items, self._profiles(users, items), time, context)
+        if profiles is None:
+            read = self._profiles(users, items)
+        else:
+            read = {
+                name: np.asarray(profiles[name], np.int64)
+                for name in (*self._codes, *self._matches)
+            }
+        return self._interaction(users, items, read, time, context)
 
     def predict(self, interaction: Interaction) -> np.ndarray:
         """Click probabilities, shape (n,), float32."""

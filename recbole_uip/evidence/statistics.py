@@ -6,7 +6,7 @@ which users happen to be in the split (the user-clustered bootstrap).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +21,13 @@ __all__ = [
     "auc",
     "bootstrap_aucs",
     "bootstrap_difference",
+    "bootstrap_sums",
+    "equal_mass_bins",
     "expected_calibration_error",
     "half_width",
     "holm",
     "logloss",
+    "losses",
     "paired_difference",
     "relative",
     "reliability_curve",
@@ -230,11 +233,13 @@ def auc(label: np.ndarray, score: np.ndarray, weight: np.ndarray | None = None) 
 
 def logloss(label: np.ndarray, score: np.ndarray) -> float:
     """Mean negative log-likelihood in nats, clipped as RecBole's LogLoss; NaN without rows."""
-    if len(label) == 0:
-        return float("nan")
+    return float(losses(label, score).mean()) if len(label) else float("nan")
+
+
+def losses(label: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood of each row in nats, whose mean is :func:`logloss`."""
     score = np.clip(np.asarray(score, dtype=np.float64), _EPSILON, 1 - _EPSILON)
-    positive = np.asarray(label) > 0.5
-    return float(-np.log(np.where(positive, score, 1 - score)).mean())
+    return -np.log(np.where(np.asarray(label) > 0.5, score, 1 - score))
 
 
 def bootstrap_aucs(
@@ -269,17 +274,56 @@ def bootstrap_aucs(
         If a row's user is not one of ``users``.
     """
     users = np.unique(user) if users is None else users
+    code = _user_codes(user, users)
+    pairs, aucs = _RankedPairs(label, score), np.empty(n_boot)
+    positives, negatives = code[pairs.positives], code[pairs.negatives]
+    for replicate, count in enumerate(_draws(len(users), n_boot, seed)):
+        aucs[replicate] = pairs.auc(count.take(positives), count.take(negatives))
+    return aucs
+
+
+def bootstrap_sums(
+    user: np.ndarray,
+    values: np.ndarray,
+    n_boot: int = N_BOOT,
+    seed: int = 0,
+    users: np.ndarray | None = None,
+) -> np.ndarray:
+    """Sums of columns over rows in the resamples of :func:`bootstrap_aucs` of the same seed.
+
+    Parameters
+    ----------
+    user : ndarray, shape (n_rows,)
+    values : ndarray of float64, shape (n_rows, n_columns)
+    n_boot, seed, users
+        As in :func:`bootstrap_aucs`.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_boot, n_columns)
+    """
+    users = np.unique(user) if users is None else users
+    code = _user_codes(user, users)
+    by_user = np.stack(
+        [np.bincount(code, weights=column, minlength=len(users)) for column in values.T], axis=1
+    )
+    return np.stack([count @ by_user for count in _draws(len(users), n_boot, seed)])
+
+
+def _user_codes(user: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Place of each row's user among the sorted ``users``."""
     code = np.searchsorted(users, user)
     if np.any(code == len(users)) or np.any(users[code] != user):
         raise ValueError("a row's user is not among the users to draw from")
-    pairs, generator = _RankedPairs(label, score), np.random.default_rng(seed)
-    positives, negatives = code[pairs.positives], code[pairs.negatives]
-    aucs = np.empty(n_boot)
-    for replicate in range(n_boot):
-        drawn = generator.integers(len(users), size=len(users))
-        count = np.bincount(drawn, minlength=len(users)).astype(np.float64)
-        aucs[replicate] = pairs.auc(count.take(positives), count.take(negatives))
-    return aucs
+    return code
+
+
+def _draws(n_users: int, n_boot: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each user is drawn, shape (n_users,), resample after resample."""
+    generator = np.random.default_rng(seed)
+    for _ in range(n_boot):
+        drawn = generator.integers(n_users, size=n_users)
+        yield np.bincount(drawn, minlength=n_users).astype(np.float64)
 
 
 def bootstrap_difference(observed: float, replicates: np.ndarray, n_users: int) -> Difference:
@@ -337,15 +381,20 @@ def user_clustered_bootstrap(
 # --- calibration --------------------------------------------------------------------------------
 
 
-def reliability_curve(label: np.ndarray, score: np.ndarray, bins: int = BINS) -> Reliability:
-    """Mean score and share of likes in ``bins`` bins of about equal numbers of rows.
+def equal_mass_bins(score: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """Bin of each row, of ``bins`` bins of about equal numbers of rows, by the order of scores.
 
     Rows of one score stand in one bin (that of their mid-rank), so that the order of rows does
     not matter; a bin may thus be empty.
     """
-    label, score = np.asarray(label), np.asarray(score, dtype=np.float64)
     middle = scipy.stats.rankdata(score) - 0.5
-    bin_of = np.minimum((middle * bins / max(len(score), 1)).astype(np.int64), bins - 1)
+    return np.minimum((middle * bins / max(len(score), 1)).astype(np.int64), bins - 1)
+
+
+def reliability_curve(label: np.ndarray, score: np.ndarray, bins: int = BINS) -> Reliability:
+    """Mean score and share of likes in the bins of :func:`equal_mass_bins`."""
+    label, score = np.asarray(label), np.asarray(score, dtype=np.float64)
+    bin_of = equal_mass_bins(score, bins)
     rows = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):
         means = [

@@ -29,6 +29,7 @@ from recbole_uip.evidence.statistics import (
     bootstrap_sums,
     equal_mass_bins,
     losses,
+    rerandomised_aucs,
 )
 
 __all__ = [
@@ -38,8 +39,10 @@ __all__ = [
     "SALT",
     "Comparison",
     "compare",
+    "effective_users",
     "in_arm_b",
     "periods",
+    "redrawn",
 ]
 
 SALT = "recbole-uip"
@@ -49,6 +52,7 @@ METRICS = ("auc", "logloss", "score", "share", "gap", "ece")
 SECONDS_OF_A_DAY = 86_400
 # What a period needs in either arm to stand by itself, and how many periods there may be.
 MIN_ROWS, MIN_USERS, MAX_PERIODS = 200, 10, 50
+REDRAWN = 1000
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ def periods(
     """Rows of each day (UTC), small days merged with the days that follow.
 
     A period is closed at the end of the first day at which each arm has 200 rows (a fiftieth of
-    its rows, where that is more), 10 users and both labels. What is left at the end belongs to
-    the last period.
+    its rows, where that is more), 10 effective users (:func:`effective_users`) and both labels.
+    What is left at the end belongs to the last period.
 
     Parameters
     ----------
@@ -120,7 +124,7 @@ def periods(
         parts = [rows[arm[rows]] for arm in arms]
         return all(
             len(part) >= enough
-            and len(np.unique(user[part])) >= MIN_USERS
+            and effective_users(user[part]) >= MIN_USERS
             and len(np.unique(label[part])) == 2
             for part, enough in zip(parts, least, strict=True)
         )
@@ -136,6 +140,39 @@ def periods(
         return [order]
     found[-1] = np.concatenate([found[-1], waiting])
     return found
+
+
+def effective_users(user: np.ndarray) -> float:
+    """Users of equal activity that would tell as much as those of these rows, (Σ n)² / Σ n².
+
+    Kish's effective sample size, of n rows a user. Few users with most rows make an interval of
+    resampled users too narrow, however many others there are.
+    """
+    rows = np.unique(user, return_counts=True)[1].astype(np.float64)
+    return float(rows.sum() ** 2 / (rows**2).sum()) if len(rows) else 0.0
+
+
+def redrawn(
+    user: np.ndarray, label: np.ndarray, baseline: np.ndarray, observed: float, seed: int = 0
+) -> dict[str, float]:
+    """What A/A shows in AUC for other draws of the arms, beside what it ``observed``.
+
+    Returns
+    -------
+    dict
+        ``draws``; ``low`` and ``high``, between which 95% of them lie; ``deviation``, their
+        standard deviation; ``as_far``, the share of them that is as far from zero as ours.
+    """
+    found = rerandomised_aucs(user, label, baseline, REDRAWN, seed)
+    found = found[~np.isnan(found)]
+    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {
+        "draws": len(found),
+        "low": float(low),
+        "high": float(high),
+        "deviation": float(found.std(ddof=1)),
+        "as_far": float((np.abs(found) >= abs(observed)).mean()),
+    }
 
 
 def compare(

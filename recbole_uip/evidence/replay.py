@@ -34,7 +34,7 @@ from recbole_uip.bank.export_atomic import read_layout
 from recbole_uip.bridge.run import finite, peak_memory
 from recbole_uip.bridge.serving import Scorer
 from recbole_uip.em.states import Events, run, whole_history
-from recbole_uip.evidence.ab import SALT, Comparison, compare, in_arm_b, periods
+from recbole_uip.evidence.ab import SALT, Comparison, compare, in_arm_b, periods, redrawn
 from recbole_uip.evidence.figures import machine, versions
 from recbole_uip.evidence.statistics import N_BOOT, auc, logloss
 from recbole_uip.evidence.summary import read_results
@@ -170,8 +170,10 @@ def replay(
         "largest_score_difference": _check_requests(played, arm_b, scores),
     }
     replayed = [each[rows] for each in (stream.user, stream.liked, arm_b, *scores)]
-    days = periods(stream.time[rows], stream.user[rows], stream.liked[rows], arm_b[rows])
+    user, liked, in_b, baseline, _ = replayed
+    days = periods(stream.time[rows], user, liked, in_b)
     logger.info("resampling users, %d times, of all rows and of %d periods", n_boot, len(days))
+    overall = compare(*replayed, n_boot=n_boot)
     return finite(
         {
             "dataset": stream.results["dataset"],
@@ -183,7 +185,8 @@ def replay(
             "test_rows": int(stream.test.sum()),
             "refresh_seconds": stream.refresh,
             "checks": checks,
-            "overall": _described(stream, rows, compare(*replayed, n_boot=n_boot)),
+            "overall": _described(stream, rows, overall),
+            "redrawn": redrawn(user, liked, baseline, overall.a_a["auc"].mean),
             "periods": [
                 _described(
                     stream, rows[day], compare(*(each[day] for each in replayed), n_boot=n_boot)
@@ -596,6 +599,9 @@ def format_replay(results: Mapping[str, Any]) -> str:
         "",
         f"A/A: both arms scored by {a}. "
         + " ".join(_verdict(overall["a_a"], name) for name in ("auc", "logloss")),
+        "other draws of the arms ({draws:,}): 95% of A/A differences in AUC are in [{low:+.4f}, "
+        "{high:+.4f}], {as_far:.0%} are as far from zero as this one".format(**results["redrawn"]),
+        "",
         *_overall_table(overall, a, b),
         "95% intervals: users drawn with replacement within each arm, "
         f"{results['n_boot']:,} times; moved back in ece, which resampling enlarges. A/B less A/A "
@@ -691,7 +697,7 @@ def _period_tables(found: Sequence[Mapping[str, Any]], a: str, b: str) -> list[s
     merged = sum(each["first_day"] != each["last_day"] for each in found)
     lines = [
         f"by day (UTC): {len(found)} periods, {merged} of which are several days with too few rows "
-        "or users merged; with few users, intervals are rather too narrow",
+        "or users merged; of few users, intervals are rather too narrow",
     ]
     labels = [
         each["first_day"]

@@ -753,6 +753,12 @@ _CALLS = {
 }
 
 
+_BUSY = (
+    "THE MACHINE WAS BUSY: more processes wanted a core than there are, so times, p99 above all, "
+    "hold waiting for others. Replay again on an idle machine before you quote them."
+)
+
+
 def _cost_lines(results: Mapping[str, Any], a: str, b: str) -> list[str]:
     cost, here = results["cost"], results["machine"]
     calls = _CALLS | {
@@ -788,6 +794,7 @@ def _cost_lines(results: Mapping[str, Any], a: str, b: str) -> list[str]:
         "second client. A request's time holds its look-ups. A pair of clock readings takes "
         f"{1e9 * cost['clock_seconds']:.0f} ns, which the look-up's time holds too. Peak memory "
         "holds Python, torch, the run's rows and the resampling.",
+        *([_BUSY] if here["load_average"][0] > here["cores"] else []),
         "",
         f"run: {results['run']}",
         f"command: {results['command']}",

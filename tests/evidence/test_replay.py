@@ -234,3 +234,10 @@ def test_an_a_a_difference_is_said_plainly(results):
     assert "AUC DIFFERS, +0.1000 [+0.0500, +0.2000]" in format_replay(spoilt)
     spoilt["overall"]["a_a"]["auc"]["low"] = -0.05
     assert "AUC: no difference" in format_replay(spoilt)
+
+
+@pytest.mark.parametrize("load", [0.5, 3.0])
+def test_times_of_a_busy_machine_are_marked(results, load):
+    spoilt = json.loads(json.dumps(results))
+    spoilt["machine"] |= {"cores": 2, "load_average": [load, load, load]}
+    assert ("THE MACHINE WAS BUSY" in format_replay(spoilt)) == (load > 2)

@@ -15,6 +15,7 @@ from recbole_uip.cli.bank import add_bank
 from recbole_uip.cli.experiment import add_experiment
 from recbole_uip.cli.options import OVERRIDES, add_config_files, start
 from recbole_uip.cli.outside import add_outside
+from recbole_uip.cli.replay import add_replay
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_experiment(subcommands)
     _add_bench(subcommands)
     add_outside(subcommands)
+    add_replay(subcommands)
     summary = subcommands.add_parser(
         "summary",
         help="means over seeds and paired differences from plain, of finished runs",

@@ -6,7 +6,7 @@ which users happen to be in the split (the user-clustered bootstrap).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = [
     "paired_difference",
     "relative",
     "reliability_curve",
+    "rerandomised_aucs",
     "slice_metrics",
     "slices",
     "user_clustered_bootstrap",
@@ -275,11 +276,7 @@ def bootstrap_aucs(
     """
     users = np.unique(user) if users is None else users
     code = _user_codes(user, users)
-    pairs, aucs = _RankedPairs(label, score), np.empty(n_boot)
-    positives, negatives = code[pairs.positives], code[pairs.negatives]
-    for replicate, count in enumerate(_draws(len(users), n_boot, seed)):
-        aucs[replicate] = pairs.auc(count.take(positives), count.take(negatives))
-    return aucs
+    return np.array(list(_weighted_aucs(code, label, score, _draws(len(users), n_boot, seed))))
 
 
 def bootstrap_sums(
@@ -308,6 +305,36 @@ def bootstrap_sums(
         [np.bincount(code, weights=column, minlength=len(users)) for column in values.T], axis=1
     )
     return np.stack([count @ by_user for count in _draws(len(users), n_boot, seed)])
+
+
+def rerandomised_aucs(
+    user: np.ndarray, label: np.ndarray, score: np.ndarray, n_draws: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """AUC of one half of the users less that of the other, for many draws of the halves.
+
+    Each user is in either half with probability 1/2, by itself. With scores that do not depend on
+    the half, this is the distribution of an A/A test's difference for these rows.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_draws,)
+        NaN where a half has one class only.
+    """
+    users = np.unique(user)
+    code, generator = _user_codes(user, users), np.random.default_rng(seed)
+    halves = (generator.integers(2, size=len(users)).astype(np.float64) for _ in range(n_draws))
+    both = (each for half in halves for each in (half, 1.0 - half))
+    return -np.diff(np.reshape(list(_weighted_aucs(code, label, score, both)), (-1, 2)))[:, 0]
+
+
+def _weighted_aucs(
+    code: np.ndarray, label: np.ndarray, score: np.ndarray, weights: Iterable[np.ndarray]
+) -> Iterator[float]:
+    """AUC under each weighting of the users, shape (n_users,), to whom ``code`` gives rows."""
+    pairs = _RankedPairs(label, score)
+    positives, negatives = code[pairs.positives], code[pairs.negatives]
+    for weight in weights:
+        yield pairs.auc(weight.take(positives), weight.take(negatives))
 
 
 def _user_codes(user: np.ndarray, users: np.ndarray) -> np.ndarray:

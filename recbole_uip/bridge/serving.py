@@ -283,11 +283,6 @@ class Scorer:
         self._bank = bank
 
     @property
-    def time_field(self) -> str | None:
-        """The context field that ``time`` gives."""
-        return self._time
-
-    @property
     def context_fields(self) -> tuple[str, ...]:
         """Fields that are neither the user's nor the item's: ``context`` may give them."""
         return tuple(self._context)

@@ -14,6 +14,7 @@ dropout behind the hidden layers, and has one token for all that training rows d
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ from recbole_uip.bank.export_atomic import SPLITS
 from recbole_uip.bridge.metrics import gauc
 from recbole_uip.evidence.outside_fuxictr import EXPERIMENT, INSTALL
 from recbole_uip.evidence.outside_run import BUDGET, MODEL, FinishedRun, read_run
-from recbole_uip.evidence.summary import BASELINE, format_summary, summarise
+from recbole_uip.evidence.summary import BASELINE, METRICS, Cell, format_summary, summarise
 from recbole_uip.settings import SettingsError
 
 __all__ = ["format_outside", "outside_check", "write_inputs"]
@@ -269,27 +270,14 @@ def _as_results(run: FinishedRun, seed: int, model: str, arms: dict[str, Any]) -
     return {"dataset": run.results["dataset"], "seed": seed, "models": {model: arms}}
 
 
-def _cells(runs: Sequence[dict]) -> list:
+def _cells(runs: Sequence[dict]) -> list[Cell]:
     """Means and differences of the test split; a metric that JSON has as null is NaN."""
-    known = [
-        {
-            **each,
-            "models": {
-                model: {
-                    arm: {
-                        "test": {
-                            name: math.nan if value is None else value
-                            for name, value in outcome["test"].items()
-                            if name in (*_COMPARED, "gauc")
-                        }
-                    }
-                    for arm, outcome in arms.items()
-                }
-                for model, arms in each["models"].items()
-            },
-        }
-        for each in runs
-    ]
+    known = copy.deepcopy(list(runs))
+    for outcome in (
+        outcome for each in known for arms in each["models"].values() for outcome in arms.values()
+    ):
+        test = outcome["test"]
+        outcome["test"] = {name: math.nan if test[name] is None else test[name] for name in METRICS}
     return summarise(known)
 
 

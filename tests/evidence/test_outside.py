@@ -1,13 +1,12 @@
 """The outside check: what FuxiCTR is given, what is made of its answer, and FuxiCTR itself.
 
-FuxiCTR and what it needs take 1 GB in an environment of their own (see INSTALL in
+FuxiCTR and what it needs take 2 GB in an environment of their own (see INSTALL in
 outside_fuxictr.py), so the test that runs it is asked for: RECBOLE_UIP_FUXICTR=<path> names a
 Python that has it. In the other tests a function stands in its place.
 """
 
 import ast
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -167,7 +166,7 @@ def test_arms_have_their_own_fields_and_no_more(inputs):
         assert {"label", *features} == expected[arm]
         assert all(each["active"] for each in features.values())
         assert features["f_age"]["type"] == "categorical"
-        assert features["f_genre"] | {"type": "sequence", "splitter": " "} == features["f_genre"]
+        assert (features["f_genre"]["type"], features["f_genre"]["splitter"]) == ("sequence", " ")
         assert features["f_release:year"]["type"] == "numeric"
         assert features["f_release:year"]["normalizer"] == "MinMaxScaler"
         assert config["label_col"]["name"] == "label"
@@ -198,7 +197,7 @@ def test_rows_labels_and_profiles_are_those_of_the_split(inputs, finished):
 
 
 def test_side_features_are_what_recbole_makes_of_them(inputs, dataset):
-    run, folders = inputs
+    _, folders = inputs
     settings = {**dataset.settings(), "normalize_all": False, "uip_facets": {}, "uip_arms": None}
     data = create_dataset(dataset.config(MODEL, **settings))
     age = data.id2token("age", data.user_feat["age"].to_numpy())
@@ -480,21 +479,22 @@ def test_fuxictr_trains_on_what_it_is_given(inputs, finished):
     if not python:
         pytest.skip("RECBOLE_UIP_FUXICTR=<a Python that has FuxiCTR> runs it")
     run, folders = inputs
-    for folder in folders.values():
-        outcomes = []
-        for _ in range(2):
-            line = [python, "-I", str(DRIVER), str(folder), "7"]
-            done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-4000:]
-            outcomes.append(json.loads((folder / "result.json").read_text()))
-        first, again = outcomes
+    results = outside_check(finished, python, seeds=[7])
+    arms = results["runs"][1]["models"][f"DeepFM, FuxiCTR {results['versions']['fuxictr']}"]
+    for arm, folder in folders.items():
+        line = [python, "-I", str(DRIVER), str(folder), "7"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        outcome = json.loads((folder / "result.json").read_text())
+        assert outcome["epochs"] == 2
         # Its figures are those of its scores and our labels: the rows kept their order.
         with np.load(folder / "scores.npz") as scores:
             for split in ("valid", "test"):
                 label = pd.read_parquet(folder / f"{split}.parquet")["label"]
-                assert again[split] == first[split]
-                assert first[split]["auc"] == pytest.approx(roc_auc_score(label, scores[split]))
-                assert first[split]["logloss"] == pytest.approx(log_loss(label, scores[split]))
+                assert outcome[split]["auc"] == pytest.approx(roc_auc_score(label, scores[split]))
+                assert outcome[split]["logloss"] == pytest.approx(log_loss(label, scores[split]))
+                # The same seed gives the same figures.
+                assert arms[arm][split].items() > outcome[split].items()
         # It knows the tokens of training rows, and no others.
         train = pd.read_parquet(folder / "train.parquet")
         known = json.loads((folder / "encoded" / "arm" / "feature_vocab.json").read_text())
@@ -508,9 +508,4 @@ def test_fuxictr_trains_on_what_it_is_given(inputs, finished):
         weights += 6 + 1
         n_fields = len(known) + 1
         weights += (n_fields * 6 + 1) * 16 + (16 + 1) * 8 + 8 + 1
-        assert first["parameters"] == weights
-        assert first["epochs"] == 2
-    results = outside_check(finished, python, seeds=[7])
-    name = f"DeepFM, FuxiCTR {results['versions']['fuxictr']}"
-    assert results["runs"][1]["models"][name]["uip"]["test"]["auc"] == first["test"]["auc"]
-    assert all(math.isfinite(value) for value in first["test"].values())
+        assert outcome["parameters"] == weights

@@ -141,7 +141,7 @@ def _trace(line: Line, index: int, in_legend: bool) -> go.Scatter:
     if line.error is not None and not np.isnan(np.asarray(line.error, dtype=float)).all():
         widths = [None if np.isnan(value) else float(value) for value in line.error]
         error = {"type": "data", "array": widths, "thickness": 1.3, "width": 3}
-    modes = ["lines"] * line.joined + ["markers"] * line.marked
+    modes = ["lines"] * line.joined + ["markers"] * (line.marked and not line.reference)
     return go.Scatter(
         x=list(line.x),
         y=[None if np.isnan(value) else float(value) for value in line.y],

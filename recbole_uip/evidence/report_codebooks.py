@@ -137,11 +137,12 @@ def _table(fits: Sequence[_Fit]) -> Table:
             ]
         )
     return Table(
-        "Codebooks: mean ± standard deviation over seeds. Usage is of the training sample.",
+        "Codebooks: mean ± standard deviation over seeds. Usage is of the training sample. The "
+        "largest fall is that of the bound from one step to the next.",
         [
             "dataset", "field", "arms", "seeds", "codes", "codes in use", "perplexity",
             "largest share", "first bound", "last bound", "iterations", "converged", "re-seeded",
-            "largest fall of the bound",
+            "largest fall",
         ],
         rows,
         heads=3,

@@ -111,10 +111,10 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
             "t-interval. Over users: cluster bootstrap of the mean over seeds. p: two-sided, "
             f"adjusted by Holm's method for the {tested} comparisons of this experiment. A "
             "verdict of higher or lower needs both p below .05. Relative improvement in two "
-            "customs: AUC / base − 1, and RelaImpr = (AUC − .5) / (base − .5) − 1.",
+            "customs: rel. AUC = AUC / base − 1, RelaImpr = (AUC − .5) / (base − .5) − 1.",
             [
                 *_PLACE, "comparison", "seeds", "verdict", "ΔAUC", "95% over seeds", "p, seeds",
-                "95% over users", "p, users", "AUC / base − 1", "RelaImpr",
+                "95% over users", "p, users", "rel. AUC", "RelaImpr",
             ],
             [
                 [
@@ -156,8 +156,8 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
     section.blocks.append(
         Table(
             "The other metrics: differences with 95% intervals over paired seeds, not adjusted. "
-            "Lower LogLoss is better.",
-            [*_PLACE, "comparison", "seeds", "ΔLogLoss", "LogLoss / base − 1", "ΔGAUC"],
+            "Lower LogLoss is better; rel. LogLoss = LogLoss / base − 1.",
+            [*_PLACE, "comparison", "seeds", "ΔLogLoss", "rel. LogLoss", "ΔGAUC"],
             [
                 [
                     *_place(each.case),

@@ -56,7 +56,7 @@ pre { background: var(--shade); border: 1px solid var(--rule); padding: .6rem .8
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--quiet); padding-bottom: .4rem; }
 caption span { display: block; position: sticky; left: 0; max-width: min(48rem, 88vw); }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align: right;
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--rule); text-align: right;
   vertical-align: top; white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--ink); background: var(--shade); vertical-align: bottom;
   white-space: normal; min-width: 4.5rem; }

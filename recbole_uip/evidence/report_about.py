@@ -25,9 +25,6 @@ __all__ = ["costs", "environment", "missing", "protocol"]
 
 def protocol(outcomes: Outcomes) -> Section:
     """Rows, split, labels and history in words, and what each arm reads."""
-    finished = [case for case in outcomes.cases if case.runs]
-    if not finished:
-        return Section("Protocol", [Text("No run is finished yet.")])
     datasets, models = (
         list(dict.fromkeys(getattr(case, part) for case in outcomes.cases))
         for part in ("dataset", "model")
@@ -36,6 +33,9 @@ def protocol(outcomes: Outcomes) -> Section:
         f"Data: {joined(datasets, most=9)}. Models: {joined(models, most=9)}. The baseline is the "
         f"arm {outcomes.baseline}."
     ]
+    finished = [case for case in outcomes.cases if case.runs]
+    if not finished:
+        return Section("Protocol", [Items(statements), Text("No run is finished yet.")])
     by_statement: dict[str, list[CaseOutcome]] = {}
     for case in finished:
         for run in case.runs.values():

@@ -117,10 +117,12 @@ def panels(
             # In the order of the values, also where one looks like a number.
             figure.update_xaxes(type="category", **axis)
         elif log_x:
-            figure.update_xaxes(type="log", **axis)
+            # Labels at 1, 2 and 5 times the powers of ten.
+            figure.update_xaxes(type="log", dtick="D2", **axis)
     # Its rows below the plots: about as many entries in a row as fit.
     longest = max((len(name) for name in names), default=1)
-    legend_rows = -(-len(names) // max(1, 1000 // (60 + 7 * longest)))
+    fitting = max(1, 1000 // (60 + 7 * longest))
+    legend_rows = -(-len(names) // fitting) if len(names) > 1 else 0
     below = (55 if any(x_titles) else 30) + _LEGEND_ROW * legend_rows
     styled(figure, height * rows + _ABOVE + below)
     figure.update_layout(

@@ -33,7 +33,9 @@ def number(value: float, digits: int = 4, sign: bool = False) -> str:
     """A number with a typographic minus."""
     if value is None or math.isnan(value):
         return NOTHING
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", _MINUS)
+    rounded = round(value, digits) + 0.0  # no -0
+    sign = sign and rounded != 0
+    return f"{rounded:{'+' if sign else ''}.{digits}f}".replace("-", _MINUS)
 
 
 def share(value: float, digits: int = 2, sign: bool = True) -> str:

@@ -54,8 +54,9 @@ pre { background: var(--shade); border: 1px solid var(--rule); padding: .6rem .8
 .scroll { overflow-x: auto; margin: 1rem 0 1.5rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--quiet); padding-bottom: .4rem; }
-caption span { display: block; position: sticky; left: 0; max-width: min(48rem, 88vw); }
+/* A caption may be wider than its table, and stays in place when the table scrolls. */
+caption { text-align: left; color: var(--quiet); padding-bottom: .4rem; contain: inline-size; }
+caption span { display: block; position: sticky; left: 0; width: min(48rem, 88vw); }
 th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--rule); text-align: right;
   vertical-align: top; white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--ink); background: var(--shade); vertical-align: bottom;

@@ -181,7 +181,7 @@ def _series_blocks(key: str, series: Sequence[Series]) -> list[Block]:
             lines.append((METRIC_NAMES[metric], panel))
         blocks.append(
             Chart(
-                panels(lines, [key], ["AUC", "LogLoss"], columns=2, height=340),
+                panels(lines, [key], [""], columns=2, height=340),
                 f"{dataset}: AUC and LogLoss against {key}; means over seeds with 95% "
                 "t-intervals of the mean.",
             )
@@ -210,10 +210,15 @@ def _against_bytes(outcomes: Outcomes) -> list[Block]:
             if (case.dataset, case.model) == (dataset, model)
             and not math.isnan(bytes_per_user(case))
         ]
+        names = {id(case): ", ".join(case.variant) or "as set" for case in cases}
+        # Settings that leave the size as it is are no part of this question.
+        sizes: dict[str, set[float]] = {}
+        for case in cases:
+            sizes.setdefault(names[id(case)], set()).add(bytes_per_user(case))
+        cases = [case for case in cases if not case.variant or len(sizes[names[id(case)]]) > 1]
         if len({bytes_per_user(case) for case in cases}) < 2:
             continue
         cases.sort(key=bytes_per_user)
-        names = {id(case): ", ".join(case.variant) or "as set" for case in cases}
         lines = [
             (
                 METRIC_NAMES[metric],
@@ -236,9 +241,7 @@ def _against_bytes(outcomes: Outcomes) -> list[Block]:
         ]
         blocks += [
             Chart(
-                panels(
-                    lines, ["bytes per user"], ["AUC", "LogLoss"], columns=2, height=340, log_x=True
-                ),
+                panels(lines, ["bytes per user"], [""], columns=2, height=340, log_x=True),
                 f"{dataset}, {model}: AUC and LogLoss against the bytes of state that a bank keeps "
                 "of a user, one line a setting; means over seeds with 95% t-intervals.",
             ),

@@ -39,15 +39,9 @@ def _place(case: CaseOutcome) -> list[str]:
 
 
 def _label(case: CaseOutcome, outcomes: Outcomes, name: str) -> str:
-    """A name that tells the case from the experiment's others."""
-    parts = []
-    for part in ("dataset", "model"):
-        if len({getattr(each, part) for each in outcomes.cases}) > 1:
-            parts.append(getattr(case, part))
-    stem = " ".join(parts)
-    return (
-        (f"{stem}: " if stem else "") + name + (f" [{case.variant_name}]" if case.variant else "")
-    )
+    """A name that tells the case from others of its dataset."""
+    stem = f"{case.model}: " if len({each.model for each in outcomes.cases}) > 1 else ""
+    return f"{stem}{name}" + (f" [{case.variant_name}]" if case.variant else "")
 
 
 def results(outcomes: Outcomes) -> Section:
@@ -93,6 +87,9 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
             "Differences",
             [Text("Nothing can be compared yet: no two cases have a finished seed in common.")],
         )
+    # All of one dataset together, then as the plan has them.
+    datasets = [case.dataset for case in outcomes.cases]
+    comparisons = sorted(comparisons, key=lambda each: datasets.index(each.case.dataset))
     tested = sum(not math.isnan(each.p_users) for each in comparisons)
     section = Section("Differences")
     section.blocks.append(Text(verdicts(comparisons)))
@@ -135,24 +132,10 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
             heads=4,
         ).without("dataset", "model", "settings")
     )  # fmt: skip
-    charted = [each for each in comparisons if each.seeds]
-    section.blocks.append(
-        Chart(
-            forest(
-                [_label(each.case, outcomes, each.name) for each in charted],
-                [
-                    (name, [(each.mean, each.low, each.high) for each in found])
-                    for name, found in (
-                        ("95% over paired seeds", [each.over_seeds["auc"] for each in charted]),
-                        ("95% over users", [each.over_users for each in charted]),
-                    )
-                ],
-                "difference of AUC",
-            ),
-            "AUC differences with 95% intervals over paired seeds and over users (not adjusted "
-            "for their number). Right of zero the first arm named is better.",
-        )
-    )
+    for dataset in dict.fromkeys(each.case.dataset for each in comparisons):
+        charted = [each for each in comparisons if each.seeds and each.case.dataset == dataset]
+        if charted:
+            section.blocks.append(_intervals(outcomes, dataset, charted))
     section.blocks.append(
         Table(
             "The other metrics: differences with 95% intervals over paired seeds, not adjusted. "
@@ -178,7 +161,7 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
             Text(
                 "Seeds were left out because the two sides were not judged on the same rows: "
                 + "; ".join(
-                    f"{_label(each.case, outcomes, each.name)} "
+                    f"{each.case.dataset} {_label(each.case, outcomes, each.name)} "
                     f"({joined([str(seed) for seed in each.seeds_with_other_rows])})"
                     for each in others
                 )
@@ -186,6 +169,22 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
             )
         )
     return section
+
+
+def _intervals(outcomes: Outcomes, dataset: str, comparisons: Sequence[Comparison]) -> Chart:
+    kinds = (
+        ("95% over paired seeds", [each.over_seeds["auc"] for each in comparisons]),
+        ("95% over users", [each.over_users for each in comparisons]),
+    )
+    return Chart(
+        forest(
+            [_label(each.case, outcomes, each.name) for each in comparisons],
+            [(name, [(each.mean, each.low, each.high) for each in found]) for name, found in kinds],
+            "difference of AUC",
+        ),
+        f"{dataset}: AUC differences with 95% intervals over paired seeds and over users (not "
+        "adjusted for their number). Right of zero the first arm named is better.",
+    )
 
 
 def _ratio(comparison: Comparison, metric: str) -> float:

@@ -30,7 +30,7 @@ html { scroll-behavior: smooth; }
 body { margin: 0; color: var(--ink); background: #fff;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 a { color: var(--link); }
-.page { display: grid; grid-template-columns: 15rem minmax(0, 1fr); }
+.page { display: grid; grid-template-columns: 13rem minmax(0, 1fr); }
 nav { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow-y: auto;
   padding: 1.5rem 1rem; border-right: 1px solid var(--rule); font-size: 13px; }
 nav h2 { font-size: 13px; margin: 0 0 .5rem; padding: 0; border: 0; }
@@ -39,7 +39,7 @@ nav > ul { padding: 0; }
 nav li { margin: .25rem 0; overflow-wrap: anywhere; }
 nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-main { padding: 1.5rem 2rem 4rem; min-width: 0; max-width: 80rem; }
+main { padding: 1.5rem 1.5rem 4rem; min-width: 0; max-width: 80rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; }
 main h2 { font-size: 1.4rem; margin: 3rem 0 .75rem; padding-top: .75rem;
   border-top: 2px solid var(--ink); }
@@ -53,7 +53,7 @@ pre { background: var(--shade); border: 1px solid var(--rule); padding: .6rem .8
   overflow-x: auto; font-size: 13px; }
 .scroll { overflow-x: auto; margin: 1rem 0 1.5rem; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
 /* A caption may be wider than its table, and stays in place when the table scrolls. */
 caption { text-align: left; color: var(--quiet); padding-bottom: .4rem; contain: inline-size; }
 caption span { display: block; position: sticky; left: 0; width: min(48rem, 88vw); }

@@ -159,7 +159,7 @@ def _series_blocks(key: str, series: Sequence[Series]) -> list[Block]:
         ],
         rows,
         heads=5,
-    ).without("dataset", "model", "other settings")  # fmt: skip
+    ).without("dataset", "model", "other settings", "bytes per user")  # fmt: skip
     blocks: list[Block] = []
     for dataset in dict.fromkeys(each.dataset for each in series):
         of_dataset = [each for each in series if each.dataset == dataset]

@@ -234,6 +234,11 @@ class Outcomes:
         """Case, seed and key of every run that is not there."""
         return [(case, *each) for case in self.cases for each in case.missing.items()]
 
+    def counted(self) -> tuple[int, int]:
+        """Numbers of finished and of planned runs; one that several cases share counts once."""
+        finished = {run.key for run in self.runs()}
+        return len(finished), len(finished.union(key for _, _, key in self.missing()))
+
     def main_cases(self) -> list[CaseOutcome]:
         """Finished cases of each dataset and model under the first variant that has any."""
         first: dict[tuple[str, str], dict] = {}

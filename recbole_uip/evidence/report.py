@@ -112,8 +112,8 @@ def _experiment(
 
 
 def _finished(outcomes: Outcomes) -> str:
-    finished = sum(len(case.runs) for case in outcomes.cases)
-    return f"{finished} of {finished + len(outcomes.missing())}"
+    finished, planned = outcomes.counted()
+    return f"{finished} of {planned}"
 
 
 def _overview(experiments: Sequence[Outcomes], compared: Sequence[Sequence[Comparison]]) -> Table:

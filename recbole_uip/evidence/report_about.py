@@ -19,6 +19,12 @@ from recbole_uip.evidence.report_parts import Block, Code, Items, Section, Table
 
 __all__ = ["costs", "environment", "missing", "protocol"]
 
+_TIMES = {
+    "point_in_time": "point in time, of the user's strictly earlier events row by row",
+    "static": "static, one for each user from the training rows",
+}
+_HISTORIES = {"observed": "all strictly earlier events", "train": "training rows alone"}
+
 
 # --- protocol -----------------------------------------------------------------------------------
 
@@ -64,10 +70,10 @@ def _rows(dataset: str, found: Mapping[str, Any]) -> str:
 
 
 def _history(found: Mapping[str, Any]) -> str:
-    time = str(found.get("time", "")).replace("_", " ")
+    time, history = str(found.get("time")), str(found.get("history"))
     return (
-        f"{time}; history at evaluation: {found.get('history')}; refreshed "
-        f"{_lag(found.get('refresh_seconds') or 0)}"
+        f"{_TIMES.get(time, time)}; history at evaluation: {_HISTORIES.get(history, history)}; "
+        f"refreshed {_lag(found.get('refresh_seconds') or 0)}"
     )
 
 
@@ -136,14 +142,13 @@ def _arms(cases: Sequence[CaseOutcome]) -> Table:
 
 def missing(outcomes: Outcomes) -> Section:
     """Runs of the plan that are not finished, by name."""
-    planned = sum(len(case.runs) + len(case.missing) for case in outcomes.cases)
-    gaps = outcomes.missing()
+    finished, planned = outcomes.counted()
     blocks: list[Block] = []
-    if gaps:
+    if finished < planned:
         blocks.append(
             Text(
-                f"{len(gaps)} of {planned} runs are not finished. All numbers below rest on the "
-                "runs that are, and will change."
+                f"{planned - finished} of {planned} runs are not finished. All numbers below rest "
+                "on the runs that are, and will change."
             )
         )
         blocks.append(
@@ -165,7 +170,7 @@ def missing(outcomes: Outcomes) -> Section:
             ).without("dataset", "model", "settings")
         )
     else:
-        blocks.append(Text(f"All {planned} runs of the plan are finished."))
+        blocks.append(Text(f"Nothing: all runs of the plan are finished ({planned})."))
     lost = sum(run is None for each in outcomes.tuned for _, run in each.points)
     if lost:
         blocks.append(Text(f"{lost} runs of the tuning grid are not there; the grid names them."))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,8 +50,9 @@ class _Fit:
         variants = joined([case.variant_name or "as set" for case in self.cases], most=2)
         return arms if variants == "as set" else f"{arms} [{variants}]"
 
-    def values(self, name: str) -> list[float]:
-        return [float(each.get(name, math.nan)) for each in self.by_seed.values()]
+    def values(self, name: str) -> np.ndarray:
+        """What each seed reports, shape (n_seeds,)."""
+        return np.array([_floats(level.get(name)) for level in self.by_seed.values()])
 
 
 def codebooks(outcomes: Outcomes) -> Section | None:
@@ -112,12 +112,18 @@ def _levels(profiles: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return levels
 
 
+def _floats(values: Any) -> np.ndarray:
+    """Numbers of a record, which has null for NaN and words for infinities."""
+    return np.array(values, dtype=np.float64)
+
+
 def _table(fits: Sequence[_Fit]) -> Table:
     rows = []
     for fit in fits:
         levels = list(fit.by_seed.values())
-        usage = [np.asarray(level["usage"]) for level in levels]
-        falls = [_largest_fall(level["lower_bounds"]) for level in levels]
+        usage = [_floats(level["usage"]) for level in levels]
+        bounds = [_floats(level["lower_bounds"]) for level in levels]
+        falls = [max(0.0, -np.diff(each).min()) for each in bounds if len(each) > 1]
         rows.append(
             [
                 fit.dataset,
@@ -125,15 +131,15 @@ def _table(fits: Sequence[_Fit]) -> Table:
                 fit.label,
                 str(len(levels)),
                 joined([str(len(each)) for each in usage]),
-                mean_and_deviation([(each > 0).sum() for each in usage], 1),
+                mean_and_deviation([float((each > 0).sum()) for each in usage], 1),
                 mean_and_deviation(fit.values("perplexity"), 1),
                 share(float(np.mean([each.max() for each in usage])), 1, sign=False),
-                mean_and_deviation([level["lower_bounds"][0] for level in levels], 3),
+                mean_and_deviation([each[0] for each in bounds if len(each)], 3),
                 mean_and_deviation(fit.values("lower_bound"), 3),
                 mean_and_deviation(fit.values("iterations"), 0),
                 f"{sum(bool(level.get('converged')) for level in levels)} of {len(levels)}",
-                amount(float(np.sum(fit.values("reseeded")))),
-                number(max(falls), 5) if max(falls) > 0 else "none",
+                amount(float(fit.values("reseeded").sum())),
+                number(max(falls), 5) if any(falls) else "none",
             ]
         )
     return Table(
@@ -149,10 +155,6 @@ def _table(fits: Sequence[_Fit]) -> Table:
     ).without("dataset")  # fmt: skip
 
 
-def _largest_fall(bounds: Sequence[float]) -> float:
-    return float(max(0.0, -np.diff(bounds).min())) if len(bounds) > 1 else 0.0
-
-
 def _charts(fits: Sequence[_Fit], dataset: str) -> list[Block]:
     fields = list(dict.fromkeys(fit.name for fit in fits))
     courses, usages, left_out = [], [], False
@@ -162,7 +164,7 @@ def _charts(fits: Sequence[_Fit], dataset: str) -> list[Block]:
         course, usage = [], []
         for fit in of_field[:MOST_LINES]:
             level = fit.by_seed[min(fit.by_seed)]
-            bounds, shares = level["lower_bounds"], sorted(level["usage"], reverse=True)
+            bounds, shares = _floats(level["lower_bounds"]), np.sort(_floats(level["usage"]))[::-1]
             course.append(Line(fit.label, range(len(bounds)), bounds, marked=len(bounds) < 2))
             usage.append(Line(fit.label, range(1, len(shares) + 1), shares, marked=False))
         courses.append((name, course))

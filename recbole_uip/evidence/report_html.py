@@ -15,7 +15,7 @@ from recbole_uip.evidence.report_parts import (
     Section,
     Table,
     Text,
-    anchored,
+    set_anchors,
 )
 
 __all__ = ["to_html"]
@@ -91,37 +91,29 @@ def to_html(title: str, lead: Sequence[Block], sections: Sequence[Section]) -> s
         What stands above the first section.
     sections : sequence of Section
     """
-    contents = list(anchored(sections))
+    set_anchors(sections)
     counter = _Counter()
     body = [f"<h1>{escape(title)}</h1>", *(_block(block, counter) for block in lead)]
     body += [_section(section, 2, counter) for section in sections]
-    return (
-        "\n".join(
-            [
-                "<!DOCTYPE html>",
-                '<html lang="en">',
-                "<head>",
-                '<meta charset="utf-8">',
-                '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-                f"<title>{escape(title)}</title>",
-                f"<style>{_STYLE}</style>",
-                f"<script>{get_plotlyjs()}</script>" if counter.charts else "",
-                "</head>",
-                '<body><div class="page">',
-                '<nav aria-label="Contents"><h2>Contents</h2>',
-                _contents(sections),
-                "</nav>",
-                "<main>",
-                *body,
-                "</main></div></body>",
-                "</html>",
-                "",
-            ]
-        )
-        if contents
-        else ""
-    )
+    lines = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{_STYLE}</style>",
+        f"<script>{get_plotlyjs()}</script>" if counter.charts else "",
+        "</head>",
+        '<body><div class="page">',
+        f'<nav aria-label="Contents"><h2>Contents</h2>{_contents(sections)}</nav>',
+        "<main>",
+        *body,
+        "</main></div></body>",
+        "</html>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 class _Counter:

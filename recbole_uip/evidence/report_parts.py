@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
 
-__all__ = ["Block", "Chart", "Code", "Items", "Section", "Table", "Text", "anchored"]
+__all__ = ["Block", "Chart", "Code", "Items", "Section", "Table", "Text", "set_anchors"]
 
 # What a number's cell begins with; an empty cell says nothing about its column.
 _NUMBER = re.compile(r"$|[–+−<\[]|\d")
@@ -107,7 +107,7 @@ class Section:
     blocks : list of Block
     sections : list of Section
     anchor : str
-        Where a link leads; set by :func:`anchored`.
+        Where a link leads; set by :func:`set_anchors`.
     """
 
     title: str
@@ -116,11 +116,11 @@ class Section:
     anchor: str = ""
 
 
-def anchored(sections: Sequence[Section], stem: str = "") -> Iterator[tuple[int, Section]]:
-    """Give every section an anchor of its own; depth and section, in reading order."""
+def set_anchors(sections: Sequence[Section]) -> None:
+    """Give every section an anchor of its own, by its title and those above it."""
     taken: set[str] = set()
 
-    def walk(sections: Sequence[Section], stem: str, depth: int) -> Iterator[tuple[int, Section]]:
+    def walk(sections: Sequence[Section], stem: str) -> None:
         for section in sections:
             name = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") or "section"
             anchor, number = f"{stem}{name}", 2
@@ -128,7 +128,6 @@ def anchored(sections: Sequence[Section], stem: str = "") -> Iterator[tuple[int,
                 anchor, number = f"{stem}{name}-{number}", number + 1
             taken.add(anchor)
             section.anchor = anchor
-            yield depth, section
-            yield from walk(section.sections, f"{anchor}--", depth + 1)
+            walk(section.sections, f"{anchor}--")
 
-    return walk(sections, stem, 0)
+    walk(sections, "")

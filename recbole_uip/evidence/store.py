@@ -27,7 +27,8 @@ def key_of(description: Mapping[str, Any]) -> str:
 class RunStore:
     """A folder with two files a run: ``<key>.json``, and its predictions in ``<key>.npz``.
 
-    Both are written whole or not at all, the record last: a run that has both is finished.
+    Both are written whole or not at all, the record last: a run that has both is finished. A
+    report keeps what it measured beside them, in ``<key>.measured.npz``.
 
     Parameters
     ----------

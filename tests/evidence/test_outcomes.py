@@ -456,3 +456,12 @@ def test_seeds_on_other_rows_cannot_agree(laboratory):
     laboratory.run(complete(UIP), 2, world=1)
     uip, plain = load(folder).cases
     assert seed_agreement(uip) == [] and seed_agreement(plain) == []
+
+
+def test_a_run_that_cases_share_counts_once(laboratory):
+    folder = laboratory.experiment("help", [PLAIN, UIP], seeds=(1, 2), missing={("uip", 2)})
+    plan = json.loads((folder / "experiment.json").read_text())
+    plan["cases"].append({**plan["cases"][0], "variant": {"uip_refresh": "1h"}})
+    plan["cases"].append({**plan["cases"][1], "variant": {"uip_refresh": "1h"}})
+    (folder / "experiment.json").write_text(json.dumps(plan))
+    assert load(folder).counted() == (3, 4)

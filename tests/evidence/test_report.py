@@ -309,11 +309,15 @@ def test_slices_are_differences_from_the_baseline(pages, whole):
 def test_calibration_codebooks_and_costs(pages, whole):
     page, _ = pages
     plain = load(whole).cases[0]
-    errors = []
+    errors, predictions = [], []
     for run in plain.runs.values():
         arrays = run.test_rows()
+        predictions.append(float(arrays["score"].astype(float).mean()))
         errors.append(statistics.expected_calibration_error(arrays["label"], arrays["score"]))
-    assert page.table("Expected calibration error")[0]["ECE"] == mean_and_deviation(errors)
+    calibration = page.table("Expected calibration error")[0]
+    assert calibration["ECE"] == mean_and_deviation(errors)
+    assert calibration["mean prediction"] == mean_and_deviation(predictions)
+    assert calibration["share of likes"].startswith(f"{arrays['label'].mean():.4f}")
     (codebook,) = [row for row in page.table("Codebooks: mean") if row["arms"].startswith("uip")]
     assert codebook["field"] == "uip_taste" and codebook["perplexity"] == "1.9 ± 0.0"
     assert codebook["converged"] == "3 of 3" and codebook["largest fall"] == "none"

@@ -79,25 +79,28 @@ def codebooks(outcomes: Outcomes) -> Section | None:
 
 
 def _fits(outcomes: Outcomes) -> list[_Fit]:
-    found: dict[tuple, _Fit] = {}
+    fits: list[_Fit] = []
     for case in outcomes.cases:
+        by_name: dict[str, dict[int, dict[str, Any]]] = {}
         for seed, run in sorted(case.runs.items()):
             for name, level in _levels(run.record.get("profiles") or {}):
-                # Two cases share a fit where their first seed's numbers are the same.
-                first = dict(_levels(case.runs[min(case.runs)].record.get("profiles") or {}))
-                report = first.get(name, level)
-                key = (
-                    case.dataset,
-                    name,
-                    min(case.runs),
-                    tuple(report["lower_bounds"]),
-                    tuple(report["usage"]),
-                )
-                fit = found.setdefault(key, _Fit(case.dataset, name))
-                if not any(each is case for each in fit.cases):
-                    fit.cases.append(case)
-                fit.by_seed.setdefault(seed, level)
-    return list(found.values())
+                by_name.setdefault(name, {})[seed] = level
+        for name, by_seed in by_name.items():
+            for fit in fits:
+                if (fit.dataset, fit.name) == (case.dataset, name) and _same(fit.by_seed, by_seed):
+                    break
+            else:
+                fit = _Fit(case.dataset, name)
+                fits.append(fit)
+            fit.cases.append(case)
+            fit.by_seed.update(by_seed)
+    return fits
+
+
+def _same(one: Mapping[int, dict], other: Mapping[int, dict]) -> bool:
+    """Whether two cases have the same fits, as far as they have seeds in common."""
+    shared = one.keys() & other.keys()
+    return bool(shared) and all(one[seed] == other[seed] for seed in shared)
 
 
 def _levels(profiles: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """The report of a made-up store: what stands in it, and that it needs nothing but itself."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -424,3 +425,19 @@ def test_a_damaged_run_leaves_no_half_a_report(laboratory):
     with pytest.raises(SettingsError, match="cannot be used"):
         write_report(folder, resamples=N_BOOT)
     assert [path.name for path in folder.iterdir()] == ["experiment.json"]
+
+
+def test_arms_share_a_codebook_where_their_seeds_have_the_same_fit(laboratory):
+    """Also where the first seed of one is not finished; other fits keep a row of their own."""
+    more = {**UIP, "arm": "more"}
+    folder = laboratory.experiment("help", [UIP, more], seeds=(1, 2), missing={("more", 1)})
+    other = laboratory.run(complete({**UIP, "arm": "other"}), 1)
+    record = laboratory.store.read(other)
+    record["profiles"]["taste"]["uip_taste"][0]["perplexity"] = 1.2
+    laboratory.store.write(other, record, laboratory.store.predictions(other))
+    plan = json.loads((folder / "experiment.json").read_text())
+    plan["cases"].append({**plan["cases"][0], "arm": "other", "seeds": {"1": other}})
+    (folder / "experiment.json").write_text(json.dumps(plan))
+    html, _ = write_report(folder, resamples=N_BOOT)
+    rows = Page(html.read_text()).table("Codebooks: mean")
+    assert [(row["arms"], row["seeds"]) for row in rows] == [("uip, more", "2"), ("other", "1")]

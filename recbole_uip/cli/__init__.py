@@ -16,6 +16,7 @@ from recbole_uip.cli.experiment import add_experiment
 from recbole_uip.cli.options import OVERRIDES, add_config_files, start
 from recbole_uip.cli.outside import add_outside
 from recbole_uip.cli.replay import add_replay
+from recbole_uip.cli.report import add_report
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.set_defaults(function=_run, parser=run)
     add_bank(subcommands)
     add_experiment(subcommands)
+    add_report(subcommands)
     _add_bench(subcommands)
     add_outside(subcommands)
     add_replay(subcommands)

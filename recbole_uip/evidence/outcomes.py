@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,25 +12,39 @@ import numpy as np
 from tqdm import tqdm
 
 from recbole_uip.evidence import statistics
+from recbole_uip.evidence.measured import (
+    Measured,
+    Stamp,
+    digest,
+    measure_rows,
+    read_measured,
+    rows_digest,
+    write_measured,
+)
 from recbole_uip.evidence.statistics import Difference, Relative, Reliability
 from recbole_uip.evidence.store import RunStore
+from recbole_uip.files import sha256_of
 from recbole_uip.settings import SettingsError, parse_duration
 
 __all__ = [
+    "METRICS",
     "REFRESH",
+    "SIGNIFICANT",
     "CaseOutcome",
     "Comparison",
-    "Measured",
     "Outcomes",
     "RunOutcome",
     "Series",
+    "Tuned",
     "compare",
     "load",
+    "load_all",
     "measure",
     "pooled",
     "sensitivity",
 ]
 
+PLAN = "experiment.json"
 METRICS = ("auc", "logloss", "gauc")
 SIGNIFICANT = 0.05
 #: The setting that a staleness curve is drawn of.
@@ -39,8 +52,11 @@ REFRESH = "uip_refresh"
 # Scores are kept in single precision, which may tie or part a few of them.
 AUC_TOLERANCE = 1e-4
 _ARRAYS = ("row", "user", "item", "label", "score", "history", "user_rows", "item_rows")
+# What slices are made by, in the order that statistics.slices takes it.
+_KNOWN = ("history", "item_rows", "user_rows")
+_TOKENS = "test_token_"
 # What shapes the rows of a split, of a record's protocol.
-_ROWS = ("split", "order", "group_by", "mode", "threshold")
+_ROWS = ("split", "order", "group_by", "mode", "threshold", "rows")
 
 
 @dataclass(frozen=True)
@@ -71,18 +87,57 @@ class RunOutcome:
         SettingsError
             If the predictions are not what the store's format says.
         """
-        path = self.store.folder / f"{self.key}.npz"
+        arrays = self._read("test_")
         try:
-            found = self.store.predictions(self.key)
-            arrays = {name: found[f"test_{name}"] for name in _ARRAYS}
-            # Where candidates are sampled, several of them share a row number.
-            order = np.lexsort((arrays["item"], arrays["row"]))
-            return {name: values[order] for name, values in arrays.items()}
+            rows = {name: arrays[f"test_{name}"] for name in _ARRAYS}
+            return _ordered(rows, rows)
+        except Exception as error:  # numpy raises many kinds
+            raise self.damaged(error) from error
+
+    def test_tokens(self) -> dict[str, np.ndarray]:
+        """Tokens of each code field, by field, in the order of :meth:`test_rows`.
+
+        Empty where the arm has no codes, or the run did not keep them.
+        """
+        arrays = self._read("test_")
+        try:
+            rows = {name: arrays[f"test_{name}"] for name in ("row", "item")}
+            tokens = {
+                name.removeprefix(_TOKENS): values
+                for name, values in arrays.items()
+                if name.startswith(_TOKENS)
+            }
+            return _ordered(tokens, rows)
+        except Exception as error:
+            raise self.damaged(error) from error
+
+    @property
+    def predictions_path(self) -> Path:
+        """Where its predictions lie."""
+        return self.store.folder / f"{self.key}.npz"
+
+    def _read(self, prefix: str) -> dict[str, np.ndarray]:
+        try:
+            return self.store.predictions(self.key, prefix)
         except Exception as error:  # zipfile and numpy raise many kinds
-            raise SettingsError(
-                f"{path} cannot be read ({type(error).__name__}: {error}): delete it and the "
-                "record beside it, and run the experiment again"
-            ) from error
+            raise self.damaged(error) from error
+
+    def damaged(self, why: Exception | str) -> SettingsError:
+        """The error that says so, with the way out."""
+        if isinstance(why, Exception):
+            why = f"{type(why).__name__}: {why}"
+        return SettingsError(
+            f"{self.predictions_path} cannot be used ({why}): delete it and run "
+            "recbole-uip experiment again"
+        )
+
+
+def _ordered(arrays: dict[str, np.ndarray], rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    # Where candidates are sampled, several of them share a row number.
+    order = np.lexsort((rows["item"], rows["row"]))
+    if any(len(values) != len(order) for values in arrays.values()):
+        raise ValueError("its arrays differ in length")
+    return {name: values[order] for name, values in arrays.items()}
 
 
 @dataclass
@@ -118,6 +173,24 @@ class CaseOutcome:
         return np.array([self.runs[seed].metric(metric) for seed in seeds])
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """The grid that a case was tuned on.
+
+    Attributes
+    ----------
+    case : CaseOutcome
+        Without runs.
+    points : list of (dict of str to value, RunOutcome or None)
+        Settings, and the run that was made with them; None where it is not there.
+    chosen : dict of str to value
+    """
+
+    case: CaseOutcome
+    points: list[tuple[dict[str, Any], RunOutcome | None]]
+    chosen: dict[str, Any]
+
+
 @dataclass
 class Outcomes:
     """An experiment's plan, and the runs of it that are there.
@@ -129,11 +202,14 @@ class Outcomes:
         What ``experiment.json`` holds.
     cases : list of CaseOutcome
         In the plan's order.
+    tuned : list of Tuned
+        Empty where nothing was tuned.
     """
 
     folder: Path
     plan: dict[str, Any] = field(repr=False)
     cases: list[CaseOutcome]
+    tuned: list[Tuned] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -158,6 +234,11 @@ class Outcomes:
         """Case, seed and key of every run that is not there."""
         return [(case, *each) for case in self.cases for each in case.missing.items()]
 
+    def counted(self) -> tuple[int, int]:
+        """Numbers of finished and of planned runs; one that several cases share counts once."""
+        finished = {run.key for run in self.runs()}
+        return len(finished), len(finished.union(key for _, _, key in self.missing()))
+
     def main_cases(self) -> list[CaseOutcome]:
         """Finished cases of each dataset and model under the first variant that has any."""
         first: dict[tuple[str, str], dict] = {}
@@ -165,6 +246,26 @@ class Outcomes:
         for case in sorted(finished, key=lambda case: bool(case.variant)):
             first.setdefault((case.dataset, case.model), case.variant)
         return [case for case in finished if case.variant == first[case.dataset, case.model]]
+
+
+def load_all(folder: str | Path) -> list[Outcomes]:
+    """The experiment of a folder, or those of its subfolders, by name.
+
+    Raises
+    ------
+    SettingsError
+        If there is none, or a file is damaged.
+    """
+    folder = Path(folder)
+    if (folder / PLAN).is_file():
+        return [load(folder)]
+    plans = sorted(folder.glob(f"*/{PLAN}"))
+    if not plans:
+        raise SettingsError(
+            f"there is no {PLAN} in {folder} nor in a folder in it: name the output folder of "
+            "recbole-uip experiment"
+        )
+    return [load(plan.parent) for plan in plans]
 
 
 def load(folder: str | Path) -> Outcomes:
@@ -176,32 +277,46 @@ def load(folder: str | Path) -> Outcomes:
         If the folder has no plan, or a file is damaged.
     """
     folder = Path(folder)
-    path = folder / "experiment.json"
+    path = folder / PLAN
     if not path.is_file():
         raise SettingsError(f"there is no {path}: name the output folder of recbole-uip experiment")
     plan = _read_json(path, lambda: json.loads(path.read_text(encoding="utf-8")))
-    store = RunStore(folder / str(plan.get("runs", "../runs")))
-    cases = []
     try:
+        store = RunStore(folder / str(plan.get("runs", "../runs")))
+        cases = []
         for each in plan["cases"]:
-            variant = dict(_flat(each.get("variant") or {}))
-            case = CaseOutcome(each["dataset"], each["model"], each["arm"], variant)
+            case = _case(each)
             for seed, key in each["seeds"].items():
                 if run := _run(store, key):
                     case.runs[int(seed)] = run
                 else:
                     case.missing[int(seed)] = key
             cases.append(case)
-    except (KeyError, TypeError, AttributeError) as error:
+        tuned = [
+            Tuned(
+                _case(each),
+                [(point["settings"], _run(store, point["key"])) for point in each["grid"]],
+                each["chosen"],
+            )
+            for each in plan.get("tuning") or ()
+        ]
+    except SettingsError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SettingsError(
             f"{path} is not the plan of an experiment ({type(error).__name__}: {error}): run "
             "recbole-uip experiment again"
         ) from error
-    return Outcomes(folder, plan, cases)
+    return Outcomes(folder, plan, cases, tuned)
+
+
+def _case(given: Mapping[str, Any]) -> CaseOutcome:
+    variant = dict(_flat(given.get("variant") or {}))
+    return CaseOutcome(given["dataset"], given["model"], given["arm"], variant)
 
 
 def _run(store: RunStore, key: str) -> RunOutcome | None:
-    if key not in store or not (store.folder / f"{key}.npz").is_file():
+    if key not in store:
         return None
     record = _read_json(store.folder / f"{key}.json", lambda: store.read(key))
     return RunOutcome(key, record, store)
@@ -237,74 +352,74 @@ def _shown(value: Any) -> str:
 # --- measures -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a run's predictions say beyond its record.
-
-    Attributes
-    ----------
-    rows : str
-        Hash of rows, users, items and labels: runs that share it were judged on the same rows.
-    users : ndarray of int
-        Users of the split, sorted.
-    auc : float
-        Recomputed from the scores.
-    reliability : Reliability
-    slices : dict of str to dict of str to dict of str to float
-        Metrics by what is sliced and by slice.
-    replicates : ndarray of float, shape (n_boot,)
-        AUC in each resample of users.
-    """
-
-    rows: str
-    users: np.ndarray
-    auc: float
-    reliability: Reliability
-    slices: dict[str, dict[str, dict[str, float]]]
-    replicates: np.ndarray
-
-
 def measure(
     experiments: Sequence[Outcomes], n_boot: int = statistics.N_BOOT, seed: int = 0
 ) -> dict[str, Measured]:
-    """Measure every finished run, by key.
+    """Measure every finished run, by key, or read what was measured before.
 
     Runs of one dataset and protocol meet the same resampled users, also where (as under a random
-    split) the rows depend on the seed.
+    split) the rows depend on the seed. Runs on the same rows are sliced alike, by what profiles
+    that are point in time and never stale know. What is measured is kept in the store, beside
+    the run.
+
+    Raises
+    ------
+    SettingsError
+        If predictions cannot be read, or are not those of the record.
     """
     runs = {run.key: run for each in experiments for run in each.runs()}
+    files = {key: sha256_of(run.predictions_path) for key, run in runs.items()}
+    kept = {key: read_measured(_kept_path(run)) for key, run in runs.items()}
     users: dict[str, np.ndarray] = {}
-    for run in runs.values():
-        known = users.get(_rows_of(run), np.empty(0, dtype=np.int64))
-        users[_rows_of(run)] = np.union1d(known, run.test_rows()["user"])
+    rows_of: dict[str, str] = {}
+    for key, run in runs.items():
+        if kept[key] and kept[key][0].predictions == files[key]:
+            rows_of[key], own = kept[key][1].rows, kept[key][1].users
+        else:
+            rows = run.test_rows()
+            rows_of[key], own = rows_digest(rows), rows["user"]
+        users[_split_of(run)] = np.union1d(users.get(_split_of(run), own[:0]), own)
+    known: dict[str, list[np.ndarray]] = {}
+    for key, run in sorted(runs.items(), key=lambda item: _lag(item[1])):
+        if rows_of[key] not in known:
+            rows = run.test_rows()
+            known[rows_of[key]] = [rows[name] for name in _KNOWN]
     measured = {}
-    for key, run in tqdm(runs.items(), desc="runs", leave=False, delay=2):
-        rows = run.test_rows()
-        label, score = rows["label"], rows["score"]
-        digest = hashlib.sha256()
-        for name in ("row", "user", "item", "label"):
-            digest.update(np.ascontiguousarray(rows[name], dtype=np.int64).tobytes())
-        masks = statistics.slices(rows["history"], rows["item_rows"], rows["user_rows"])
-        measured[key] = Measured(
-            digest.hexdigest(),
-            np.unique(rows["user"]),
-            statistics.auc(label, score),
-            statistics.reliability_curve(label, score),
-            {
-                kind: {
-                    name: statistics.slice_metrics(label, score, mask)
-                    for name, mask in by_name.items()
-                }
-                for kind, by_name in masks.items()
-            },
-            statistics.bootstrap_aucs(
-                rows["user"], label, score, n_boot, seed, users[_rows_of(run)]
-            ),
-        )
+    for key, run in tqdm(runs.items(), desc="measuring runs", unit="run", leave=False, delay=2):
+        drawn, slicing = users[_split_of(run)], known[rows_of[key]]
+        stamp = Stamp(files[key], n_boot, seed, digest(drawn), digest(*slicing))
+        if kept[key] and kept[key][0] == stamp:
+            measured[key] = kept[key][1]
+        else:
+            measured[key] = _measure(run, slicing, n_boot, seed, drawn)
+            write_measured(_kept_path(run), stamp, measured[key])
     return measured
 
 
-def _rows_of(run: RunOutcome) -> str:
+def _measure(
+    run: RunOutcome, known: Sequence[np.ndarray], n_boot: int, seed: int, users: np.ndarray
+) -> Measured:
+    rows = run.test_rows()
+    if np.isnan(rows["score"]).any():
+        raise run.damaged("a score is NaN")
+    found = measure_rows(rows, known, n_boot, seed, users)
+    recorded = run.metric("auc")
+    if abs(found.auc - recorded) > AUC_TOLERANCE:
+        raise run.damaged(f"its AUC is {found.auc:.5f}, but that of the record {recorded:.5f}")
+    return found
+
+
+def _lag(run: RunOutcome) -> tuple[bool, float]:
+    """Sorts runs by how little their history leaves out."""
+    protocol = run.record.get("protocol", {})
+    return protocol.get("time") == "static", float(protocol.get("refresh_seconds") or 0)
+
+
+def _kept_path(run: RunOutcome) -> Path:
+    return run.store.folder / f"{run.key}.measured.npz"
+
+
+def _split_of(run: RunOutcome) -> str:
     protocol = run.record.get("protocol", {})
     parts = [run.record.get("dataset"), *(protocol.get(name) for name in _ROWS)]
     return json.dumps(parts, sort_keys=True)
@@ -498,7 +613,7 @@ def sensitivity(outcomes: Outcomes) -> dict[str, list[Series]]:
         groups: dict[tuple, dict[str, tuple[Any, CaseOutcome]]] = {}
         for case in outcomes.cases:
             value = case.variant.get(key, _configured(case, key))
-            if value is None or not case.runs:
+            if not case.runs or (value is None and key not in case.variant):
                 continue
             rest = ", ".join(f"{k}={_shown(v)}" for k, v in case.variant.items() if k != key)
             group = groups.setdefault((case.dataset, case.model, case.arm, rest), {})

@@ -27,7 +27,8 @@ def key_of(description: Mapping[str, Any]) -> str:
 class RunStore:
     """A folder with two files a run: ``<key>.json``, and its predictions in ``<key>.npz``.
 
-    Both are written whole or not at all, the record last: a run with a record is finished.
+    Both are written whole or not at all, the record last: a run that has both is finished. A
+    report keeps what it measured beside them, in ``<key>.measured.npz``.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ class RunStore:
         self.folder = Path(folder)
 
     def __contains__(self, key: str) -> bool:
-        return self._path(key, "json").is_file()
+        return all(self._path(key, suffix).is_file() for suffix in ("json", "npz"))
 
     def write(
         self, key: str, record: Mapping[str, Any], predictions: Mapping[str, np.ndarray]
@@ -64,8 +65,14 @@ class RunStore:
         except FileNotFoundError:
             raise KeyError(key) from None
 
-    def predictions(self, key: str) -> dict[str, np.ndarray]:
+    def predictions(self, key: str, prefix: str = "") -> dict[str, np.ndarray]:
         """Rows, labels and scores of its validation and test split.
+
+        Parameters
+        ----------
+        key : str
+        prefix : str
+            Only arrays whose names begin so are read.
 
         Raises
         ------
@@ -74,7 +81,7 @@ class RunStore:
         """
         try:
             with np.load(self._path(key, "npz")) as file:
-                return dict(file)
+                return {name: file[name] for name in file.files if name.startswith(prefix)}
         except FileNotFoundError:
             raise KeyError(key) from None
 

@@ -22,6 +22,7 @@ is not tripled: a target and its variants share it, and the feedback has an embe
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -32,10 +33,15 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 
 from recbole_uip.behaviours import Behaviours
-from recbole_uip.bridge.config import UIPConfig
+from recbole_uip.bridge.config import UIPConfig, restore_config
 from recbole_uip.bridge.dataset import ROW, UIPDataset
 from recbole_uip.em.states import History
 from recbole_uip.settings import SettingsError
+
+# The package of these models turns anomaly detection on (in its sine.py), which checks every
+# gradient of the process, whatever the model.
+with torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled()):
+    importlib.import_module("recbole.model.sequential_recommender")
 
 __all__ = ["FEEDBACK", "MODELS", "SequenceConfig", "SequenceDataset", "event_variants"]
 
@@ -108,6 +114,17 @@ class SequenceConfig(UIPConfig):
 
     def _get_final_config_dict(self) -> dict[str, Any]:
         return {**super()._get_final_config_dict(), "uip_facets": {}, "uip_arms": _ARM}
+
+    def __reduce__(self) -> tuple:
+        _, (state,) = super().__reduce__()
+        return _restore, (state,)
+
+
+def _restore(state: dict[str, Any]) -> SequenceConfig:
+    """Rebuild a pickled config, which an experiment sends to its workers."""
+    config = SequenceConfig.__new__(SequenceConfig)
+    config.__dict__.update(restore_config(state).__dict__)
+    return config
 
 
 class SequenceDataset(UIPDataset):

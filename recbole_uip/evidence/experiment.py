@@ -6,6 +6,7 @@ import datetime
 import itertools
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import joblib
 import numpy as np
 import torch
+from recbole.utils import init_seed
 from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours
@@ -22,6 +24,7 @@ from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparat
 from recbole_uip.bridge.run import finite, protocol, train_arm, versions
 from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
 from recbole_uip.bridge.storage import plain
+from recbole_uip.em.states import index_history
 from recbole_uip.evidence.plan import Case, Experiment, Run
 from recbole_uip.evidence.store import RunStore
 from recbole_uip.files import atomic_write
@@ -81,7 +84,7 @@ def run_experiment(
         }
         _make([run for grid in grids.values() for _, run in grid], store, workers, "tuning")
         for case, grid in grids.items():
-            best = max(grid, key=lambda pair: store.read(pair[1].key)["valid"]["auc"])
+            best = max(grid, key=lambda pair: _valid_auc(store.read(pair[1].key)))
             chosen[case] = best[0]
             tuning.append(
                 {
@@ -115,6 +118,12 @@ def run_experiment(
         file.write("\n")
     _make([run for each in runs.values() for run in each], store, workers, experiment.name)
     return folder
+
+
+def _valid_auc(record: dict[str, Any]) -> float:
+    auc = record["valid"]["auc"]
+    # Where labels are all alike there is none.
+    return -math.inf if auc is None else auc
 
 
 def _describe(case: Case) -> dict[str, Any]:
@@ -161,6 +170,8 @@ def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[st
         torch.set_num_threads(threads)
     config = runs[0].config
     started = time.perf_counter()
+    # A random split comes from RecBole's global generator.
+    init_seed(config["seed"], config["reproducibility"])
     sequential = isinstance(config, SequenceConfig)
     dataset = SequenceDataset(config) if sequential else create_dataset(config)
     data_preparation(config, dataset)
@@ -215,13 +226,16 @@ def _columns(
     train = behaviours.train
     user_rows = np.bincount(behaviours.user[train], minlength=behaviours.n_users)
     item_rows = np.bincount(behaviours.item[train], minlength=behaviours.n_items)
+    # The same for all arms, whatever their bank knows: a plain run serves many experiments.
+    is_event = np.ones(len(behaviours), dtype=bool) if behaviours.is_time_ordered else train
+    earlier = index_history(behaviours.user, behaviours.time, is_event, behaviours.n_users).seen
     kinds = {"row": np.int64, "user": np.int32, "item": np.int32, "label": np.int8}
     columns = {}
     for split, part in predictions.items():
         for name, kind in kinds.items():
             columns[f"{split}_{name}"] = part[name].astype(kind)
         columns[f"{split}_score"] = part["score"].astype(np.float32)
-        columns[f"{split}_history"] = dataset.profiles.history.seen[part["row"]].astype(np.int32)
+        columns[f"{split}_history"] = earlier[part["row"]].astype(np.int32)
         columns[f"{split}_user_rows"] = user_rows[part["user"]].astype(np.int32)
         columns[f"{split}_item_rows"] = item_rows[part["item"]].astype(np.int32)
     for field in dataset.profiles.fields:

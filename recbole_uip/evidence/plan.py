@@ -24,6 +24,7 @@ from recbole_uip.bridge.sequences import SequenceConfig
 from recbole_uip.bridge.storage import plain
 from recbole_uip.evidence.store import key_of
 from recbole_uip.settings import (
+    TEXT_SOURCES,
     ArmSettings,
     CodebookSettings,
     FacetSettings,
@@ -43,6 +44,13 @@ _INERT = {
     "show_progress", "single_spec", "state", "use_gpu", "wandb_project", "worker", "nproc",
     "world_size", "offset", "ip", "port", "eval_step_log", "encoding",
 }  # fmt: skip
+
+
+# Settings of a facet that only a codebook reads.
+_OF_CODEBOOKS = ("codes", "rank", "levels", "directions")
+
+# What an arm of a model that reads events may say.
+_READS_EVENTS = {"facets": [], "user_id": "keep", "control": "none", "values": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ class Experiment:
     settings : dict
         RecBole and ``uip_*`` settings of every run: all of the file but ``uip_experiment``. A key
         with dots changes one value inside another, such as ``uip_facets.interests.codes``; ``*``
-        stands for every facet that has such a value.
+        stands for every facet that has such a place.
     vary : tuple of dict of str to list
         Grids of settings: everything is run at all combinations of each grid's values.
     arms : tuple of Arm
@@ -175,6 +183,9 @@ class Experiment:
             If it has no such one.
         """
         changes: dict[str, Any] = {}
+        given = " ".join(
+            f"--{part}={','.join(map(str, names))}" for part, names in chosen.items() if names
+        )
         for part, names in chosen.items():
             if not names:
                 continue
@@ -188,7 +199,13 @@ class Experiment:
         experiment = dataclasses.replace(self, **changes)
         left = {arm.name for arm in experiment.arms}
         compare = tuple(pair for pair in self.compare if left.issuperset(pair))
-        return dataclasses.replace(experiment, compare=compare)
+        experiment = dataclasses.replace(experiment, compare=compare)
+        if not any(True for _ in experiment.cases()):
+            raise SettingsError(
+                f"experiment {self.name}: nothing is left to run with {given}: models of a user's "
+                f"events ({', '.join(SEQUENCE_MODELS)}) go with the arms that name them"
+            )
+        return experiment
 
     def cases(self) -> Iterator[Case]:
         """Every dataset, variant, model and arm, in this order."""
@@ -223,7 +240,7 @@ class Experiment:
             config,
             config.uip.arms[0],
             key_of(_essence(config)),
-            key_of(plain(data_settings(config))),
+            key_of(_shared(config)),
         )
 
     def _config(self, case: Case, settings: dict[str, Any]) -> UIPConfig:
@@ -241,6 +258,8 @@ class Experiment:
             below = config()
             for key, value in dotted.items():
                 root, *path = key.split(".")
+                if kind is SequenceConfig and root == "uip_facets":
+                    continue  # it has none, and so nothing of it changes
                 flat[root] = copy.deepcopy(flat.get(root, below[root]))
                 if not _set(flat[root], path, value):
                     raise SettingsError(f"experiment {self.name}: {key} names nothing that is set")
@@ -265,9 +284,10 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
 
     Settings at their default are left out, so that a setting that comes later leaves older runs
     what they are. A run without profiles has none of the profiles' settings, and one whose facets
-    the LM has no part in has those facets alone: runs are shared between experiments.
+    the LM does not score has those facets alone: runs are shared between experiments.
     """
-    arm, settings = config.uip.arms[0], config.uip
+    settings = config.uip
+    arm, chosen = settings.arms[0], settings.facets_of(settings.arms[0])
     essence = {
         key: plain(value)
         for key, value in config.final_config_dict.items()
@@ -281,38 +301,66 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
         )
     ]
     essence["arm"] = {
-        "facets": list(arm.facets), "user_id": arm.user_id,
+        "facets": [facet.name for facet in chosen], "user_id": arm.user_id,
         "control": arm.control, "values": arm.values,
     }  # fmt: skip
     if isinstance(config, SequenceConfig):
         essence["history"] = [settings.history, settings.refresh]
-    if arm.facets:
-        chosen = settings.facets_of(arm)
-        reads_texts = any(facet.source not in ("collaborative", "constant") for facet in chosen)
-        if not reads_texts:
-            settings = dataclasses.replace(
-                settings, facets=chosen, item_text=None, endings=None, lm=UIPSettings().lm
-            )
+    if chosen:
+        settings = _used(settings, chosen)
         given = _given(settings.to_dict(), UIPSettings().to_dict())
-        given["uip_facets"] = {
-            facet.name: _given(
-                UIPSettings(facets=(facet,)).to_dict()["uip_facets"][facet.name],
-                _facet_defaults(facet),
-            )
-            for facet in settings.facets
-        }
+        given["uip_facets"] = {facet.name: _facet_essence(facet) for facet in settings.facets}
         if "uip_codebook" in given:
             defaults = dataclasses.asdict(CodebookSettings())
             given["uip_codebook"] = _given(given["uip_codebook"], defaults)
+        scored = [facet.name for facet in settings.facets if facet.source == "lm"]
+        if not set(scored).issubset(arm.facets):
+            # Where all are chosen, the arm's facets say in which order the prompt has them.
+            given["order"] = scored
         essence["profiles"] = plain(given)
     return essence
 
 
-def _facet_defaults(facet: FacetSettings) -> dict[str, Any]:
+def _used(settings: UIPSettings, chosen: tuple[FacetSettings, ...]) -> UIPSettings:
+    """``settings`` with the defaults for what the ``chosen`` facets have no use for."""
+    sources = {facet.source for facet in chosen}
+    default, unused = UIPSettings(), {}
+    if "lm" not in sources:
+        # Else the one prompt has the names of all facets.
+        unused |= {"facets": chosen, "endings": None}
+    if not sources & {"lm", "embedding"}:
+        unused["lm"] = default.lm
+    if not sources & set(TEXT_SOURCES):
+        unused["item_text"] = None
+    if sources == {"constant"}:
+        unused["folds"] = default.folds
+    if not any(facet.codes and facet.source != "constant" for facet in chosen):
+        unused["codebook"] = default.codebook
+    return dataclasses.replace(settings, **unused)
+
+
+def _facet_essence(facet: FacetSettings) -> dict[str, Any]:
     default = FacetSettings(facet.name, source=facet.source, weight=facet.weight)
-    plain_default = UIPSettings(facets=(default,)).to_dict()["uip_facets"][facet.name]
-    # These tell facets apart, so they always stand.
-    return {k: v for k, v in plain_default.items() if k not in ("source", "weight")}
+    values, defaults = (
+        UIPSettings(facets=(each,)).to_dict()["uip_facets"][facet.name] for each in (facet, default)
+    )
+    # One dimension is not quantised by a codebook, and more than one not by bins.
+    unread = _OF_CODEBOOKS if facet.source == "constant" else ("bins",)
+    return {
+        key: value
+        for key, value in values.items()
+        # Source and weight tell facets apart, so they always stand.
+        if key in ("source", "weight") or (value != defaults[key] and key not in unread)
+    }
+
+
+def _shared(config: UIPConfig) -> dict[str, Any]:
+    """All that shapes rows and profiles, in plain values."""
+    shared = plain(data_settings(config))
+    if isinstance(config, SequenceConfig):
+        # Each of these models has sequences of its own in the rows.
+        shared["model"] = config["model"]
+    return shared
 
 
 def _given(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,51 +413,116 @@ _PARTS = (
 def _parse(
     name: str, given: Mapping[str, Any], settings: dict[str, Any], command_line: tuple[str, ...]
 ) -> Experiment:
-    extends = tuple(given.get("extends") or ())
-    arms = given.get("arms") or {**load_config_files(extends), **settings}.get("uip_arms")
+    where = f"experiment {name}"
     for key in given:
         if key not in _PARTS:
-            raise SettingsError(
-                f"experiment {name}: unknown key {key!r}; known are {', '.join(_PARTS)}"
-            )
+            raise SettingsError(f"{where}: unknown key {key!r}; known are {', '.join(_PARTS)}")
     for key in ("title", "datasets", "models", "seeds"):
         if not given.get(key):
-            raise SettingsError(f"experiment {name}: {key} is missing")
+            raise SettingsError(f"{where}: {key} is missing")
+    datasets, models = (
+        _several(f"{where}: {key}", given[key], str) for key in ("datasets", "models")
+    )
+    extends = _several(f"{where}: extends", given.get("extends") or [], str)
+    below = load_config_files(extends)
+    arms = given.get("arms") or {**below, **settings}.get("uip_arms")
     if not arms:
-        raise SettingsError(f"experiment {name}: it has neither arms nor uip_arms")
-    arms = tuple(_parse_arm(name, arm, section) for arm, section in arms.items())
-    names = {arm.name for arm in arms}
-    compare = tuple(tuple(pair) for pair in given.get("compare") or ())
-    for pair in compare:
-        if len(pair) != 2 or not names.issuperset(pair):
-            raise SettingsError(f"experiment {name}: compare={list(pair)} must name two arms")
-    tune = given.get("tune")
-    if tune is not None:
-        if set(tune) != {"seed", "grid"}:
-            raise SettingsError(f"experiment {name}: tune must have seed and grid")
-        tune = Tuning(int(tune["seed"]), {key: list(each) for key, each in tune["grid"].items()})
+        raise SettingsError(f"{where}: it has neither arms nor uip_arms")
+    arms = tuple(
+        _parse_arm(f"{where}: arms.{arm}", str(arm), section, models)
+        for arm, section in _mapping(f"{where}: arms", arms).items()
+    )
+    for model in set(models).intersection(SEQUENCE_MODELS):
+        if not any(model in arm.models for arm in arms):
+            raise SettingsError(
+                f"{where}: {model} reads a user's events and no profile, so it needs an arm of "
+                f"its own, such as history: {{models: [{model}], facets: []}}"
+            )
     return Experiment(
         name,
         str(given["title"]),
-        " ".join(str(given.get("question", "")).split()),
+        " ".join(str(given.get("question") or "").split()),
         extends,
-        tuple(given["datasets"]),
-        tuple(given["models"]),
-        tuple(int(seed) for seed in given["seeds"]),
+        datasets,
+        models,
+        _several(f"{where}: seeds", given["seeds"], int),
         settings,
-        tuple(dict(grid) for grid in given.get("vary") or [{}]),
+        _parse_vary(f"{where}: vary", given.get("vary")),
         arms,
-        compare,
-        tune,
+        _parse_compare(f"{where}: compare", given.get("compare") or [], arms),
+        _parse_tune(f"{where}: tune", given.get("tune")),
         command_line,
     )
 
 
-def _parse_arm(experiment: str, name: str, section: Any) -> Arm:
-    section = dict(section or {})
-    settings, models = section.pop("settings", None) or {}, section.pop("models", None) or ()
-    if not isinstance(settings, Mapping):
+def _parse_arm(where: str, name: str, section: Any, models: tuple[str, ...]) -> Arm:
+    section = dict(_mapping(where, section or {}))
+    settings = _mapping(f"{where}.settings", section.pop("settings", None) or {})
+    own = _several(f"{where}.models", section.pop("models", None) or [], str)
+    for model in own:
+        if model not in models:
+            raise SettingsError(
+                f"{where}.models: {model} is not among the experiment's, {', '.join(models)}"
+            )
+    sequential = [model for model in own if model in SEQUENCE_MODELS]
+    given = {**_READS_EVENTS, **section, "facets": list(section.get("facets") or [])}
+    if sequential and given != _READS_EVENTS:
         raise SettingsError(
-            f"experiment {experiment}: arms.{name}.settings must map keys to values"
+            f"{where}: {', '.join(sequential)} read a user's events and no profile: leave facets "
+            "empty ([]), and user_id, control and values out"
         )
-    return Arm(str(name), section, dict(settings), tuple(models))
+    return Arm(name, section, dict(settings), own)
+
+
+def _parse_vary(where: str, given: Any) -> tuple[dict[str, list], ...]:
+    if given is None:
+        return ({},)
+    if not isinstance(given, list) or not given:
+        raise SettingsError(
+            f"{where}={given!r} must be a list of grids, such as [{{uip_refresh: [0s, 1h]}}]"
+        )
+    return tuple(_parse_grid(where, grid) for grid in given)
+
+
+def _parse_tune(where: str, given: Any) -> Tuning | None:
+    if given is None:
+        return None
+    if set(_mapping(where, given)) != {"seed", "grid"}:
+        raise SettingsError(f"{where}={given!r} must have the two keys seed and grid")
+    (seed,) = _several(f"{where}.seed", [given["seed"]], int)
+    return Tuning(seed, _parse_grid(f"{where}.grid", given["grid"]))
+
+
+def _parse_grid(where: str, given: Any) -> dict[str, list]:
+    grid = dict(_mapping(where, given))
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise SettingsError(f"{where}.{key}={values!r} must be a list of values to run")
+    return grid
+
+
+def _parse_compare(where: str, given: Any, arms: tuple[Arm, ...]) -> tuple[tuple[str, str], ...]:
+    names = {arm.name for arm in arms}
+    if not isinstance(given, list):
+        raise SettingsError(f"{where}={given!r} must be a list of pairs of arms")
+    for pair in given:
+        two = isinstance(pair, list) and len(pair) == 2
+        if not two or not names.issuperset(pair):
+            known = ", ".join(sorted(names))
+            raise SettingsError(f"{where}={pair!r} must name two arms of {known}")
+    return tuple((first, second) for first, second in given)
+
+
+def _mapping(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"{where}={value!r} must map keys to values")
+    return value
+
+
+def _several(where: str, value: Any, kind: type) -> tuple:
+    """A list's values, each of type ``kind`` and there once."""
+    right = isinstance(value, list) and all(type(each) is kind for each in value)
+    if not right or len(set(value)) != len(value):
+        what = {str: "names", int: "whole numbers"}[kind]
+        raise SettingsError(f"{where}={value!r} must be a list of {what}, each once")
+    return tuple(value)

@@ -43,7 +43,7 @@ def add_experiment(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _experiment(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.plan import experiment_names, load_experiment
+    from recbole_uip.evidence.experiments.plan import experiment_names, load_experiment
 
     if namespace.list:
         for name in experiment_names():
@@ -51,7 +51,7 @@ def _experiment(namespace: argparse.Namespace, overrides: list[str], command: st
         return
     if namespace.name is None:
         raise SettingsError("experiment: no name is given; --list names them")
-    from recbole_uip.evidence.experiment import run_experiment
+    from recbole_uip.evidence.experiments.run import run_experiment
 
     # One line a run; what RecBole says of every epoch would drown it.
     log_as("WARNING", ours="recbole_uip.evidence")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recbole_uip.cli.options import start
-from recbole_uip.evidence.outside_fuxictr import INSTALL
+from recbole_uip.evidence.outside.driver import INSTALL
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def add_outside(subcommands: argparse._SubParsersAction) -> None:
 
 def _outside(namespace: Namespace, overrides: list[str], command: str) -> None:
     from recbole_uip.evidence.figures import write_bench
-    from recbole_uip.evidence.outside import format_outside, outside_check
+    from recbole_uip.evidence.outside.check import format_outside, outside_check
 
     if overrides:
         raise SettingsError(

@@ -44,10 +44,10 @@ def add_replay(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _replay(namespace: Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.ab import SALT
     from recbole_uip.evidence.figures import write_bench
-    from recbole_uip.evidence.replay import replay
-    from recbole_uip.evidence.replay_report import format_replay
+    from recbole_uip.evidence.replay.ab import SALT
+    from recbole_uip.evidence.replay.report import format_replay
+    from recbole_uip.evidence.replay.serve import replay
 
     if overrides:
         raise SettingsError(

@@ -43,7 +43,7 @@ def add_report(subcommands: argparse._SubParsersAction) -> None:
 def _report(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
     if overrides:
         raise SettingsError(f"argument {overrides[0]!r} is not understood: report takes a folder")
-    from recbole_uip.evidence.report import write_report
+    from recbole_uip.evidence.report.assemble import write_report
 
     log_as("WARNING")
     for path in write_report(

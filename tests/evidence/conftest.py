@@ -7,7 +7,7 @@ import pytest
 import sklearn.metrics
 
 from recbole_uip.bridge.metrics import gauc
-from recbole_uip.evidence.store import RunStore, key_of
+from recbole_uip.evidence.experiments.store import RunStore, key_of
 
 SEEDS = (1, 2, 3, 4, 5)
 N_USERS, N_ROWS = 60, 900

@@ -11,10 +11,10 @@ from recbole_uip import cli
 from recbole_uip.behaviours import TRAIN
 from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.sequences import SequenceConfig
-from recbole_uip.evidence import experiment as experiment_module
-from recbole_uip.evidence.experiment import run_experiment
-from recbole_uip.evidence.plan import experiment_names, load_experiment
-from recbole_uip.evidence.store import RunStore, key_of
+from recbole_uip.evidence.experiments import run as experiment_module
+from recbole_uip.evidence.experiments.plan import experiment_names, load_experiment
+from recbole_uip.evidence.experiments.run import run_experiment
+from recbole_uip.evidence.experiments.store import RunStore, key_of
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import SettingsError
 

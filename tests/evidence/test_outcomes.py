@@ -7,8 +7,8 @@ import pytest
 import sklearn.metrics
 
 from recbole_uip.evidence import statistics
-from recbole_uip.evidence.agreement import seed_agreement
-from recbole_uip.evidence.outcomes import (
+from recbole_uip.evidence.experiments.agreement import seed_agreement
+from recbole_uip.evidence.experiments.outcomes import (
     compare,
     load,
     load_all,

@@ -1,7 +1,7 @@
 """The outside check: what FuxiCTR is given, what is made of its answer, and FuxiCTR itself.
 
 FuxiCTR and what it needs take 2 GB in an environment of their own (see INSTALL in
-outside_fuxictr.py), so the test that runs it is asked for: RECBOLE_UIP_FUXICTR=<path> names a
+driver.py), so the test that runs it is asked for: RECBOLE_UIP_FUXICTR=<path> names a
 Python that has it. In the other tests a function stands in its place.
 """
 
@@ -23,8 +23,8 @@ from recbole_uip import cli
 from recbole_uip.bridge.dataset import create_dataset
 from recbole_uip.bridge.metrics import gauc
 from recbole_uip.bridge.run import run_recbole_uip
-from recbole_uip.evidence.outside import DRIVER, format_outside, outside_check, write_inputs
-from recbole_uip.evidence.outside_run import MODEL, read_run
+from recbole_uip.evidence.outside.check import DRIVER, format_outside, outside_check, write_inputs
+from recbole_uip.evidence.outside.finished import MODEL, read_run
 from recbole_uip.settings import SettingsError
 
 from ..bridge.conftest import Atomic, make_rows

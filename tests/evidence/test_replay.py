@@ -11,8 +11,8 @@ import pytest
 from recbole_uip import cli
 from recbole_uip.bank.bank import FeatureBank, user_table
 from recbole_uip.bridge.run import run_recbole_uip
-from recbole_uip.evidence.replay import read_stream, replay, starting_bank
-from recbole_uip.evidence.replay_report import format_replay
+from recbole_uip.evidence.replay.report import format_replay
+from recbole_uip.evidence.replay.serve import read_stream, replay, starting_bank
 from recbole_uip.settings import SettingsError
 
 from ..bridge.conftest import BY_TIME, LENIENCY, Atomic, make_items, make_rows

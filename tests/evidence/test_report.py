@@ -11,9 +11,9 @@ import sklearn.metrics
 
 from recbole_uip.cli import main
 from recbole_uip.evidence import statistics
-from recbole_uip.evidence.outcomes import compare, load, measure
-from recbole_uip.evidence.report import write_report
-from recbole_uip.evidence.report_format import (
+from recbole_uip.evidence.experiments.outcomes import compare, load, measure
+from recbole_uip.evidence.report.assemble import write_report
+from recbole_uip.evidence.report.format import (
     bytes_of,
     difference,
     joined,
@@ -22,8 +22,8 @@ from recbole_uip.evidence.report_format import (
     p_value,
     share,
 )
-from recbole_uip.evidence.report_markdown import to_markdown
-from recbole_uip.evidence.report_parts import Section, Table, Text
+from recbole_uip.evidence.report.markdown import to_markdown
+from recbole_uip.evidence.report.parts import Section, Table, Text
 from recbole_uip.settings import SettingsError
 
 from .conftest import Laboratory, complete

@@ -7,8 +7,8 @@ alone. With ``uip_refresh`` an event enters once so much time has passed. What w
 be, token by token, what the run trained and tested with, and the scores must have the run's AUC;
 a replay that fails this says so and gives no figures.
 
-Users are hashed into two arms (:func:`~recbole_uip.evidence.ab.in_arm_b`), and both models score
-all rows, so that the same replay is an A/A run, the A/B run, and their difference.
+Users are hashed into two arms (:func:`~recbole_uip.evidence.replay.ab.in_arm_b`), and both models
+score all rows, so that the same replay is an A/A run, the A/B run, and their difference.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from recbole_uip.bank.export_atomic import read_layout
 from recbole_uip.bridge.run import finite, peak_memory
 from recbole_uip.bridge.serving import Scorer
 from recbole_uip.em.states import Events, run, whole_history
-from recbole_uip.evidence.ab import SALT, Comparison, compare, in_arm_b, periods, redrawn
 from recbole_uip.evidence.figures import machine, versions
+from recbole_uip.evidence.replay.ab import SALT, Comparison, compare, in_arm_b, periods, redrawn
 from recbole_uip.evidence.statistics import N_BOOT, auc, logloss
 from recbole_uip.evidence.summary import read_results
 from recbole_uip.settings import SettingsError
@@ -135,7 +135,7 @@ def replay(
     Returns
     -------
     dict
-        Plain values; :func:`~recbole_uip.evidence.replay_report.format_replay` shows them.
+        Plain values; :func:`~recbole_uip.evidence.replay.report.format_replay` shows them.
 
     Raises
     ------

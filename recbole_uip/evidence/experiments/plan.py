@@ -22,7 +22,7 @@ from recbole_uip.bridge.dataset import data_settings
 from recbole_uip.bridge.sequences import MODELS as SEQUENCE_MODELS
 from recbole_uip.bridge.sequences import SequenceConfig
 from recbole_uip.bridge.storage import plain
-from recbole_uip.evidence.store import key_of
+from recbole_uip.evidence.experiments.store import key_of
 from recbole_uip.settings import (
     TEXT_SOURCES,
     ArmSettings,

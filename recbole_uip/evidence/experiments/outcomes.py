@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from recbole_uip.evidence import statistics
-from recbole_uip.evidence.measured import (
+from recbole_uip.evidence.experiments.measured import (
     Measured,
     Stamp,
     digest,
@@ -21,8 +21,8 @@ from recbole_uip.evidence.measured import (
     rows_digest,
     write_measured,
 )
+from recbole_uip.evidence.experiments.store import RunStore
 from recbole_uip.evidence.statistics import Difference, Relative, Reliability
-from recbole_uip.evidence.store import RunStore
 from recbole_uip.files import sha256_of
 from recbole_uip.settings import SettingsError, parse_duration
 

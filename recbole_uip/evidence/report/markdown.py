@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from recbole_uip.evidence.report_parts import Block, Chart, Code, Items, Section, Table, Text
+from recbole_uip.evidence.report.parts import Block, Chart, Code, Items, Section, Table, Text
 
 __all__ = ["to_markdown"]
 

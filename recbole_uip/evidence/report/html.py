@@ -7,7 +7,7 @@ from html import escape
 
 from plotly.offline import get_plotlyjs
 
-from recbole_uip.evidence.report_parts import (
+from recbole_uip.evidence.report.parts import (
     Block,
     Chart,
     Code,

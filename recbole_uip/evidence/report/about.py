@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recbole_uip.evidence.measured import Measured
-from recbole_uip.evidence.outcomes import CaseOutcome, Outcomes, RunOutcome
-from recbole_uip.evidence.report_format import (
+from recbole_uip.evidence.experiments.measured import Measured
+from recbole_uip.evidence.experiments.outcomes import CaseOutcome, Outcomes, RunOutcome
+from recbole_uip.evidence.report.format import (
     amount,
     bytes_of,
     joined,
     mean_and_deviation,
     share,
 )
-from recbole_uip.evidence.report_parts import Block, Code, Items, Section, Table, Text
+from recbole_uip.evidence.report.parts import Block, Code, Items, Section, Table, Text
 
 __all__ = ["costs", "environment", "missing", "protocol"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from recbole_uip.evidence import ab
-from recbole_uip.evidence.ab import compare, effective_users, in_arm_b, periods, redrawn
+from recbole_uip.evidence.replay import ab
+from recbole_uip.evidence.replay.ab import compare, effective_users, in_arm_b, periods, redrawn
 from recbole_uip.evidence.statistics import bootstrap_aucs, bootstrap_sums, rerandomised_aucs
 
 N_BOOT = 300

@@ -7,21 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recbole_uip.evidence import statistics
-from recbole_uip.evidence.measured import Measured
-from recbole_uip.evidence.outcomes import Comparison, Outcomes, compare, load_all, measure
-from recbole_uip.evidence.report_about import costs, environment, missing, protocol
-from recbole_uip.evidence.report_codebooks import codebooks
-from recbole_uip.evidence.report_comparison import (
+from recbole_uip.evidence.experiments.measured import Measured
+from recbole_uip.evidence.experiments.outcomes import (
+    Comparison,
+    Outcomes,
+    compare,
+    load_all,
+    measure,
+)
+from recbole_uip.evidence.report.about import costs, environment, missing, protocol
+from recbole_uip.evidence.report.codebooks import codebooks
+from recbole_uip.evidence.report.comparison import (
     calibration,
     differences,
     results,
     slices,
     verdicts,
 )
-from recbole_uip.evidence.report_html import to_html
-from recbole_uip.evidence.report_markdown import to_markdown
-from recbole_uip.evidence.report_parts import Block, Code, Items, Section, Table, Text
-from recbole_uip.evidence.report_settings import sensitivities, staleness, tuning
+from recbole_uip.evidence.report.html import to_html
+from recbole_uip.evidence.report.markdown import to_markdown
+from recbole_uip.evidence.report.parts import Block, Code, Items, Section, Table, Text
+from recbole_uip.evidence.report.settings import sensitivities, staleness, tuning
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import SettingsError
 

@@ -1,6 +1,6 @@
 """FuxiCTR's DeepFM on the files of one arm; runs where FuxiCTR is, not where this package is.
 
-``python -I outside_fuxictr.py FOLDER SEED`` reads the folder's ``dataset_config.yaml`` and
+``python -I driver.py FOLDER SEED`` reads the folder's ``dataset_config.yaml`` and
 ``model_config.yaml``, FuxiCTR's own files, and leaves ``result.json`` and ``scores.npz`` there.
 Without arguments it prints the versions of FuxiCTR and torch as JSON. The folder has this file
 and nothing else of the package in it, so it imports nothing of it.

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from recbole_uip.evidence.agreement import seed_agreement
-from recbole_uip.evidence.outcomes import CaseOutcome, Outcomes
-from recbole_uip.evidence.report_charts import Line, panels
-from recbole_uip.evidence.report_format import (
+from recbole_uip.evidence.experiments.agreement import seed_agreement
+from recbole_uip.evidence.experiments.outcomes import CaseOutcome, Outcomes
+from recbole_uip.evidence.report.charts import Line, panels
+from recbole_uip.evidence.report.format import (
     amount,
     joined,
     mean_and_deviation,
     number,
     share,
 )
-from recbole_uip.evidence.report_parts import Block, Chart, Section, Table, Text
+from recbole_uip.evidence.report.parts import Block, Chart, Section, Table, Text
 
 __all__ = ["codebooks"]
 

@@ -32,8 +32,8 @@ import yaml
 
 from recbole_uip.bank.export_atomic import SPLITS
 from recbole_uip.bridge.metrics import gauc
-from recbole_uip.evidence.outside_fuxictr import EXPERIMENT, INSTALL
-from recbole_uip.evidence.outside_run import BUDGET, MODEL, FinishedRun, read_run
+from recbole_uip.evidence.outside.driver import EXPERIMENT, INSTALL
+from recbole_uip.evidence.outside.finished import BUDGET, MODEL, FinishedRun, read_run
 from recbole_uip.evidence.summary import BASELINE, METRICS, Cell, format_summary, summarise
 from recbole_uip.settings import SettingsError
 
@@ -41,7 +41,7 @@ __all__ = ["format_outside", "outside_check", "write_inputs"]
 
 logger = logging.getLogger(__name__)
 
-DRIVER = Path(__file__).with_name("outside_fuxictr.py")
+DRIVER = Path(__file__).with_name("driver.py")
 LABEL = "label"
 DATASET = "arm"  # the name of the dataset in dataset_config.yaml
 _COMPARED = ("auc", "logloss")

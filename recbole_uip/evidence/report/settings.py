@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from recbole_uip.evidence import statistics
-from recbole_uip.evidence.outcomes import (
+from recbole_uip.evidence.experiments.outcomes import (
     METRICS,
     REFRESH,
     CaseOutcome,
@@ -14,8 +14,8 @@ from recbole_uip.evidence.outcomes import (
     Series,
     sensitivity,
 )
-from recbole_uip.evidence.report_charts import Line, panels
-from recbole_uip.evidence.report_format import (
+from recbole_uip.evidence.report.charts import Line, panels
+from recbole_uip.evidence.report.format import (
     METRIC_NAMES,
     NOTHING,
     amount,
@@ -23,7 +23,7 @@ from recbole_uip.evidence.report_format import (
     mean_and_deviation,
     number,
 )
-from recbole_uip.evidence.report_parts import Block, Chart, Section, Table, Text
+from recbole_uip.evidence.report.parts import Block, Chart, Section, Table, Text
 
 __all__ = ["sensitivities", "staleness", "tuning"]
 

@@ -25,8 +25,8 @@ from recbole_uip.bridge.run import finite, protocol, train_arm, versions
 from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
 from recbole_uip.bridge.storage import plain
 from recbole_uip.em.states import index_history
-from recbole_uip.evidence.plan import Case, Experiment, Run
-from recbole_uip.evidence.store import RunStore
+from recbole_uip.evidence.experiments.plan import Case, Experiment, Run
+from recbole_uip.evidence.experiments.store import RunStore
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
 
-from recbole_uip.evidence.outcomes import CaseOutcome
+from recbole_uip.evidence.experiments.outcomes import CaseOutcome
 
 __all__ = ["Agreement", "seed_agreement"]
 

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from recbole_uip.evidence import statistics
-from recbole_uip.evidence.measured import Measured
-from recbole_uip.evidence.outcomes import (
+from recbole_uip.evidence.experiments.measured import Measured
+from recbole_uip.evidence.experiments.outcomes import (
     METRICS,
     CaseOutcome,
     Comparison,
     Outcomes,
     pooled,
 )
-from recbole_uip.evidence.report_charts import Line, forest, panels
-from recbole_uip.evidence.report_format import (
+from recbole_uip.evidence.report.charts import Line, forest, panels
+from recbole_uip.evidence.report.format import (
     METRIC_NAMES,
     difference,
     interval,
@@ -27,7 +27,7 @@ from recbole_uip.evidence.report_format import (
     p_value,
     share,
 )
-from recbole_uip.evidence.report_parts import Chart, Section, Table, Text
+from recbole_uip.evidence.report.parts import Chart, Section, Table, Text
 
 __all__ = ["calibration", "differences", "results", "slices", "verdicts"]
 

@@ -1,0 +1,1 @@
+"""Experiments: what is asked, what was run, and what came out."""

@@ -1,0 +1,1 @@
+"""Another library on the rows and profiles of a run."""

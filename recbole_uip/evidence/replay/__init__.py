@@ -1,0 +1,1 @@
+"""A run's test period, served again in the order of time."""

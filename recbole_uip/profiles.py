@@ -27,7 +27,14 @@ from recbole_uip.texts import bag_of_words
 if TYPE_CHECKING:
     from recbole_uip.lm import Scores
 
-__all__ = ["ProfileField", "Profiles", "TextVectors", "infer", "raw_scores"]
+__all__ = [
+    "ProfileField",
+    "Profiles",
+    "TextVectors",
+    "collaborative_vectors",
+    "infer",
+    "raw_scores",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -246,21 +253,43 @@ def _item_vectors(
     settings: UIPSettings,
 ) -> list[np.ndarray]:
     """Whitened item vectors of a facet, by its source: one array for each fold of users."""
-    behaviours, train = observed.behaviours, observed.train_events
-    n_users, n_items = behaviours.n_users, behaviours.n_items
     if facet.source == "constant":
-        return [np.ones((n_items, 1))]
+        return [np.ones((observed.behaviours.n_items, 1))]
     if facet.source in of_texts:
         # Texts know nobody's labels, but the basis that a facet makes of their vectors does.
         return [of_texts[facet.source]] * settings.folds
     rank = max(facet.rank if facet.codes else 0, facet.match.rank if facet.match else 0)
+    return collaborative_vectors(facet.weight, rank, observed, settings.folds, settings.seed)
+
+
+def collaborative_vectors(
+    weight: str, rank: int, observed: Observations, folds: int, seed: int
+) -> list[np.ndarray]:
+    """Whitened item vectors of the training events, each fold of users by the other users' events.
+
+    Parameters
+    ----------
+    weight : str
+        Evidence weight of an event.
+    rank : int
+    observed : Observations
+    folds : int
+        Number of folds of users.
+    seed : int
+
+    Returns
+    -------
+    list of ndarray, each of shape (n_items, at most rank)
+    """
+    behaviours, train = observed.behaviours, observed.train_events
+    n_users, n_items = behaviours.n_users, behaviours.n_items
     by_fold = []
-    for index in range(settings.folds):
+    for index in range(folds):
         chosen = train[observed.fold[behaviours.user[train]] != index]
         user, item = behaviours.user[chosen], behaviours.item[chosen]
-        evidence, rate = observed.refitted(facet.weight, chosen)
+        evidence, rate = observed.refitted(weight, chosen)
         vectors = collaborative.svd_vectors(
-            user, item, evidence.weight, n_users, n_items, rank, settings.seed
+            user, item, evidence.weight, n_users, n_items, rank, seed
         )
         if behaviours.liked is not None:
             vectors = collaborative.logistic_factors(

@@ -20,11 +20,12 @@ for whom that factor is 1. P differs a little by fold of users; here it is the m
 which share one frame. All facets' soft tokens move, for scores were taken in all of them.
 
 What it is not: the rows of P for feedback scores, so what a code says about *liking* an item
-with its text given, do not enter. And the first order holds for short moves alone. With
-SmolLM2-135M (float32) on ml-100k, a code of ``interests`` moves each soft token by about its own
-length at s = 1; over 24 items, lifts and true changes of log p(text) correlate .98 at s = .01
-(slope 1.00), .86 at .03, .51 at .1 and .17 at 1. A code of ``taste`` moves them several times
-as far, and .01 is too far for it already (.31). Look at lengths before you choose s.
+with its text given, do not enter (``soft_tokens(..., scores="feedback")`` takes those instead).
+And the first order holds for short moves alone. With SmolLM2-135M (float32) on ml-100k, a code of
+``interests`` moves each soft token by about its own length at s = 1; over 24 items, lifts and
+true changes of log p(text) correlate .98 at s = .01 (slope 1.00), .86 at .03, .51 at .1 and .17
+at 1. A code of ``taste`` moves them several times as far, and .01 is too far for it already
+(.31). Look at lengths before you choose s.
 
 PEFT knows no block mask: later facets' names and soft tokens attend to earlier facets, which
 they did not when the items were scored. With a single facet both are the same.
@@ -53,7 +54,11 @@ __all__ = ["soft_prompts", "soft_tokens"]
 
 
 def soft_tokens(
-    model: ProfileModel, facet: str, code: int | Sequence[int], scale: float = 1.0
+    model: ProfileModel,
+    facet: str,
+    code: int | Sequence[int],
+    scale: float = 1.0,
+    scores: str = "text",
 ) -> np.ndarray:
     """Soft tokens theta of a code, in the order of the prompt's facets.
 
@@ -68,6 +73,9 @@ def soft_tokens(
         where the codebook has several; levels that are not given add nothing.
     scale : float
         The s above; see there how far the first order reaches.
+    scores : {"text", "feedback"}
+        ``feedback`` takes the rows of P for feedback scores in place of P_text: the move that
+        lifts log p(loved) / p(hated) of the items whose liking the code speaks of.
 
     Returns
     -------
@@ -76,13 +84,17 @@ def soft_tokens(
     Raises
     ------
     BankError
-        If there is no such facet or code.
+        If there is no such facet or code, or no feedback score was taken.
     """
     field, facet = _code_field(model, facet)
     codeword = _codeword(model, field, [code] if np.ndim(code) == 0 else list(code))
     theta0 = model.tables["lm_theta0"]
     # The codebook's directions are the first of the facet's; text scores the first of the raw.
     directions = model.tables[f"lm_map.{facet}"].mean(axis=0)
+    if scores == "feedback":
+        directions = directions[theta0.size :]
+        if not len(directions):
+            raise BankError("scores='feedback': the catalogue was scored without uip_endings")
     directions = directions[: theta0.size, : len(codeword)].astype(np.float64)
     theta = theta0 + scale * (directions @ codeword).reshape(theta0.shape)
     return theta.astype(np.float32)

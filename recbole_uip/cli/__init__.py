@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from recbole_uip import __version__
 from recbole_uip.cli.bank import add_bank
+from recbole_uip.cli.ceiling import add_ceiling
 from recbole_uip.cli.experiment import add_experiment
+from recbole_uip.cli.likelihood import add_likelihood
 from recbole_uip.cli.options import OVERRIDES, add_config_files, start
 from recbole_uip.cli.outside import add_outside
 from recbole_uip.cli.replay import add_replay
@@ -50,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_bench(subcommands)
     add_outside(subcommands)
     add_replay(subcommands)
+    add_ceiling(subcommands)
+    add_likelihood(subcommands)
     summary = subcommands.add_parser(
         "summary",
         help="means over seeds and paired differences from plain, of finished runs",

@@ -39,6 +39,7 @@ __all__ = [
     "Matrices",
     "Task",
     "bench_profiles",
+    "load_dataset",
     "load_task",
     "matmul_ceiling",
     "matrices",
@@ -371,8 +372,8 @@ def parse_config(
     return name, parsed
 
 
-def load_task(config: UIPConfig) -> Task:
-    """Load and split the data as a run does, and stop before the profile stage."""
+def load_dataset(config: UIPConfig) -> tuple[UIPDataset, UIPSettings]:
+    """The data, loaded and split as a run does it, and the settings with ``auto`` decided."""
     settings = config.uip
     config = copy.deepcopy(config)
     config["uip_facets"], config["uip_arms"] = {}, None
@@ -380,7 +381,12 @@ def load_task(config: UIPConfig) -> Task:
     dataset = UIPDataset(config)
     dataset.build()
     decided = dataset.settings
-    settings = dataclasses.replace(settings, time=decided.time, history=decided.history)
+    return dataset, dataclasses.replace(settings, time=decided.time, history=decided.history)
+
+
+def load_task(config: UIPConfig) -> Task:
+    """Load and split the data as a run does, and stop before the profile stage."""
+    dataset, settings = load_dataset(config)
     texts = dataset.item_texts(settings)
     if texts is not None and not any(texts):
         raise SettingsError(

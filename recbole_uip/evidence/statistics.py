@@ -22,6 +22,8 @@ __all__ = [
     "bootstrap_aucs",
     "bootstrap_difference",
     "bootstrap_sums",
+    "clustered_error",
+    "clustered_mean",
     "equal_mass_bins",
     "expected_calibration_error",
     "half_width",
@@ -402,6 +404,39 @@ def user_clustered_bootstrap(
         replicates.append(np.mean(drawn, axis=0))
     return bootstrap_difference(
         float(observed[0] - observed[1]), replicates[0] - replicates[1], len(np.unique(user))
+    )
+
+
+def clustered_error(user: np.ndarray, values: np.ndarray) -> float:
+    """Standard error of a mean over rows, where a user's rows may depend on one another.
+
+    .. math:: se^2 = \\frac{G}{G - 1} \\frac{1}{n^2}
+              \\sum_u \\Big(\\sum_{e \\in u} (d_e - \\bar d)\\Big)^2
+
+    for n rows of G users: the cluster-robust variance of a mean. NaN for fewer than two users.
+
+    Parameters
+    ----------
+    user, values : ndarray, shape (n_rows,)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    users, code = np.unique(user, return_inverse=True)
+    if len(users) < 2:
+        return float("nan")
+    sums = np.bincount(code, weights=values - values.mean())
+    return float(np.sqrt(len(users) / (len(users) - 1) * (sums**2).sum()) / len(values))
+
+
+def clustered_mean(user: np.ndarray, values: np.ndarray) -> Difference:
+    """Mean over rows, with a t-interval by :func:`clustered_error`; ``n`` counts users."""
+    n_users, mean = len(np.unique(user)), float(np.mean(values))
+    error = clustered_error(user, values)
+    if np.isnan(error):
+        return Difference(mean, np.nan, np.nan, np.nan, n_users)
+    distribution = scipy.stats.t(n_users - 1)
+    half = float(distribution.ppf((1 + CONFIDENCE) / 2)) * error
+    return Difference(
+        mean, mean - half, mean + half, _two_sided(mean, error, distribution), n_users
     )
 
 

@@ -1,0 +1,41 @@
+"""``recbole-uip ceiling``: what texts can say of items, next to what behaviour knows of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["add_ceiling"]
+
+
+def add_ceiling(subcommands: argparse._SubParsersAction) -> None:
+    """Add ``ceiling`` to the subcommands."""
+    ceiling = subcommands.add_parser(
+        "ceiling",
+        help="how much of what behaviour knows of items their texts say, and for unseen items",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    ceiling.add_argument(
+        "--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)"
+    )
+    add_config_files(ceiling)
+    ceiling.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    ceiling.set_defaults(function=_ceiling, parser=ceiling)
+
+
+def _ceiling(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.bridge.run import finite
+    from recbole_uip.evidence.ceiling import ceiling, format_ceiling
+    from recbole_uip.evidence.figures import write_bench
+
+    files = start(namespace, overrides)
+    results = ceiling(namespace.dataset, files, command_line=overrides, command=command)
+    if namespace.json is not None:
+        write_bench(namespace.json, finite(results))
+    print(format_ceiling(results))

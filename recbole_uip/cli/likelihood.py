@@ -1,0 +1,58 @@
+"""``recbole-uip likelihood``: what codes, put back into the LM, foretell of held-out behaviours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["add_likelihood"]
+
+
+def add_likelihood(subcommands: argparse._SubParsersAction) -> None:
+    """Add ``likelihood`` to the subcommands."""
+    likelihood = subcommands.add_parser(
+        "likelihood",
+        help="whether a user's code makes later behaviours more likely to the LM",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    likelihood.add_argument(
+        "--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)"
+    )
+    add_config_files(likelihood)
+    likelihood.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    for name, default, meaning in (
+        ("users", 40, "held-out users, and as many others that choose the step"),
+        ("behaviours", 5, "behaviours of each user, at most"),
+        ("codes", 4, "codes drawn for the mean over codes"),
+    ):
+        likelihood.add_argument(
+            f"--{name}", type=int, default=default, metavar="N",
+            help=f"{meaning} (default: {default})",
+        )  # fmt: skip
+    likelihood.set_defaults(function=_likelihood, parser=likelihood)
+
+
+def _likelihood(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.bridge.run import finite
+    from recbole_uip.evidence.figures import write_bench
+    from recbole_uip.evidence.likelihood import format_likelihood, likelihood
+
+    files = start(namespace, overrides)
+    results = likelihood(
+        namespace.dataset,
+        files,
+        command_line=overrides,
+        users=namespace.users,
+        behaviours=namespace.behaviours,
+        codes=namespace.codes,
+        command=command,
+    )
+    if namespace.json is not None:
+        write_bench(namespace.json, finite(results))
+    print(format_likelihood(results))

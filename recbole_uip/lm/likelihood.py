@@ -1,0 +1,101 @@
+"""True log-likelihoods at any soft tokens: the prefix once, then all texts on top of it.
+
+The scores of :mod:`recbole_uip.lm.scoring` are derivatives at one point. Here the LM itself is
+asked, forward only, through transformers' public API and its cache of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from recbole_uip.lm import prompt as prompts
+from recbole_uip.lm.backbone import Backbone
+from recbole_uip.lm.prompt import Prompt
+
+__all__ = ["likelihoods"]
+
+
+@torch.no_grad()
+def likelihoods(
+    backbone: Backbone,
+    prompt: Prompt,
+    theta: torch.Tensor,
+    texts: Sequence[Sequence[int]],
+    batch_tokens: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Log-likelihood and feedback logit of each text under one set of soft tokens.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    prompt : Prompt
+    theta : Tensor, shape (F, d)
+    texts : n sequences of int
+        Token ids, at least one each.
+    batch_tokens : int
+        Token budget of one batch.
+
+    Returns
+    -------
+    log_likelihood : Tensor, shape (n,)
+        log p(text | prompt(θ)), nats, as :func:`recbole_uip.lm.prompt.log_likelihood`.
+    feedback_logit : Tensor, shape (n,), or None
+        As :func:`recbole_uip.lm.prompt.feedback_logit`; None without an ending.
+    lm_tokens : int
+        Tokens put through the LM.
+    """
+    common = prompt.ending.common if prompt.ending else ()
+    arguments = prompts.inputs(backbone, prompt, theta, [[]])
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    log_likelihood = torch.zeros(len(texts), dtype=torch.promote_types(backbone.dtype, torch.float))
+    logit = torch.zeros_like(log_likelihood) if prompt.ending else None
+    lm_tokens, done = 0, 0
+    while done < len(order):
+        # Sorted by length, so a batch's longest text is its last.
+        size = 1
+        while (
+            done + size < len(order)
+            and (size + 1) * (len(texts[order[done + size]]) + len(common)) <= batch_tokens
+        ):
+            size += 1
+        rows = order[done : done + size]
+        done += size
+        batch = [list(texts[row]) for row in rows]
+        full = [[*text, *common] for text in batch]
+        # The cache grows as it is used, so each batch has its own.
+        prefix = backbone.model(**arguments, use_cache=True, logits_to_keep=1)
+        logits = _continued(backbone, prompt, prefix, full)
+        log_likelihood[rows] = prompts.sum_log_probs(logits, batch).cpu()
+        if logit is not None:
+            logit[rows] = prompts.verb_difference(logits, prompt.ending, full).cpu()
+        lm_tokens += len(prompt) + sum(map(len, full))
+    return log_likelihood, logit, lm_tokens
+
+
+def _continued(
+    backbone: Backbone, prompt: Prompt, prefix, texts: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Next-token logits from the prefix's last position on; as :func:`prompts.logits`."""
+    n, longest, n_prefix = len(texts), max(map(len, texts)), len(prompt)
+    cache = prefix.past_key_values
+    cache.batch_repeat_interleave(n)
+    ids = torch.zeros(n, longest, dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(list(text))
+    # Right padding: no real token sees a padding token, so the causal mask is enough.
+    allowed = prompt.mask(longest)[n_prefix:]
+    mask = torch.zeros(allowed.shape, dtype=backbone.dtype)
+    mask.masked_fill_(~allowed, torch.finfo(backbone.dtype).min)
+    positions = torch.arange(n_prefix, n_prefix + longest, device=backbone.device)
+    output = backbone.model(
+        input_ids=ids.to(backbone.device),
+        attention_mask=mask.to(backbone.device).expand(n, 1, -1, -1),
+        position_ids=positions.expand(n, -1),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    first = prefix.logits[:, -1:].expand(n, -1, -1)
+    logits = torch.cat([first, output], dim=1)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,34 @@
+"""Likelihoods on a shared prefix are those of the prompt in one piece."""
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_uip.lm import likelihoods
+from recbole_uip.lm import prompt as prompts
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 1024])
+def test_as_the_whole_prompt_says(backbone, prompt, ids, batch_tokens, rng):
+    theta = prompt.theta0(backbone)
+    theta = theta + torch.from_numpy(rng.normal(size=theta.shape, scale=0.3).astype(np.float32))
+    values, logits, lm_tokens = likelihoods(backbone, prompt, theta, ids, batch_tokens)
+    with torch.no_grad():
+        expected = prompts.log_likelihood(backbone, prompt, theta, ids)
+        feedback = prompts.feedback_logit(backbone, prompt, theta, ids)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, feedback, rtol=1e-4, atol=1e-4)
+    n_batches = len(ids) if batch_tokens == 1 else 1
+    text_tokens = sum(map(len, ids)) + len(ids) * len(prompt.ending.common)
+    assert lm_tokens == text_tokens + n_batches * len(prompt)
+    # The soft tokens matter.
+    assert not torch.allclose(
+        values, likelihoods(backbone, prompt, prompt.theta0(backbone), ids)[0], atol=0.1
+    )
+
+
+def test_without_endings(backbone, ids):
+    prompt = prompts.build(backbone.tokenizer, ["taste"])
+    values, logits, _ = likelihoods(backbone, prompt, prompt.theta0(backbone), ids)
+    assert logits is None
+    assert (values < 0).all()

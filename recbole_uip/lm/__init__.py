@@ -3,13 +3,13 @@
 :func:`score` is the way in: texts to log-likelihoods and score vectors, cached. The modules:
 ``backbone`` (find and load a frozen LM), ``prompt`` (facets, soft tokens, block mask, and the
 differentiable likelihood), ``scoring`` (batches and cache), ``llama`` (the fast path),
-``embedding`` (mean embeddings, the control for scores), ``likelihood`` (log-likelihoods away from
+``embedding`` (mean embeddings, the control for scores), ``forward`` (log-likelihoods away from
 the point where scores were taken), ``store`` (scores on disk). Nothing here knows RecBole.
 """
 
 from recbole_uip.lm.backbone import Backbone, ModelError, ModelSource, load, resolve
 from recbole_uip.lm.embedding import Embeddings, embed
-from recbole_uip.lm.likelihood import likelihoods
+from recbole_uip.lm.forward import likelihoods
 from recbole_uip.lm.prompt import Prompt, build, feedback_logit, log_likelihood
 from recbole_uip.lm.scoring import Scores, score
 

@@ -249,13 +249,14 @@ class Experiment:
 
         kind = SequenceConfig if case.model in SEQUENCE_MODELS else UIPConfig
 
-        def config() -> UIPConfig:
+        def config(given: dict[str, Any]) -> UIPConfig:
             return kind(
-                case.model, case.dataset, self.extends, flat, command_line=self.command_line
+                case.model, case.dataset, self.extends, given, command_line=self.command_line
             )
 
         if dotted:
-            below = config()
+            # The arm may name a facet that is only there once the dotted settings are made.
+            below = config({key: value for key, value in flat.items() if key != "uip_arms"})
             for key, value in dotted.items():
                 root, *path = key.split(".")
                 if kind is SequenceConfig and root == "uip_facets":
@@ -263,7 +264,7 @@ class Experiment:
                 flat[root] = copy.deepcopy(flat.get(root, below[root]))
                 if not _set(flat[root], path, value):
                     raise SettingsError(f"experiment {self.name}: {key} names nothing that is set")
-        return config()
+        return config(flat)
 
 
 def _set(mapping: Any, path: Sequence[str], value: Any) -> bool:

@@ -172,7 +172,7 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
     results = run_recbole_uip(
         namespace.model, namespace.dataset, files, command_line=overrides, command=command
     )
-    for each in [results] if "models" in results else results.values():
+    for each in [results] if "models" in results else filter(None, results.values()):
         print("\n" + format_report(each))
 
 

@@ -33,7 +33,7 @@ when it stops rising.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,17 +144,19 @@ class Frame:
         """Soft tokens at coordinates (n, R), θ⁰ where not active; float32, shape (n, G, d)."""
         theta = np.repeat(self.theta0[None].astype(np.float32), len(where), axis=0)
         for f, (part, maps) in enumerate(zip(self.slices, self.maps, strict=True)):
-            moved = np.einsum("ndr,nr->nd", maps[fold], where[:, part])
-            theta[:, f] += (active[:, f] > 0)[:, None] * moved
+            for chosen, each in _by_fold(fold, maps):
+                mask = (active[chosen, f] > 0)[:, None]
+                theta[chosen, f] += mask * (where[chosen, part] @ each.T)
         return theta
 
     def pull(self, gradient: np.ndarray, fold: np.ndarray, active: np.ndarray) -> np.ndarray:
         """A gradient (n, G, d) in soft tokens as one in the coordinates; float32, shape (n, R)."""
-        parts = [
-            np.einsum("ndr,nd->nr", maps[fold], gradient[:, f] * (active[:, f] > 0)[:, None])
-            for f, maps in enumerate(self.maps)
-        ]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        pulled = np.empty((len(gradient), self.size), np.float32)
+        for f, (part, maps) in enumerate(zip(self.slices, self.maps, strict=True)):
+            for chosen, each in _by_fold(fold, maps):
+                mask = (active[chosen, f] > 0)[:, None]
+                pulled[chosen, part] = mask * (gradient[chosen, f] @ each)
+        return pulled
 
     def steps(self, learning_rate: float) -> np.ndarray:
         """Step of each coordinate that moves soft tokens' entries by about ``learning_rate``.
@@ -600,6 +602,12 @@ class GradientPosterior:
             return float("nan")
         events = np.bincount(self._units.owner, self._units.active.max(axis=1), len(evidence))
         return float(value[judged].sum() / events[judged].sum())
+
+
+def _by_fold(fold: np.ndarray, maps: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows of each fold there is, and the fold's map."""
+    for number in np.unique(fold):
+        yield np.flatnonzero(fold == number), maps[number]
 
 
 def _sums(rows: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:

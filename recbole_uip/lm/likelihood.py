@@ -185,7 +185,11 @@ class SoftTokenLikelihood:
         """
         leaf = self._leaf(theta).requires_grad_()
         value = self.log_likelihood(passages, leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        else:
+            # texts of one token, predicted at a soft token that is not tuned
+            gradient = torch.zeros_like(leaf)
         return value.detach().double().cpu().numpy(), gradient.float().cpu().numpy()
 
     @torch.no_grad()

@@ -228,7 +228,7 @@ def ascend(
     settings : GradientSettings
     learning_rate : float
     seed : sequence of int
-        Seed of the order in which behaviours take their turns.
+        With a profile's number, seed of the order in which its behaviours take their turns.
 
     Returns
     -------
@@ -238,7 +238,6 @@ def ascend(
         and after each step; ``secant`` (G, 2), the sums of curvature and of its weights; and
         ``tokens`` (1,), LM tokens spent. Values and gradients are of each behaviour's last turn.
     """
-    rng = np.random.default_rng(list(seed))
     counts = np.diff(units.first)[chosen]
     start = np.concatenate([[0], np.cumsum(counts)])
     mine = np.concatenate([np.arange(units.first[u], units.first[u + 1]) for u in chosen])
@@ -246,8 +245,12 @@ def ascend(
     active = units.active[mine]
     where, table = state["where"].copy(), state["table"].copy()
     known, visited, own = (state[name].copy() for name in ("known", "visited", "own"))
+    # by profile, so that its result does not hang on who else is in the batch
     turns = np.concatenate(
-        [first + rng.permutation(n) for first, n in zip(start[:-1], counts, strict=True)]
+        [
+            start[position] + np.random.default_rng([*seed, profile]).permutation(count)
+            for position, (profile, count) in enumerate(zip(chosen, counts, strict=True))
+        ]
     )
     taken = np.minimum(settings.batch, counts)
     first_moment, second_moment = np.zeros_like(where), np.zeros_like(where)
@@ -497,7 +500,7 @@ class GradientPosterior:
             state = self._states.get((phase, index)) or self._fresh(batch)
             return ascend(
                 state, self._units, batch, self._fold[batch], self.frame, priors,
-                self._likelihood, self.settings, rate, (self.seed, number, index),
+                self._likelihood, self.settings, rate, (self.seed, number),
             )  # fmt: skip
 
         results = self._run(f"{phase}-{number}", tune, len(batches), SHARED)

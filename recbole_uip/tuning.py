@@ -14,6 +14,7 @@ What ties :mod:`recbole_uip.lm.likelihood` and :mod:`recbole_uip.em.gradient` to
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -41,7 +42,7 @@ from recbole_uip.lm.likelihood import (
     feedback_passage,
     text_passage,
 )
-from recbole_uip.lm.scoring import check_texts, n_workers
+from recbole_uip.lm.scoring import n_workers
 from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
 from recbole_uip.work import Work, n_processes
 
@@ -121,8 +122,6 @@ class Group:
     passages : list of Passage
         Of each unit.
     likelihood : SoftTokenLikelihood
-    bases : tuple of G Basis
-        The facets' directions, as the closed form has them.
     """
 
     facets: tuple[FacetSettings, ...]
@@ -131,7 +130,6 @@ class Group:
     fold: np.ndarray
     passages: list[Passage]
     likelihood: SoftTokenLikelihood
-    bases: tuple[em_basis.Basis, ...]
 
     def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The likelihood that EM is given; see :class:`recbole_uip.em.gradient.Likelihood`."""
@@ -245,29 +243,7 @@ def groups(
             f"uip_facets.{contrast[0]}: uip_posterior=gradient tunes weight contrast by the "
             f"likelihood of feedback endings, and needs {missing}: take another weight"
         )
-    rows = [row for row, text in enumerate(item_texts) if text]
-    if not rows:
-        raise SettingsError(
-            "no item has a text, so source: lm facets cannot be inferred: check uip_item_text, or "
-            "take source: collaborative or constant"
-        )
-    texts = [item_texts[row] for row in rows]
-    check_texts(texts)
-    lm_settings = _on_own_device(settings)
-    scored = lm.score(texts, settings.prompts, endings, lm_settings, settings.cache)
-    for name, spent in (("lm_tokens", scored.lm_tokens), ("lm_seconds", scored.seconds)):
-        cost[name] = cost.get(name, 0) + spent
-    backbone = lm.load(lm_settings, settings.cache)
-    prompt = prompts.build(backbone.tokenizer, settings.prompts, endings)
-    token_ids: list[list[int] | None] = [None] * behaviours.n_items
-    for row, ids in zip(rows, prompts.tokenize(backbone.tokenizer, texts), strict=True):
-        token_ids[row] = ids
-    counts = np.bincount(behaviours.item[behaviours.train], minlength=behaviours.n_items)[rows]
-    if not counts.any():
-        raise SettingsError(
-            "no item of the training rows has a text, so source: lm facets cannot be inferred: "
-            "check uip_item_text and the .item file"
-        )
+    texts = _Texts.of(behaviours, item_texts, settings, endings, cost)
     train_events = behaviours.in_time_order(behaviours.train)
     profile_fold = fold[snapshots.timeline % behaviours.n_users]
     made = []
@@ -276,117 +252,220 @@ def groups(
         if not chosen:
             continue
         numbers = [facets.index(facet) for facet in chosen]
-        scores = scored.feedback if feedback else scored.text
-        evidence = []
-        bases, maps, variances, lifts = [], [], [], []
-        for facet, number in zip(chosen, numbers, strict=True):
+        scores = texts.scores.feedback if feedback else texts.scores.text
+        observed = []
+        for facet in chosen:
             try:
                 each = weights.evidence(facet.weight, behaviours.item, behaviours.liked, rate)
             except ValueError as error:
                 raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
-            evidence.append(each.count)
-            raw = scores[:, number]
-            whitening = em_basis.whiten(raw, counts)
-            spread = np.zeros((behaviours.n_items, whitening.vectors.shape[1]))
-            spread[rows] = whitening.vectors
-            observed = Observations(behaviours, history, each, rate, train_events, fold)
-            fitted = Facet(dataclasses.replace(facet, match=None), seed=settings.seed)
-            basis = fitted.fit_basis([spread] * settings.folds, observed)
-            bases.append(basis)
-            if settings.gradient.space == "frame":
-                directions = whitening.directions()
-                moves = np.stack([directions @ turned for turned in basis.directions])
-                variance = basis.variance
-            else:
-                share = counts / counts.sum()
-                scale = 1.0 / np.sqrt((share @ raw.astype(np.float64) ** 2).mean())
-                moves = np.repeat(scale * np.eye(raw.shape[1])[None], settings.folds, axis=0)
-                variance = np.ones(raw.shape[1])
-            maps.append(moves.astype(np.float32))
-            variances.append(variance)
-            lift = np.zeros((settings.folds, behaviours.n_items, moves.shape[2]), np.float32)
-            lift[:, rows] = raw @ maps[-1]
-            lifts.append(lift)
-        likelihood = SoftTokenLikelihood(backbone, prompt, numbers, settings.gradient.recompute)
-        at_start = np.zeros(behaviours.n_items)
-        at_start[rows] = scored.feedback_logit if feedback else scored.log_likelihood
-        has_text = np.zeros(behaviours.n_items, dtype=bool)
-        has_text[rows] = True
-        units, passages = _units(
-            behaviours, settings, history, snapshots, np.stack(evidence, axis=1), has_text,
-            token_ids, likelihood, at_start, lifts, rate if feedback else None, profile_fold,
-        )  # fmt: skip
-        frame = Frame(likelihood.theta0, tuple(maps), tuple(variances))
-        made.append(Group(chosen, frame, units, profile_fold, passages, likelihood, tuple(bases)))
+            observed.append(Observations(behaviours, history, each, rate, train_events, fold))
+        moves = [
+            _moves(facet, scores[:, number], texts, each, settings)
+            for facet, number, each in zip(chosen, numbers, observed, strict=True)
+        ]
+        likelihood = SoftTokenLikelihood(
+            texts.backbone, texts.prompt, numbers, settings.gradient.recompute
+        )
+        frame = Frame(
+            likelihood.theta0, tuple(maps for maps, _ in moves), tuple(each for _, each in moves)
+        )
+        evidence = np.stack([each.evidence.count for each in observed], axis=1)
+        events, active, first = _pieces(
+            behaviours, settings, history, snapshots, evidence, texts.known
+        )
+        passages = _passages(behaviours, texts, events, rate if feedback else None)
+        cost_of = [likelihood.n_tokens(passage) for passage in passages]
+        units = Units(
+            first,
+            np.array(cost_of, dtype=np.int64),
+            active,
+            np.zeros(len(events)),
+            np.zeros((len(events), frame.size), np.float32),
+        )
+        if settings.likelihood == "item" and events:
+            rows = np.concatenate(events)
+            units = _scored_units(
+                units, frame, scores[:, numbers], texts, behaviours, rows,
+                profile_fold[units.owner], rate if feedback else None,
+            )  # fmt: skip
+        made.append(Group(chosen, frame, units, profile_fold, passages, likelihood))
     return made
 
 
-def _units(
+@dataclass(frozen=True)
+class _Texts:
+    """The items' texts, and what the LM says of them at θ⁰.
+
+    Attributes
+    ----------
+    backbone : Backbone
+    prompt : Prompt
+    scores : Scores
+        Of the items that have a text, in order.
+    place : ndarray of int64, shape (n_items,)
+        Where each item's scores are; -1 without a text.
+    token_ids : list of list of int
+        Of the items that have a text.
+    counts : ndarray, shape (n_texts,)
+        Training rows of each.
+    """
+
+    backbone: lm.Backbone
+    prompt: prompts.Prompt
+    scores: lm.Scores
+    place: np.ndarray
+    token_ids: list[list[int]]
+    counts: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        behaviours: Behaviours,
+        item_texts: Sequence[str | None],
+        settings: UIPSettings,
+        endings: tuple[str, str] | None,
+        cost: dict[str, float],
+    ) -> _Texts:
+        rows = [row for row, text in enumerate(item_texts) if text]
+        train_items = behaviours.item[behaviours.train]
+        counts = np.bincount(train_items, minlength=behaviours.n_items)[rows]
+        if not counts.any():
+            raise SettingsError(
+                "no item of the training rows has a text, so source: lm facets cannot be "
+                "inferred: check uip_item_text and the .item file, or take source: collaborative "
+                "or constant"
+            )
+        texts = [item_texts[row] for row in rows]
+        lm_settings = _on_own_device(settings)
+        scored = lm.score(texts, settings.prompts, endings, lm_settings, settings.cache)
+        for name, spent in (("lm_tokens", scored.lm_tokens), ("lm_seconds", scored.seconds)):
+            cost[name] = cost.get(name, 0) + spent
+        backbone = lm.load(lm_settings, settings.cache)
+        prompt = prompts.build(backbone.tokenizer, settings.prompts, endings)
+        place = np.full(behaviours.n_items, -1)
+        place[rows] = np.arange(len(rows))
+        token_ids = prompts.tokenize(backbone.tokenizer, texts)
+        return cls(backbone, prompt, scored, place, token_ids, counts)
+
+    @property
+    def known(self) -> np.ndarray:
+        """Whether an item has a text, shape (n_items,)."""
+        return self.place >= 0
+
+
+def _moves(
+    facet: FacetSettings,
+    scores: np.ndarray,
+    texts: _Texts,
+    observed: Observations,
+    settings: UIPSettings,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The facet's map M for each fold (n_folds, d, rank), and prior variances (rank,).
+
+    In its frame a facet moves in the directions in which users differ, as the closed form has
+    them; or else in the token's own, all scaled alike.
+    """
+    if settings.gradient.space == "token":
+        share = texts.counts / texts.counts.sum()
+        scale = 1.0 / np.sqrt((share @ scores.astype(np.float64) ** 2).mean())
+        width = scores.shape[1]
+        maps = np.repeat(scale * np.eye(width, dtype=np.float32)[None], settings.folds, axis=0)
+        return maps, np.ones(width)
+    whitening = em_basis.whiten(scores, texts.counts)
+    spread = np.zeros((len(texts.place), whitening.vectors.shape[1]))
+    spread[texts.known] = whitening.vectors
+    fitted = Facet(dataclasses.replace(facet, match=None), seed=settings.seed)
+    basis = fitted.fit_basis([spread] * settings.folds, observed)
+    directions = whitening.directions()
+    maps = np.stack([directions @ turned for turned in basis.directions])
+    return maps.astype(np.float32), basis.variance
+
+
+def _pieces(
     behaviours: Behaviours,
     settings: UIPSettings,
     history: History,
     snapshots: Snapshots,
     evidence: np.ndarray,
     has_text: np.ndarray,
-    token_ids: list[list[int] | None],
-    likelihood: SoftTokenLikelihood,
-    at_start: np.ndarray,
-    lifts: list[np.ndarray],
-    rate: np.ndarray | None,
-    fold: np.ndarray,
-) -> tuple[Units, list[Passage]]:
-    """What the profiles did: single behaviours, or one sequence for each set of facets.
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """What each profile did: single behaviours, or one sequence for each set of facets.
 
-    ``rate`` is given for the likelihood of feedback, None for that of texts.
+    Returns
+    -------
+    events : list of n_units ndarray
+        Rows that each unit is made of.
+    active : ndarray of float64, shape (n_units, G)
+    first : ndarray of int64, shape (n_profiles + 1,)
     """
-    latest = settings.gradient.behaviours
-    first, of_unit, active, owner = [0], [], [], []
+    first: list[int] = [0]
+    pieces: list[np.ndarray] = []
     for profile in range(len(snapshots)):
         events = snapshots.events(history, profile)
-        events = events[has_text[behaviours.item[events]] & evidence[events].any(axis=1)][-latest:]
+        if behaviours.time is not None:
+            # static histories are not in the order of time
+            events = events[np.argsort(behaviours.time[events], kind="stable")]
+        speaks = has_text[behaviours.item[events]] & evidence[events].any(axis=1)
+        events = events[speaks][-settings.gradient.behaviours :]
         if settings.likelihood == "item":
-            pieces = list(events[:, None])
+            pieces += list(events[:, None])
         else:
             # a prompt is the same for all of a sequence, so its behaviours speak for one set
             patterns, which = np.unique(evidence[events] > 0, axis=0, return_inverse=True)
-            pieces = [events[which.ravel() == p] for p in range(len(patterns))]
-        of_unit += pieces
-        active += [evidence[piece].sum(axis=0) for piece in pieces]
-        owner += [profile] * len(pieces)
-        first.append(len(of_unit))
-    single = settings.likelihood == "item"
-    ending = likelihood.prompt.ending
-    intercept = None if rate is None else kernels.intercepts(rate) - at_start
-    passages = []
-    for piece in of_unit:
-        items = behaviours.item[piece]
-        texts = [token_ids[item] for item in items]
-        if rate is None:
-            passages.append(text_passage(texts))
-        else:
-            passages.append(
-                feedback_passage(texts, ending, behaviours.liked[piece], intercept[items])
-            )
-    active = np.array(active, dtype=np.float64).reshape(len(of_unit), evidence.shape[1])
-    rank = sum(lift.shape[2] for lift in lifts)
-    value = np.zeros(len(of_unit))
-    gradient = np.zeros((len(of_unit), rank), np.float32)
-    if single and of_unit:
-        rows = np.concatenate(of_unit)
-        items, folds = behaviours.item[rows], fold[np.array(owner)]
-        gradient = np.concatenate(
-            [lift[folds, items] * (active[:, f, None] > 0) for f, lift in enumerate(lifts)], axis=1
-        )
-        if rate is None:
-            value = at_start[items].astype(np.float64)
-        else:
-            label = behaviours.liked[rows]
-            logit = kernels.intercepts(rate)[items]
-            value = -np.logaddexp(0.0, (1.0 - 2.0 * label) * logit)
-            gradient = gradient * (label - scipy.special.expit(logit))[:, None].astype(np.float32)
-    cost = np.array([likelihood.n_tokens(passage) for passage in passages], dtype=np.int64)
-    units = Units(np.array(first), cost, active, value, gradient.astype(np.float32))
-    return units, passages
+            pieces += [events[which.ravel() == p] for p in range(len(patterns))]
+        first.append(len(pieces))
+    active = np.array([evidence[piece].sum(axis=0) for piece in pieces], dtype=np.float64)
+    return pieces, active.reshape(len(pieces), evidence.shape[1]), np.array(first)
+
+
+def _passages(
+    behaviours: Behaviours, texts: _Texts, events: list[np.ndarray], rate: np.ndarray | None
+) -> list[Passage]:
+    """What the LM reads of each unit; with like rates, for the likelihood of its feedback."""
+    intercepts = None if rate is None else kernels.intercepts(rate)
+
+    @functools.cache
+    def passage(items: tuple[int, ...], liked: tuple[float, ...]) -> Passage:
+        places = texts.place[list(items)]
+        ids = [texts.token_ids[place] for place in places]
+        if intercepts is None:
+            return text_passage(ids)
+        shift = intercepts[list(items)] - texts.scores.feedback_logit[places]
+        return feedback_passage(ids, texts.prompt.ending, liked, shift)
+
+    liked = np.ones(len(behaviours)) if rate is None else behaviours.liked
+    return [passage(tuple(behaviours.item[piece]), tuple(liked[piece])) for piece in events]
+
+
+def _scored_units(
+    units: Units,
+    frame: Frame,
+    scores: np.ndarray,
+    texts: _Texts,
+    behaviours: Behaviours,
+    rows: np.ndarray,
+    fold: np.ndarray,
+    rate: np.ndarray | None,
+) -> Units:
+    """Units of one behaviour each with what cached scores (n_texts, G, d) say of them at θ⁰."""
+    items = behaviours.item[rows]
+    places, n_folds = texts.place[items], len(frame.maps[0])
+    # one table a fold: there are far more behaviours than items
+    every = np.ones((len(scores), scores.shape[1]))
+    table = np.stack(
+        [frame.pull(scores, np.full(len(scores), number), every) for number in range(n_folds)]
+    )
+    gradient = table[fold, places]
+    for f, part in enumerate(frame.slices):
+        gradient[:, part] *= units.active[:, f, None] > 0
+    if rate is None:
+        value = texts.scores.log_likelihood[places].astype(np.float64)
+    else:
+        label, logit = behaviours.liked[rows], kernels.intercepts(rate)[items]
+        value = -np.logaddexp(0.0, (1.0 - 2.0 * label) * logit)
+        gradient = gradient * (label - scipy.special.expit(logit))[:, None].astype(np.float32)
+    return dataclasses.replace(units, value=value, gradient=gradient.astype(np.float32))
 
 
 def _on_own_device(settings: UIPSettings) -> Any:
@@ -445,11 +524,13 @@ def _content_key(
         settings.seed,
     ]
     key = hashlib.sha256(json.dumps(parts).encode())
-    key.update(repr([dataclasses.astuple(passage) for passage in group.passages]).encode())
+    numbers: dict[Passage, int] = {}
+    which = [numbers.setdefault(passage, len(numbers)) for passage in group.passages]
+    key.update(repr([dataclasses.astuple(passage) for passage in numbers]).encode())
     units, frame = group.units, group.frame
     arrays = [
-        units.first, units.active, units.value, units.gradient, frame.theta0, *frame.maps,
-        *frame.variance, group.fold, snapshots.fitted, held_out,
+        np.array(which), units.first, units.active, units.value, units.gradient, frame.theta0,
+        *frame.maps, *frame.variance, group.fold, snapshots.fitted, held_out,
     ]  # fmt: skip
     for array in arrays:
         key.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())

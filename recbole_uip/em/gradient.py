@@ -47,7 +47,7 @@ from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettin
 
 __all__ = ["Frame", "GradientPosterior", "Likelihood", "Prior", "Run", "Units", "ascend", "in_turn"]
 
-LEARNING_RATES = (0.003, 0.01, 0.03)
+LEARNING_RATES = (0.01, 0.03, 0.1)
 BETAS = (0.9, 0.99)  # few steps: the second moment cannot look back over a thousand of them
 #: What of a batch's result all processes need; the rest stays with the process that made it.
 SHARED = ("where", "total", "value", "curve", "secant", "tokens")
@@ -132,7 +132,7 @@ class Frame:
     @property
     def slices(self) -> list[slice]:
         """Where each facet's coordinates are among the R."""
-        ends = np.cumsum([each.shape[2] for each in self.maps])
+        ends = np.cumsum([each.shape[2] for each in self.maps]).tolist()
         return [slice(end - each.shape[2], end) for end, each in zip(ends, self.maps, strict=True)]
 
     @property
@@ -331,6 +331,8 @@ class GradientPosterior:
     ----------
     codebooks_ : list of G ResidualCodebook or None
         None where no profile has evidence.
+    mode_ : list of G ndarray of float64, each of shape (n_profiles, rank)
+        Coordinates a that the E-step ended at.
     offset_ : list of G ndarray of float64, each of shape (n_profiles, rank)
         Measured offsets y.
     noise_ : ndarray of float64, shape (n_profiles, G)
@@ -399,6 +401,7 @@ class GradientPosterior:
         anything = evidence.sum(axis=1) > 0
         self._units, self._fold, self._likelihood, self._run = units, fold, likelihood, run
         self._states: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+        self.mode_ = [np.zeros((n, each.shape[2])) for each in frame.maps]
         self.offset_ = [np.zeros((n, each.shape[2])) for each in frame.maps]
         self.noise_ = np.full(evidence.shape, np.inf)
         self.codebooks_: list[ResidualCodebook | None] = [None] * len(self.facets)
@@ -477,13 +480,14 @@ class GradientPosterior:
             spent += each
         return [*batches, order[start:]] if len(order) else batches
 
-    def _fresh(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        first = self._units.first
+    def start(self, units: Units, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """The state of profiles ``batch`` at θ⁰, from which :func:`ascend` starts."""
+        first = units.first
         mine = np.concatenate([np.arange(first[u], first[u + 1]) for u in batch])
         return {
             "where": np.zeros((len(batch), self.frame.size), np.float32),
-            "table": self._units.gradient[mine].astype(np.float32),
-            "known": self._units.value[mine].astype(np.float64),
+            "table": units.gradient[mine].astype(np.float32),
+            "known": units.value[mine].astype(np.float64),
             "visited": np.zeros((len(mine), self.frame.size), np.float32),
             "own": np.zeros(len(mine), dtype=bool),
         }
@@ -492,12 +496,12 @@ class GradientPosterior:
         self, phase: str, batches: list[np.ndarray], number: int, rate: float | None = None
     ) -> list[dict]:
         """The E-step of all batches, from where the one before left them."""
-        priors = self._priors()
+        priors = self.priors()
         rate = self.learning_rate_ if rate is None else rate
 
         def tune(index: int) -> dict[str, np.ndarray]:
             batch = batches[index]
-            state = self._states.get((phase, index)) or self._fresh(batch)
+            state = self._states.get((phase, index)) or self.start(self._units, batch)
             return ascend(
                 state, self._units, batch, self._fold[batch], self.frame, priors,
                 self._likelihood, self.settings, rate, (self.seed, number),
@@ -510,11 +514,13 @@ class GradientPosterior:
             self.tokens_ += int(result["tokens"][0])
         return results
 
-    def _priors(self) -> list[Prior] | None:
+    def priors(self) -> list[Prior] | None:
+        """What draws each facet's soft tokens now: its codebook, before there is one N(0, λ)."""
         if self.settings.prior == "none":
             return None
         priors = []
-        for codebook, variance in zip(self.codebooks_, self.frame.variance, strict=True):
+        codebooks = getattr(self, "codebooks_", [None] * len(self.facets))
+        for codebook, variance in zip(codebooks, self.frame.variance, strict=True):
             if codebook is None:
                 priors.append(Prior(np.ones(1), np.zeros((1, len(variance))), variance))
             else:
@@ -551,11 +557,11 @@ class GradientPosterior:
                 count = evidence[batch, f]
                 known = count > 0
                 noise = 1.0 / (self.curvature_[f] * count[known])
+                mode = result["where"][known, part].astype(np.float64)
+                newton = noise[:, None] * result["total"][known, part]
                 self.noise_[batch[known], f] = noise
-                self.offset_[f][batch[known]] = (
-                    result["where"][known, part].astype(np.float64)
-                    + noise[:, None] * result["total"][known, part]
-                )
+                self.mode_[f][batch[known]] = mode
+                self.offset_[f][batch[known]] = mode + newton
 
     def _fit_codebook(self, f: int, learn: np.ndarray) -> ResidualCodebook | None:
         chosen = np.flatnonzero(learn & np.isfinite(self.noise_[:, f]))

@@ -111,6 +111,8 @@ class SoftTokenLikelihood:
     recompute : bool
         Keep no activations within layers but compute them again (gradient checkpointing): a third
         slower, for long passages on a small device.
+    general : bool
+        Go through transformers whatever the LM's layout, for a prompt with another mask.
 
     Attributes
     ----------
@@ -122,7 +124,12 @@ class SoftTokenLikelihood:
     """
 
     def __init__(
-        self, backbone: Backbone, prompt: Prompt, facets: Sequence[int], recompute: bool = False
+        self,
+        backbone: Backbone,
+        prompt: Prompt,
+        facets: Sequence[int],
+        recompute: bool = False,
+        general: bool = False,
     ) -> None:
         self.backbone, self.prompt, self.facets = backbone, prompt, list(facets)
         self._theta0 = prompt.theta0(backbone)
@@ -131,7 +138,7 @@ class SoftTokenLikelihood:
         self.longest = float(torch.maximum(lengths.mean(), self._theta0.norm(dim=1).max()))
         self._llama = None
         limit = backbone.model.config.get_text_config().max_position_embeddings
-        if llama.supports(backbone, limit):
+        if not general and llama.supports(backbone, limit):
             self._llama = _SoftLlama(backbone, prompt, self._theta0, self.facets, recompute)
 
     def n_tokens(self, passage: Passage) -> int:

@@ -261,6 +261,9 @@ class _SoftLlama(llama.FoldedLlama):
     ) -> None:
         super().__init__(backbone)
         self.recompute = recompute
+        # PyTorch's fused attention for CPUs takes half of the time of a backward pass over short
+        # texts (measured); plain products, the heads that share keys side by side, do not.
+        self.fused = self.device.type != "cpu"
         self.n_prefix = len(prompt)
         self.positions = prompt.soft_positions[facets]
         fixed = torch.ones(len(prompt), dtype=torch.bool)
@@ -327,7 +330,7 @@ class _SoftLlama(llama.FoldedLlama):
 
     def _causal(self, length: int) -> torch.Tensor:
         """A passage's tokens see the whole prompt, and one another from the left."""
-        if self.device.type != "cpu":
+        if self.fused:
             return causal_lower_right(length, self.n_prefix + length)
         every = torch.ones(length, self.n_prefix + length, dtype=torch.bool)
         return every.tril(self.n_prefix)
@@ -388,12 +391,10 @@ class _SoftLlama(llama.FoldedLlama):
         return x + functional.linear(functional.silu(gate) * up, layer.down), key, value
 
     def _attend(self, query, keys, values, mask):
-        if self.device.type != "cpu":
+        if self.fused:
             return functional.scaled_dot_product_attention(
                 query, keys, values, mask, scale=self.scaling, enable_gqa=self.group > 1
             )
-        # PyTorch's fused attention for CPUs takes half of the time of a backward pass over short
-        # texts (measured); plain products, the heads that share keys side by side, do not.
         n, _, length, _ = query.shape
         query = (query * self.scaling).reshape(n, self.n_kv, self.group * length, -1)
         scores = (query @ keys.transpose(2, 3)).view(n, self.n_kv, self.group, length, -1)

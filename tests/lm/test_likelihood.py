@@ -120,6 +120,20 @@ def test_recomputing_changes_nothing(backbone, prompt, ids, theta):
         np.testing.assert_allclose(left, right, rtol=1e-12)
 
 
+def test_fused_attention_says_the_same(backbone, prompt, ids, theta):
+    """What a GPU runs, on the CPU: the packed texts, masks and grouped heads are the same."""
+    for passages in (
+        [text_passage([text]) for text in ids],
+        [text_passage(ids[:4]), text_passage(ids[2:])],
+    ):
+        chosen = theta[: len(passages), [0, 2]]
+        plain = likelihood(backbone, prompt, [0, 2]).value_and_gradient(passages, chosen)
+        fused = likelihood(backbone, prompt, [0, 2])
+        fused._llama.fused = True
+        for left, right in zip(plain, fused.value_and_gradient(passages, chosen), strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-6)
+
+
 def test_batches_and_chunks_of_logits_do_not_matter(backbone, prompt, ids, theta, monkeypatch):
     passages = [text_passage([text]) for text in ids]
     tuned = likelihood(backbone, prompt, [0, 1])

@@ -275,6 +275,7 @@ def groups(
             behaviours, settings, history, snapshots, evidence, texts.known
         )
         passages = _passages(behaviours, texts, events, rate if feedback else None)
+        _check_lengths(passages, likelihood)
         cost_of = [likelihood.n_tokens(passage) for passage in passages]
         units = Units(
             first,
@@ -436,6 +437,16 @@ def _passages(
 
     liked = np.ones(len(behaviours)) if rate is None else behaviours.liked
     return [passage(tuple(behaviours.item[piece]), tuple(liked[piece])) for piece in events]
+
+
+def _check_lengths(passages: list[Passage], likelihood: SoftTokenLikelihood) -> None:
+    longest = max((len(passage.tokens) for passage in passages), default=0)
+    needed, limit = longest + len(likelihood.prompt), likelihood.n_positions
+    if limit is not None and needed > limit:
+        raise SettingsError(
+            f"a user's behaviours need {needed} positions of the LM, which has {limit}: lower "
+            "uip_gradient.behaviours, or set uip_likelihood=item"
+        )
 
 
 def _scored_units(

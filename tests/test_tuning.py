@@ -293,6 +293,22 @@ def test_contrast_needs_endings(world, texts, make):
         run(implicit, texts, make(uip_facets=facets))
 
 
+def test_sequences_that_are_too_long_are_said(world, texts, make):
+    gradient = {**GRADIENT, "behaviours": 200}
+    behaviours = dataclasses.replace(
+        world.behaviours,
+        user=np.zeros_like(world.behaviours.user),
+        liked=np.ones(len(world.behaviours)),
+    )
+    facets = {"everything": {"weight": "all", "codes": 2}}
+    with pytest.raises(SettingsError, match="positions of the LM, which has 256: lower"):
+        run(
+            behaviours,
+            texts,
+            make(uip_likelihood="sequence", uip_gradient=gradient, uip_facets=facets),
+        )
+
+
 def test_match_fields_are_left_out_and_said_to_be(world, texts, make, caplog):
     facets = {"interests": {**FACETS["interests"], "match": {"rank": 2}}}
     with caplog.at_level(logging.WARNING):

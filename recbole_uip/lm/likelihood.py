@@ -137,8 +137,11 @@ class SoftTokenLikelihood:
         lengths = backbone.model.get_input_embeddings().weight.float().norm(dim=1)
         self.longest = float(torch.maximum(lengths.mean(), self._theta0.norm(dim=1).max()))
         self._llama = None
-        limit = backbone.model.config.get_text_config().max_position_embeddings
-        if not general and llama.supports(backbone, limit):
+        #: Positions that the LM has; None where there is no limit.
+        self.n_positions = getattr(
+            backbone.model.config.get_text_config(), "max_position_embeddings", None
+        )
+        if not general and llama.supports(backbone, self.n_positions or 0):
             self._llama = _SoftLlama(backbone, prompt, self._theta0, self.facets, recompute)
 
     def n_tokens(self, passage: Passage) -> int:

@@ -170,7 +170,7 @@ class GradientSettings:
 
     steps: int = 20
     behaviours: int = 50
-    batch: int = 4
+    batch: int = 2
     learning_rate: float | None = None
     snapshots: tuple[int, ...] = (5, 20, 80)
     rounds: int = 3

@@ -281,7 +281,7 @@ def groups(
             first,
             np.array(cost_of, dtype=np.int64),
             active,
-            np.zeros(len(events)),
+            np.full(len(events), np.nan),
             np.zeros((len(events), frame.size), np.float32),
         )
         if settings.likelihood == "item" and events:

@@ -89,7 +89,7 @@ class Units:
         Behaviours in it that are evidence of each facet. A facet of which it is none has its
         soft token at θ⁰.
     value : ndarray of float64, shape (n_units,)
-        ℓ at θ⁰.
+        ℓ at θ⁰; NaN where not known.
     gradient : ndarray of float32, shape (n_units, R)
         Its gradient in the coordinates at θ⁰; zeros where not known.
     """
@@ -235,7 +235,7 @@ def ascend(
     dict of ndarray
         The new state; ``total`` (n, R), the gradient of all of a profile's behaviours; ``value``
         (n,), their log-likelihood; ``curve`` (steps + 1,), the sum of the log posteriors before
-        and after each step; ``secant`` (G, 2), the sums of curvature and of its weights; and
+        and after each step, NaN while a behaviour's value is not known; ``secant`` (G, 2), the sums of curvature and of its weights; and
         ``tokens`` (1,), LM tokens spent. Values and gradients are of each behaviour's last turn.
     """
     counts = np.diff(units.first)[chosen]

@@ -253,17 +253,14 @@ def groups(
             continue
         numbers = [facets.index(facet) for facet in chosen]
         scores = texts.scores.feedback if feedback else texts.scores.text
-        observed = []
-        for facet in chosen:
+        observed, moves = [], []
+        for facet, number in zip(chosen, numbers, strict=True):
             try:
                 each = weights.evidence(facet.weight, behaviours.item, behaviours.liked, rate)
+                observed.append(Observations(behaviours, history, each, rate, train_events, fold))
+                moves.append(_moves(facet, scores[:, number], texts, observed[-1], settings))
             except ValueError as error:
                 raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
-            observed.append(Observations(behaviours, history, each, rate, train_events, fold))
-        moves = [
-            _moves(facet, scores[:, number], texts, each, settings)
-            for facet, number, each in zip(chosen, numbers, observed, strict=True)
-        ]
         likelihood = SoftTokenLikelihood(
             texts.backbone, texts.prompt, numbers, settings.gradient.recompute
         )

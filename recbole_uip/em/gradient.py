@@ -235,8 +235,9 @@ def ascend(
     dict of ndarray
         The new state; ``total`` (n, R), the gradient of all of a profile's behaviours; ``value``
         (n,), their log-likelihood; ``curve`` (steps + 1,), the sum of the log posteriors before
-        and after each step, NaN while a behaviour's value is not known; ``secant`` (G, 2), the sums of curvature and of its weights; and
-        ``tokens`` (1,), LM tokens spent. Values and gradients are of each behaviour's last turn.
+        and after each step, NaN while a behaviour's value is not known; ``secant`` (G, 2), the
+        sums of curvature and of its weights; and ``tokens`` (1,), LM tokens spent. Values and
+        gradients are of each behaviour's last turn.
     """
     counts = np.diff(units.first)[chosen]
     start = np.concatenate([[0], np.cumsum(counts)])

@@ -26,6 +26,7 @@ from recbole_uip.texts import bag_of_words
 
 if TYPE_CHECKING:
     from recbole_uip.lm import Scores
+    from recbole_uip.tuning import Tuned
 
 __all__ = [
     "ProfileField",
@@ -99,6 +100,8 @@ class Profiles:
         The rows as events.
     texts : dict of str to TextVectors
         For each source by which facets have their item vectors from the items' texts.
+    tuned : dict of str to Tuned
+        The facets whose soft tokens were tuned by gradients; the encoder does not know them.
     """
 
     fields: tuple[ProfileField, ...]
@@ -110,6 +113,12 @@ class Profiles:
     history: states.History | None = None
     events: states.Events | None = None
     texts: dict[str, TextVectors] = field(default_factory=dict)
+    tuned: dict[str, Tuned] = field(default_factory=dict)
+
+    def means(self) -> dict[str, np.ndarray]:
+        """What all rows' fields are before they are quantised; see :meth:`Encoder.means`."""
+        means = self.encoder.means(self.history, self.events)
+        return means | {each.names[0]: each.row_means() for each in self.tuned.values()}
 
     def match(self, rows: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
         """Match fields of the users and times of ``rows``, with other ``items``.
@@ -168,10 +177,12 @@ def infer(
     if fold is None:
         fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
     result = Profiles((), static, history=history, events=states.Events.of(behaviours, fold))
+    tuned = settings.tuned_facets
+    closed = [facet for facet in settings.facets if facet not in tuned]
     of_texts = {
         source: _text_vectors(source, behaviours, item_texts, settings, result)
         for source in TEXT_SOURCES
-        if any(facet.source == source for facet in settings.facets)
+        if any(facet.source == source for facet in closed)
     }
 
     def fit(facet_settings: FacetSettings) -> Facet:
@@ -187,7 +198,7 @@ def infer(
         except ValueError as error:
             raise SettingsError(f"uip_facets.{facet_settings.name}: {error}") from error
 
-    for facet in _in_parallel(fit, settings.facets):
+    for facet in _in_parallel(fit, closed):
         result.facets[facet.settings.name] = facet
         result.report[facet.settings.name] = facet.report()
     result.encoder = Encoder.of(
@@ -195,12 +206,39 @@ def infer(
         np.zeros(behaviours.n_items) if rate is None else rate,
     )
     tokens = result.encoder.transform(history, result.events)
-    result.fields = tuple(
+    fields = [
         ProfileField(info.name, info.facet, info.kind, info.size, np.ascontiguousarray(values))
         for info, values in zip(result.encoder.fields, tokens.T, strict=True)
-    )
+    ]
+    if tuned:
+        fields += _tuned_fields(behaviours, item_texts, settings, rate, fold, result)
+    order = [facet.name for facet in settings.facets]
+    result.fields = tuple(sorted(fields, key=lambda each: order.index(each.facet)))
     result.cost["em_seconds"] = time.perf_counter() - started - result.cost.get("lm_seconds", 0.0)
     return result
+
+
+def _tuned_fields(
+    behaviours: Behaviours,
+    item_texts: Sequence[str | None] | None,
+    settings: UIPSettings,
+    rate: np.ndarray | None,
+    fold: np.ndarray,
+    result: Profiles,
+) -> list[ProfileField]:
+    """Fields of the facets whose soft tokens are tuned by gradients."""
+    from recbole_uip.tuning import tune
+
+    result.tuned = tune(
+        behaviours, item_texts or (), settings, result.history, rate, fold, result.cost
+    )
+    fields = []
+    for name, tuned in result.tuned.items():
+        result.report[name] = tuned.report
+        for field_name, values in zip(tuned.names, tuned.tokens(settings.empty).T, strict=True):
+            values = np.ascontiguousarray(values)
+            fields.append(ProfileField(field_name, name, "code", tuned.size, values))
+    return fields
 
 
 def _in_parallel(

@@ -21,6 +21,7 @@ __all__ = [
     "ArmSettings",
     "CodebookSettings",
     "FacetSettings",
+    "GradientSettings",
     "LMSettings",
     "MatchSettings",
     "SettingsError",
@@ -136,6 +137,51 @@ class CodebookSettings:
 
 
 @dataclass(frozen=True)
+class GradientSettings:
+    """How soft tokens are tuned (see :mod:`recbole_uip.em.gradient`).
+
+    Parameters
+    ----------
+    steps : int
+        Steps of Adam in a round.
+    behaviours : int
+        Number of a user's latest behaviours that count.
+    batch : int
+        Of these, how many a step puts through the LM (``uip_likelihood: item``; a sequence goes
+        through it whole).
+    learning_rate : float or None
+        Move of a soft token's entries at the first step, root mean square; None chooses it by
+        held-out users' likelihood.
+    snapshots : tuple of int
+        History sizes at which a user's soft tokens are inferred, besides the end of training.
+    rounds : int
+        Rounds of E and M, at most.
+    tol : float
+        Rounds end when the held-out users' bound rises by less, in nats a behaviour.
+    held_out : float
+        Share of users held out for that.
+    space : {"frame", "token"}
+        Soft tokens move in the ``rank`` directions of the facet, or anywhere.
+    prior : {"mixture", "none"}
+        Whether codewords draw the soft tokens.
+    recompute : bool
+        Gradient checkpointing: less memory, a third more time.
+    """
+
+    steps: int = 20
+    behaviours: int = 50
+    batch: int = 2
+    learning_rate: float | None = None
+    snapshots: tuple[int, ...] = (5, 20, 80)
+    rounds: int = 3
+    tol: float = 1e-3
+    held_out: float = 0.1
+    space: str = "frame"
+    prior: str = "mixture"
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
 class LMSettings:
     """Which language model scores the item texts, and how.
 
@@ -200,6 +246,9 @@ class UIPSettings:
     endings: tuple[str, str] | None = None
     lm: LMSettings = field(default_factory=LMSettings)
     codebook: CodebookSettings = field(default_factory=CodebookSettings)
+    posterior: str = "score"
+    likelihood: str = "item"
+    gradient: GradientSettings = field(default_factory=GradientSettings)
     time: str = "auto"
     history: str = "auto"
     refresh: float = 0.0
@@ -247,6 +296,13 @@ class UIPSettings:
             codebook=_parse_section(
                 CodebookSettings, "uip_codebook", given.get("uip_codebook", {})
             ),
+            posterior=_choice(
+                "uip_posterior", given.get("uip_posterior", "score"), ("score", "gradient")
+            ),
+            likelihood=_choice(
+                "uip_likelihood", given.get("uip_likelihood", "item"), ("item", "sequence")
+            ),
+            gradient=_parse_gradient(given.get("uip_gradient", {})),
             time=_choice(
                 "uip_time", given.get("uip_time", "auto"), ("auto", "point_in_time", "static")
             ),
@@ -281,6 +337,9 @@ class UIPSettings:
             "uip_lm_dtype": self.lm.dtype,
             "uip_lm_batch_tokens": self.lm.batch_tokens,
             "uip_codebook": dataclasses.asdict(self.codebook),
+            "uip_posterior": self.posterior,
+            "uip_likelihood": self.likelihood,
+            "uip_gradient": _plain_gradient(self.gradient),
             "uip_time": self.time,
             "uip_history": self.history,
             "uip_refresh": self.refresh,
@@ -301,6 +360,41 @@ class UIPSettings:
                 f"uip_refresh={self.refresh:g}s has no meaning with uip_time=static: "
                 "set uip_time=point_in_time or drop uip_refresh"
             )
+        if self.posterior == "gradient":
+            self._check_gradient()
+        elif self.likelihood != "item":
+            raise SettingsError(
+                f"uip_likelihood={self.likelihood} has no meaning with uip_posterior=score, whose "
+                "scores are of single items: set uip_posterior=gradient or drop uip_likelihood"
+            )
+
+    def _check_gradient(self) -> None:
+        tuned = self.tuned_facets
+        if self.facets and not tuned:
+            raise SettingsError(
+                "uip_posterior=gradient tunes facets with source: lm, and uip_facets has none: add "
+                "one, or set uip_posterior=score"
+            )
+        for facet in tuned:
+            key = f"uip_facets.{facet.name}"
+            if facet.half_life != (math.inf,):
+                raise SettingsError(
+                    f"{key}.half_life has no meaning with uip_posterior=gradient, by which the "
+                    f"{self.gradient.behaviours} latest behaviours count alike: drop it, or set "
+                    "uip_gradient.behaviours"
+                )
+            if facet.codes == 0:
+                raise SettingsError(
+                    f"{key} has codes: 0, and uip_posterior=gradient gives no match field: set "
+                    "codes, or uip_posterior=score"
+                )
+
+    @property
+    def tuned_facets(self) -> tuple[FacetSettings, ...]:
+        """Facets whose soft tokens are tuned by gradients."""
+        if self.posterior != "gradient":
+            return ()
+        return tuple(facet for facet in self.facets if facet.source == "lm")
 
     @property
     def prompts(self) -> list[str]:
@@ -327,6 +421,9 @@ _KEYS = (
     "uip_lm_dtype",
     "uip_lm_batch_tokens",
     "uip_codebook",
+    "uip_posterior",
+    "uip_likelihood",
+    "uip_gradient",
     "uip_time",
     "uip_history",
     "uip_refresh",
@@ -370,9 +467,9 @@ def _optional(key: str, value: Any, kind: type) -> Any:
     return None if value is None else _typed(key, value, kind)
 
 
-def _choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
+def _choice(key: str, value: Any, choices: tuple) -> Any:
     if value not in choices:
-        raise SettingsError(f"{key}={value!r} must be one of {', '.join(choices)}")
+        raise SettingsError(f"{key}={value!r} must be one of {', '.join(map(str, choices))}")
     return value
 
 
@@ -461,6 +558,51 @@ def _parse_section(kind: type, key: str, value: Any, **fixed: Any) -> Any:
             _typed(path, item, str)
         parsed[name] = item
     return kind(**parsed)
+
+
+def _parse_gradient(value: Any) -> GradientSettings:
+    key = "uip_gradient"
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"{key}={value!r} must be a mapping")
+    value = dict(value)
+    parsed: dict[str, Any] = {}
+    if "learning_rate" in value:
+        rate = value.pop("learning_rate")
+        if rate not in (None, "auto"):
+            rate = float(_typed(f"{key}.learning_rate", rate, (int, float)))
+            if not rate > 0:
+                raise SettingsError(f"{key}.learning_rate={rate!r} must be positive, or auto")
+            parsed["learning_rate"] = rate
+    if "snapshots" in value:
+        sizes = value.pop("snapshots")
+        sizes = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes]
+        for size in sizes:
+            _positive(f"{key}.snapshots", size)
+        parsed["snapshots"] = tuple(sorted(set(sizes)))
+    for name, choices in (("space", ("frame", "token")), ("prior", ("mixture", "none"))):
+        if name in value:
+            parsed[name] = _choice(f"{key}.{name}", value.pop(name), choices)
+    if "recompute" in value:
+        parsed["recompute"] = _choice(f"{key}.recompute", value.pop("recompute"), (True, False))
+    for name in ("tol", "held_out"):
+        if name in value:
+            number = float(_typed(f"{key}.{name}", value.pop(name), (int, float)))
+            if not 0 <= number < 1:
+                raise SettingsError(f"{key}.{name}={number!r} must be at least 0 and below 1")
+            parsed[name] = number
+    names = tuple(item.name for item in dataclasses.fields(GradientSettings))
+    for name, item in value.items():
+        if name not in names:
+            raise SettingsError(f"unknown setting {f'{key}.{name}'!r}{_nearest(str(name), names)}")
+        parsed[name] = _positive(f"{key}.{name}", item)
+    return GradientSettings(**parsed)
+
+
+def _plain_gradient(gradient: GradientSettings) -> dict[str, Any]:
+    plain = dataclasses.asdict(gradient)
+    plain["snapshots"] = list(gradient.snapshots)
+    plain["learning_rate"] = gradient.learning_rate or "auto"
+    return plain
 
 
 def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:

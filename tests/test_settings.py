@@ -155,3 +155,55 @@ def test_settings_survive_a_round_trip_through_json():
         }
     )
     assert UIPSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_the_gradient_posterior_is_parsed():
+    facets = {"interests": {"weight": "positive"}, "leniency": {"source": "constant"}}
+    given = {"snapshots": [20, 5, 20], "learning_rate": 0.01, "space": "token", "recompute": True}
+    settings = parse(
+        uip_facets=facets,
+        uip_posterior="gradient",
+        uip_likelihood="sequence",
+        uip_gradient=given,
+    )
+    assert settings.gradient.snapshots == (5, 20)
+    assert settings.gradient.learning_rate == 0.01 and settings.gradient.recompute is True
+    assert settings.gradient.steps == 20 and settings.gradient.prior == "mixture"
+    assert [facet.name for facet in settings.tuned_facets] == ["interests"]
+    assert parse(uip_gradient={"learning_rate": "auto"}).gradient.learning_rate is None
+    assert parse().tuned_facets == () and parse().posterior == "score"
+    plain = json.loads(json.dumps(settings.to_dict()))
+    again = UIPSettings.from_dict(plain)
+    assert again.gradient == settings.gradient and again.likelihood == "sequence"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"uip_posterior": "grad"}, "uip_posterior='grad' must be one of score, gradient"),
+        ({"uip_likelihood": "sequence"}, "has no meaning with uip_posterior=score"),
+        ({"uip_gradient": {"stpes": 3}}, "uip_gradient.stpes.*did you mean 'steps'"),
+        ({"uip_gradient": {"steps": 0}}, "uip_gradient.steps=0 must be an integer of at least 1"),
+        ({"uip_gradient": {"snapshots": [0]}}, "uip_gradient.snapshots=0"),
+        ({"uip_gradient": {"learning_rate": -1}}, "must be positive, or auto"),
+        ({"uip_gradient": {"held_out": 1}}, "uip_gradient.held_out=1.0 must be at least 0"),
+        ({"uip_gradient": {"prior": "vq"}}, "uip_gradient.prior='vq' must be one of"),
+        ({"uip_gradient": {"recompute": "yes"}}, "uip_gradient.recompute='yes'"),
+        ({"uip_gradient": 3}, "uip_gradient=3 must be a mapping"),
+        (
+            {"uip_posterior": "gradient", "uip_facets": {"l": {"source": "constant"}}},
+            "uip_facets has none",
+        ),
+        (
+            {"uip_posterior": "gradient", "uip_facets": {"a": {"half_life": 5}}},
+            "uip_facets.a.half_life has no meaning",
+        ),
+        (
+            {"uip_posterior": "gradient", "uip_facets": {"a": {"codes": 0, "match": {}}}},
+            "gives no match field",
+        ),
+    ],
+)
+def test_gradient_settings_that_cannot_be_used(keys, message):
+    with pytest.raises(SettingsError, match=message):
+        parse(**keys)

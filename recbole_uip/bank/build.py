@@ -19,7 +19,7 @@ from recbole_uip.behaviours import TRAIN, Behaviours
 from recbole_uip.em.states import run, whole_history
 from recbole_uip.em.weights import smoothed_rate
 from recbole_uip.profiles import Profiles, infer
-from recbole_uip.settings import UIPSettings
+from recbole_uip.settings import SettingsError, UIPSettings
 
 __all__ = ["bank_of_events", "bank_of_profiles", "fit_model"]
 
@@ -60,6 +60,7 @@ def bank_of_profiles(
     is_event = np.ones(len(behaviours), dtype=bool)
     if settings.history == "train":
         is_event = behaviours.train
+    _check_servable(settings)
     history = whole_history(behaviours.user, behaviours.time, is_event, behaviours.n_users)
     model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)
     present = np.flatnonzero(history.seen)
@@ -107,6 +108,7 @@ def bank_of_events(
     FeatureBank
         Open for writing.
     """
+    _check_servable(settings)
     counts = events.item_counts()
     sample = events.sample_users(FIT_USERS, settings.seed, FIT_EVENTS)
     model = fit_model(sample, counts, settings, texts)
@@ -137,6 +139,7 @@ def fit_model(
     -------
     ProfileModel
     """
+    _check_servable(settings)
     items = [NO_ITEM, *counts["item"].to_pylist()]
     number_of = {item: number for number, item in enumerate(items) if number}
     item_texts = None if texts is None else texts(number_of, len(items))
@@ -154,6 +157,14 @@ def fit_model(
         count, likes = (np.append(0, counts[name].to_numpy()) for name in ("count", "likes"))
         model.encoder = model.encoder.with_rate(smoothed_rate(count, likes))
     return model
+
+
+def _check_servable(settings: UIPSettings) -> None:
+    if settings.tuned_facets:
+        raise SettingsError(
+            f"uip_facets.{settings.tuned_facets[0].name}: a feature bank cannot update soft tokens "
+            "that uip_posterior=gradient tunes, for that takes the LM: set uip_posterior=score"
+        )
 
 
 def _behaviours(

@@ -73,7 +73,7 @@ def float_fields(
     -------
     dict of str to ndarray of float32, shape (n_rows,)
     """
-    means = profiles.encoder.means(profiles.history, profiles.events)
+    means = profiles.means()
     columns = {}
     for field in profiles.fields:
         # Further levels quantise what the first left of the same means.

@@ -30,6 +30,7 @@ from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError
+from recbole_uip.work import is_main_process
 
 __all__ = [
     "finite",
@@ -82,7 +83,8 @@ def run_recbole_uip(
     Returns
     -------
     dict
-        What ``results.json`` holds; with several datasets, a dict of these by dataset.
+        What ``results.json`` holds; with several datasets, a dict of these by dataset. Empty in
+        all but the first process of ``accelerate launch``.
 
     Raises
     ------
@@ -134,10 +136,19 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     # Builds the splits and the profiles, or finds them saved.
     data_preparation(config, dataset)
     inferred = time.perf_counter()
+    if not is_main_process():
+        # Processes of accelerate share the LM's work alone; the first goes on by itself.
+        return {}
     path = output / "profiles.parquet"
     field_bytes = write_profiles(path, dataset)
     artefacts = {"results": str(output / "results.json"), "profiles": str(path)}
-    if dataset.profiles.fields:
+    servable = not dataset.profiles.tuned
+    if not servable:
+        logger.info(
+            "no feature bank and no serving files are written: a bank cannot update soft tokens "
+            "that uip_posterior=gradient tunes, for that takes the LM"
+        )
+    if dataset.profiles.fields and servable:
         artefacts["bank"] = str(output / "bank")
         _write_bank(output / "bank", dataset)
     results: dict[str, Any] = {
@@ -164,7 +175,8 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         name = each["model"]
         results["cost"]["train_seconds"].setdefault(name, {})[arm.name] = outcome.pop("seconds")
         results["models"].setdefault(name, {})[arm.name] = outcome
-    artefacts["serving"] = write_serving(output, dataset, configs)
+    if servable:
+        artefacts["serving"] = write_serving(output, dataset, configs)
     results["cost"]["peak_memory_bytes"] = peak_memory()
     with atomic_write(output / "results.json", "w") as file:
         json.dump(finite(results), file, indent=2, allow_nan=False)

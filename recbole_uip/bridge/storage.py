@@ -91,10 +91,12 @@ _NAMES = {
     "recbole_uip.behaviours": {"Behaviours"},
     "recbole_uip.bridge.config": {"restore_config"},
     "recbole_uip.profiles": {"ProfileField", "Profiles", "TextVectors"},
+    "recbole_uip.tuning": {"Tuned"},
     "recbole_uip.settings": {
         "ArmSettings",
         "CodebookSettings",
         "FacetSettings",
+        "GradientSettings",
         "LMSettings",
         "MatchSettings",
         "UIPSettings",

@@ -143,6 +143,23 @@ def _add_bench(subcommands: argparse._SubParsersAction) -> None:
         "--repeats", type=int, default=5, metavar="N", help="runs of the batch figures (default: 5)"
     )
     bank.set_defaults(function=_bench_bank, parser=bank)
+    gradient = stages.add_parser(
+        "gradient",
+        help="tuning soft tokens through the LM: speed, agreement with the closed form, likelihood",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    gradient.add_argument("--dataset", "-d", help="dataset (default: ml-100k)")
+    add_config_files(gradient)
+    gradient.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    gradient.add_argument(
+        "--users", type=int, default=200, metavar="N", help="users that are tuned (default: 200)"
+    )
+    gradient.add_argument(
+        "--peers", type=int, default=4, metavar="N",
+        help="users for the comparison with the authors' formulation (default: 4; 0: none)",
+    )  # fmt: skip
+    gradient.set_defaults(function=_bench_gradient, parser=gradient)
 
 
 def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
@@ -180,7 +197,7 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
     results = run_recbole_uip(
         namespace.model, namespace.dataset, files, command_line=overrides, command=command
     )
-    for each in [results] if "models" in results else results.values():
+    for each in [results] if "models" in results else filter(None, results.values()):
         print("\n" + format_report(each))
 
 
@@ -209,6 +226,21 @@ def _bench_bank(namespace: Namespace, overrides: list[str], command: str) -> Non
         command_line=overrides,
         events=namespace.events,
         repeats=namespace.repeats,
+        command=command,
+    )
+    _show_bench(results, namespace.json)
+
+
+def _bench_gradient(namespace: Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.evidence.bench_gradient import bench_gradient
+
+    files = start(namespace, overrides)
+    results = bench_gradient(
+        namespace.dataset,
+        files,
+        command_line=overrides,
+        users=namespace.users,
+        peers=namespace.peers,
         command=command,
     )
     _show_bench(results, namespace.json)

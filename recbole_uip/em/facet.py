@@ -158,7 +158,7 @@ class Facet:
             Whitened item vectors for each fold of users, or one array for all users.
         observed : Observations
         """
-        self.basis_ = self._fit_basis(vectors, observed)
+        self.basis_ = self.fit_basis(vectors, observed)
         shape = (len(vectors), observed.behaviours.n_items, -1)
         self.vectors_ = self.basis_.vectors.astype(np.float32).reshape(shape)
         self.codebooks_: dict[str, ResidualCodebook | None] = {}
@@ -221,7 +221,8 @@ class Facet:
         posterior = self.settings.match.posterior
         return posterior == "filter" or (posterior == "auto" and self.settings.weight == "contrast")
 
-    def _fit_basis(self, vectors: Sequence[np.ndarray], observed: Observations) -> Basis:
+    def fit_basis(self, vectors: Sequence[np.ndarray], observed: Observations) -> Basis:
+        """The facet's directions, by the training rows; see :meth:`fit`."""
         train, behaviours = observed.train_events, observed.behaviours
         fold_of_event = observed.fold[behaviours.user[train]]
         rank = max(

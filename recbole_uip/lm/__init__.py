@@ -3,8 +3,9 @@
 :func:`score` is the way in: texts to log-likelihoods and score vectors, cached. The modules:
 ``backbone`` (find and load a frozen LM), ``prompt`` (facets, soft tokens, block mask, and the
 differentiable likelihood), ``scoring`` (batches and cache), ``llama`` (the fast path),
-``embedding`` (mean embeddings, the control for scores), ``forward`` (log-likelihoods away from
-the point where scores were taken), ``store`` (scores on disk). Nothing here knows RecBole.
+``likelihood`` (behaviours under tuned soft tokens, and gradients in these), ``forward``
+(log-likelihoods of texts at any soft tokens, forward only), ``embedding`` (mean embeddings, the
+control for scores), ``store`` (scores on disk). Nothing here knows RecBole.
 """
 
 from recbole_uip.lm.backbone import Backbone, ModelError, ModelSource, load, resolve

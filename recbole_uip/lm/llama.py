@@ -31,7 +31,7 @@ from tqdm import tqdm
 from recbole_uip.lm.backbone import Backbone
 from recbole_uip.lm.prompt import Prompt
 
-__all__ = ["LlamaScorer", "Prefix", "supports"]
+__all__ = ["FoldedLlama", "LlamaScorer", "Prefix", "supports"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 HEAD_ROWS = 512  # rows of the vocabulary projection at a time: bounds its memory
@@ -107,21 +107,17 @@ def supports(backbone: Backbone, n_positions: int) -> bool:
     return all(type(m) is torch.nn.Linear and m.bias is None for m in linear)
 
 
-class LlamaScorer:
-    """Scores batches of texts under one prompt.
+class FoldedLlama:
+    """Sizes and weights of an LM of Llama's layout, norms folded into what follows them.
 
     Parameters
     ----------
     backbone : Backbone
         For which :func:`supports` is true.
-    prompt : Prompt
-    prefix : Prefix, optional
-        From an earlier run; computed if not given.
     """
 
-    def __init__(self, backbone: Backbone, prompt: Prompt, prefix: Prefix | None = None) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         model, config = backbone.model, backbone.model.config
-        self.prompt = prompt
         self.dtype, self.device = backbone.dtype, backbone.device
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.n_heads = config.num_attention_heads
@@ -135,6 +131,31 @@ class LlamaScorer:
         self.layers = [_fold(layer, self.wide) for layer in model.model.layers]
         head = model.get_output_embeddings().weight
         self.head = _scale_columns(head, model.model.norm, self.wide)
+
+    def rotation(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the rotary embedding, each (n, head_dim)."""
+        like = torch.zeros(1, dtype=dtype, device=self.device)
+        cos, sin = self.rotary(like, positions[None].to(self.device))
+        return cos[0], sin[0]
+
+
+class LlamaScorer(FoldedLlama):
+    """Scores batches of texts under one prompt.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        For which :func:`supports` is true.
+    prompt : Prompt
+    prefix : Prefix, optional
+        From an earlier run; computed if not given.
+    """
+
+    def __init__(self, backbone: Backbone, prompt: Prompt, prefix: Prefix | None = None) -> None:
+        super().__init__(backbone)
+        self.prompt = prompt
         self.prefix = prefix or self._prefix(prompt.theta0(backbone))
         self._keys = self.prefix.keys.to(self.device, self.dtype)
         self._values = self.prefix.values.to(self.device, self.dtype)
@@ -159,7 +180,7 @@ class LlamaScorer:
         soft = prompt.soft_positions.to(self.device)
         facets = torch.arange(prompt.n_facets, device=self.device)
         mask = prompt.mask().to(self.device)
-        cos, sin = self._rotation(torch.arange(len(prompt)), wide)
+        cos, sin = self.rotation(torch.arange(len(prompt)), wide)
         cos_soft, sin_soft = (part[soft][:, None, None] for part in (cos, sin))
         x = self.embedding[prompt.token_ids.clamp(min=0).to(self.device)].to(wide)
         x = x.index_copy(0, soft, theta.to(self.device, wide))
@@ -280,7 +301,7 @@ class LlamaScorer:
         """Forward pass over behaviour tokens (n, T), the prefix's keys and values given."""
         n, length = ids.shape
         n_prefix = len(self.prompt)
-        rotation = self._rotation(torch.arange(n_prefix, n_prefix + length), self.dtype)
+        rotation = self.rotation(torch.arange(n_prefix, n_prefix + length), self.dtype)
         cos, sin = (part[:, None] for part in rotation)
         # right padding: no real token sees a padding token, so the causal mask is enough
         future = torch.ones(length, length, dtype=torch.bool, device=self.device).triu(1)
@@ -424,14 +445,6 @@ class LlamaScorer:
                 [_rotate(rotated, cos, -sin), d_value.permute(2, 0, 3, 1, 4)], 3
             ).flatten(3)
             dx += _normalise_backward(d_heads @ layer.qkv, state.norm1, state.scale1)
-
-    def _rotation(
-        self, positions: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of the rotary embedding, each (n, head_dim)."""
-        like = torch.zeros(1, dtype=dtype, device=self.device)
-        cos, sin = self.rotary(like, positions[None].to(self.device))
-        return cos[0], sin[0]
 
     @staticmethod
     def _group(query: torch.Tensor) -> torch.Tensor:

@@ -242,8 +242,8 @@ def put_through(
     bar = tqdm(total=int(lengths.sum()), desc=description, unit="tok", leave=False, delay=2)
     try:
         batches = _batches(lengths, batch_tokens)
-        for batch, result in _in_parallel(
-            lambda batch: run([ids[row] for row in batch]), batches, _n_workers(backbone)
+        for batch, result in in_parallel(
+            lambda batch: run([ids[row] for row in batch]), batches, n_workers(backbone)
         ):
             result["n_tokens"] = torch.tensor([len(ids[row]) for row in batch])
             for name, values in result.items():
@@ -311,12 +311,12 @@ def _batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
         start += size
 
 
-def _n_workers(backbone: Backbone) -> int:
+def n_workers(backbone: Backbone) -> int:
     """Batches to score at once: on CPU one per thread, up to a bound on memory."""
     return min(torch.get_num_threads(), MAX_WORKERS) if backbone.device.type == "cpu" else 1
 
 
-def _in_parallel(
+def in_parallel(
     function: Callable[[np.ndarray], dict[str, torch.Tensor]],
     batches: Iterable[np.ndarray],
     n_workers: int,

@@ -371,6 +371,7 @@ UNREAD = {
     "uip_endings": {"liked": " a", "disliked": " b"}, "uip_facets.taste.codes": 8,
     "uip_facets.taste.directions": "fisher", "uip_facets.leniency.codes": 3,
     "uip_facets.leniency.levels": 2, "uip_facets.leniency.rank": 3, "uip_facets.company.bins": 9,
+    "uip_likelihood": "item", "uip_gradient": {"steps": 3},
 }  # fmt: skip
 
 
@@ -421,11 +422,16 @@ def test_what_an_arm_does_not_read_does_not_make_another_run(key, name):
     assert key({name: UNREAD[name]}) == key()
 
 
+def test_the_posterior_of_lm_facets_is_not_read_by_others(key):
+    facets = {**FACETS, "taste": {**FACETS["taste"], "codes": 8}}
+    assert key({"uip_posterior": "gradient", "uip_facets": facets}) == key()
+
+
 def test_every_key_of_ours_is_probed():
     from recbole_uip.settings import _KEYS
 
     probed = {name.split(".")[0] for name in (*PROFILE, *NOTHING, *UNREAD)}
-    assert set(_KEYS) - probed == {"uip_arms"}
+    assert set(_KEYS) - probed == {"uip_arms", "uip_posterior"}
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_an_interrupted_run_resumes(error, settings, tmp_path, monkeypatch, leng
             raise error
         return original(self, texts)
 
-    monkeypatch.setattr(scoring, "_n_workers", lambda _: 1)
+    monkeypatch.setattr(scoring, "n_workers", lambda _: 1)
     monkeypatch.setattr(llama.LlamaScorer, "score", fail_third)
     with pytest.raises(error):
         score(TEXTS, FACETS, ENDINGS, settings, tmp_path)
@@ -221,7 +221,7 @@ def test_a_mask_that_is_not_honoured_is_refused(backbone, prompt, monkeypatch):
 @pytest.mark.parametrize("n_workers", [1, 3])
 def test_workers_do_not_matter(n_workers, settings, tmp_path, monkeypatch):
     first = score(TEXTS, FACETS, ENDINGS, settings, tmp_path / "first")
-    monkeypatch.setattr(scoring, "_n_workers", lambda _: n_workers)
+    monkeypatch.setattr(scoring, "n_workers", lambda _: n_workers)
     same(first, score(TEXTS, FACETS, ENDINGS, settings, tmp_path / "second"))
 
 

@@ -95,7 +95,7 @@ def test_an_interrupted_run_resumes(settings, tmp_path, monkeypatch, lengths):
             raise KeyboardInterrupt
         return mean_states(*arguments)
 
-    monkeypatch.setattr("recbole_uip.lm.scoring._n_workers", lambda _: 1)
+    monkeypatch.setattr("recbole_uip.lm.scoring.n_workers", lambda _: 1)
     monkeypatch.setattr(embedding, "mean_states", fail_third)
     with pytest.raises(KeyboardInterrupt):
         embed(TEXTS, settings, tmp_path)

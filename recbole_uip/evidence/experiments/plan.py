@@ -328,7 +328,10 @@ def _used(settings: UIPSettings, chosen: tuple[FacetSettings, ...]) -> UIPSettin
     default, unused = UIPSettings(), {}
     if "lm" not in sources:
         # Else the one prompt has the names of all facets.
-        unused |= {"facets": chosen, "endings": None}
+        unused |= {"facets": chosen, "endings": None, "posterior": default.posterior}
+        unused["likelihood"] = default.likelihood
+    if "lm" not in sources or settings.posterior == "score":
+        unused["gradient"] = default.gradient
     if not sources & {"lm", "embedding"}:
         unused["lm"] = default.lm
     if not sources & set(TEXT_SOURCES):

@@ -1,0 +1,516 @@
+"""What tuning soft tokens through the LM costs and finds, next to the closed form and the authors.
+
+All on the same users: their training rows but for a fifth of each user's, which are held out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+from recbole_uip import tuning
+from recbole_uip.behaviours import Behaviours
+from recbole_uip.bridge.run import peak_memory
+from recbole_uip.em import collaborative, weights
+from recbole_uip.em.gradient import GradientPosterior, ascend
+from recbole_uip.em.snapshots import Snapshots, take_snapshots
+from recbole_uip.em.states import History, whole_history
+from recbole_uip.evidence.bench import (
+    Matrices,
+    Task,
+    load_task,
+    matmul_ceiling,
+    matrices,
+    parse_config,
+)
+from recbole_uip.evidence.figures import Figure, machine, versions
+from recbole_uip.lm.likelihood import (
+    Passage,
+    SoftTokenLikelihood,
+    feedback_passage,
+    text_passage,
+)
+from recbole_uip.lm.prompt import Prompt
+from recbole_uip.lm.scoring import n_workers
+from recbole_uip.settings import FacetSettings, SettingsError
+from recbole_uip.tuning import Group
+from recbole_uip.work import Work
+
+__all__ = ["CausalPrompt", "bench_gradient", "tuning_flops"]
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 0.2  # share of a user's behaviours
+LEAST_EVENTS = 20  # training rows of a user that is taken
+SCALES = (1.0, 0.1, 0.01)  # of the closed form's soft tokens, whose first order is short
+LENGTHS = ((1, 10), (11, 25), (26, 10**9))  # behaviours of a profile, for the correlations
+CHECKED = 24  # profiles whose true likelihood is computed
+#: The paper's facets and its prompts; every behaviour speaks for both.
+AUTHORS_FACETS = ("hobby", "background")
+AUTHORS_RATE = 0.01
+
+_NOTES = [
+    "E-step: uip_gradient.steps steps for all users, one round, with the choice of the learning "
+    "rate; wall time, the LM loaded and scores cached. Floor: its FLOPs at the measured ceiling.",
+    "FLOPs: 2 per weight and token forward, 2 backward (weights get no gradient); the head at "
+    "predicted text tokens. Ceiling: the best torch product of the LM's layer shapes, same type "
+    "and threads.",
+]
+
+
+@dataclass(frozen=True)
+class CausalPrompt(Prompt):
+    """The authors' prompt: the same words, but every position sees all before it."""
+
+    def mask(self, n_behaviour: int = 0) -> torch.Tensor:
+        """Plainly causal."""
+        length = len(self) + n_behaviour
+        return torch.ones(length, length).tril().bool()
+
+
+class _Counted:
+    """A group's likelihood that counts what goes through the LM."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.run = self.predicted = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        passages = [self.group.passages[u] for u in units]
+        tokens = sum(len(passage.tokens) for passage in passages)
+        with self._lock:
+            self.run += tokens + len(passages) * len(self.group.facets)
+            self.predicted += 0 if passages[0].verbs else tokens
+        return self.group(units, theta)
+
+
+def tuning_flops(weights: Matrices, run_tokens: int, predicted_tokens: int) -> int:
+    """FLOPs of products with weights for likelihoods and their gradients in soft tokens.
+
+    Parameters
+    ----------
+    weights : Matrices
+    run_tokens : int
+        Tokens through the layers, soft ones included; 4 FLOPs a weight.
+    predicted_tokens : int
+        Tokens at which the head makes logits, there and back.
+    """
+    return 4 * (weights.layer_weights * run_tokens + weights.head_weights * predicted_tokens)
+
+
+def bench_gradient(
+    dataset: str | None = None,
+    config_files: Sequence[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    command_line: Sequence[str] = (),
+    users: int = 200,
+    peers: int = 4,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Measure the gradient posterior: speed, agreement with the closed form, true likelihood.
+
+    Parameters
+    ----------
+    dataset : str, optional
+        By default ``dataset`` of the settings, else ml-100k.
+    config_files : sequence of path, optional
+    config : mapping, optional
+        Any RecBole or ``uip_*`` settings; stronger than the files.
+    command_line : sequence of str, optional
+        ``--key=value`` arguments; stronger than ``config``.
+    users : int
+        Users, drawn at random among those with enough training rows.
+    peers : int
+        Of these, users for the comparison with the authors' formulation; 0 leaves it out.
+    command : str, optional
+        How this was started, for the record.
+
+    Returns
+    -------
+    dict
+        As :func:`~recbole_uip.evidence.bench.bench_profiles`, with ``agreement``, ``likelihood``
+        and ``authors`` besides.
+
+    Raises
+    ------
+    SettingsError
+        If a setting cannot be used, or there are too few users.
+    """
+    if users < 8:
+        raise SettingsError(f"users={users} must be at least 8: a codebook is fitted on them")
+    if not 0 <= peers <= users:
+        raise SettingsError(f"peers={peers} must be between 0 and users={users}")
+    config = {"uip_posterior": "gradient", **(config or {})}
+    name, parsed = parse_config(dataset, config_files, config, command_line)
+    task = load_task(parsed)
+    here = machine()
+    slice_ = _Slice.of(task, users)
+    groups = slice_.groups(task)
+    backbone = groups[0].likelihood.backbone
+    here |= {"device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch.")}
+    if backbone.device.type == "cuda":
+        here["gpu"] = torch.cuda.get_device_name(backbone.device)
+    shapes = matrices(backbone.model)
+
+    def ceiling() -> float:
+        tokens = task.settings.lm.batch_tokens
+        return matmul_ceiling(shapes.layers, tokens, backbone.dtype, backbone.device)
+
+    fastest = ceiling()
+    figures, notes, agreement, likelihood = [], [*_NOTES], [], []
+    seconds, run_tokens, flops = 0.0, 0, 0
+    with tempfile.TemporaryDirectory(prefix="uip-bench-") as folder:
+        for number, group in enumerate(groups):
+            counted = _Counted(group)
+            posterior = slice_.posterior(task, group)
+            work = Work(Path(folder, str(number)), n_workers(backbone))
+            spent = slice_.fit(posterior, group, counted, work)
+            seconds, run_tokens = seconds + spent, run_tokens + counted.run
+            flops += tuning_flops(shapes, counted.run, counted.predicted)
+            label = ", ".join(facet.name for facet in group.facets)
+            curve = posterior.curves_[-1]
+            fall = float(-np.minimum(np.diff(curve), 0).sum())
+            notes.append(
+                f"{label}: learning rate {posterior.learning_rate_:g}, curvature "
+                f"{', '.join(f'{c:.3g}' for c in posterior.curvature_)}; mean log posterior "
+                f"{curve[0]:.2f} to {curve[-1]:.2f} in {len(curve) - 1} steps, falls on the way "
+                f"{fall:.2g} in all"
+            )
+            agreement += slice_.agreement(posterior, group)
+            likelihood += slice_.likelihood(task, posterior, group)
+    fastest = max(fastest, ceiling())
+    counts = {"users": users, "lm_tokens": run_tokens, "flops": flops}
+    figures.append(
+        Figure(
+            "tuning",
+            f"E-step: {users} users, {run_tokens:,} LM tokens ({run_tokens / seconds:,.0f} tok/s)",
+            seconds, "s", flops / fastest, counts,
+        )
+    )  # fmt: skip
+    figures.append(
+        Figure("flops", f"  of {flops / 1e12:,.2f} TFLOP", flops / seconds, "FLOP/s", fastest)
+    )
+    figures.append(Figure("memory", "peak memory of the process", peak_memory(), "B"))
+    notes += [
+        "{facet}, {least} to {most} behaviours ({profiles} profiles): correlation of the closed "
+        "form with the tuned tokens {mode:.2f}, with the measured offsets {offset:.2f}".format(
+            **each
+        )
+        for each in agreement
+    ]
+    notes += [
+        "{facets}, nats a behaviour, {which} ({behaviours}): ".format(**each)
+        + ", ".join(f"{where} {value:.4f}" for where, value in each["at"].items())
+        for each in likelihood
+    ]
+    authors = None
+    if peers:
+        authors = _against_authors(task, slice_, peers, backbone)
+        notes += authors["lines"]
+    return {
+        "dataset": name,
+        "machine": here,
+        "figures": [each.to_dict() for each in figures],
+        "agreement": agreement,
+        "likelihood": likelihood,
+        "authors": authors,
+        "notes": notes,
+        "versions": versions(),
+        "command": command or f"bench_gradient({name!r})",
+    }
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Some users, what they are tuned on, and what is held out."""
+
+    behaviours: Behaviours
+    history: History
+    snapshots: Snapshots
+    held_out: np.ndarray
+    rate: np.ndarray | None
+    fold: np.ndarray
+
+    @classmethod
+    def of(cls, task: Task, users: int) -> _Slice:
+        behaviours, settings = task.behaviours, task.settings
+        train = behaviours.train
+        rng = np.random.default_rng(settings.seed)
+        counts = np.bincount(behaviours.user[train], minlength=behaviours.n_users)
+        enough = np.flatnonzero(counts >= LEAST_EVENTS)
+        if len(enough) < users:
+            raise SettingsError(
+                f"users={users}, but {len(enough)} have {LEAST_EVENTS} training rows: lower users"
+            )
+        chosen = np.isin(behaviours.user, rng.permutation(enough)[:users])
+        held_out = chosen & train & (rng.random(len(behaviours)) < HELD_OUT)
+        is_event = chosen & train & ~held_out
+        history = whole_history(behaviours.user, behaviours.time, is_event, behaviours.n_users)
+        rate = None
+        if behaviours.liked is not None:
+            rate = weights.like_rate(
+                behaviours.item[train], behaviours.liked[train], behaviours.n_items
+            )
+        return cls(
+            behaviours,
+            history,
+            take_snapshots(history, (), train),
+            held_out,
+            rate,
+            collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed),
+        )
+
+    def groups(self, task: Task) -> list[Group]:
+        few = max(2, len(self.snapshots) // 4)
+        facets = tuple(
+            dataclasses.replace(facet, codes=min(facet.codes, few))
+            for facet in task.settings.facets
+        )
+        return tuning.groups(
+            self.behaviours, task.texts, dataclasses.replace(task.settings, facets=facets),
+            self.history, self.snapshots, self.rate, self.fold, {},
+        )  # fmt: skip
+
+    def posterior(self, task: Task, group: Group) -> GradientPosterior:
+        settings = task.settings
+        return GradientPosterior(
+            group.facets,
+            group.frame,
+            dataclasses.replace(settings.gradient, rounds=1),
+            settings.codebook,
+            batch_tokens=settings.lm.batch_tokens,
+            seed=settings.seed,
+        )
+
+    def fit(
+        self, posterior: GradientPosterior, group: Group, likelihood: _Counted, work: Work
+    ) -> float:
+        """Seconds that fitting takes."""
+        n = len(self.snapshots)
+        judged = np.zeros(n, dtype=bool)
+        judged[:: max(2, round(1 / max(posterior.settings.held_out, 0.05)))] = True
+        logger.info("tuning %s", ", ".join(facet.name for facet in group.facets))
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            posterior.fit(group.units, group.fold, self.snapshots.fitted, judged, likelihood, work)
+        return time.perf_counter() - started
+
+    def agreement(self, posterior: GradientPosterior, group: Group) -> list[dict[str, Any]]:
+        """Correlations of the closed form's posterior means with what tuning found."""
+        evidence = group.units.evidence
+        found = []
+        for f, (facet, part) in enumerate(zip(group.facets, group.frame.slices, strict=True)):
+            closed = self.closed_form(group, f)
+            for least, most in LENGTHS:
+                chosen = (evidence[:, f] >= least) & (evidence[:, f] <= most)
+                if chosen.sum() < 2:
+                    continue
+                pair = [
+                    float(np.corrcoef(closed[chosen].ravel(), each[chosen].ravel())[0, 1])
+                    for each in (posterior.mode_[f], posterior.offset_[f])
+                ]
+                found.append(
+                    {
+                        "facet": facet.name,
+                        "least": least,
+                        "most": min(most, int(evidence[:, f].max())),
+                        "profiles": int(chosen.sum()),
+                        "mode": pair[0],
+                        "offset": pair[1],
+                        "directions": part.stop - part.start,
+                    }
+                )
+        return found
+
+    def closed_form(self, group: Group, f: int) -> np.ndarray:
+        """Posterior means of a facet by cached scores alone, shape (n_profiles, rank)."""
+        part, units = group.frame.slices[f], group.units
+        sums = np.zeros((len(self.snapshots), part.stop - part.start))
+        np.add.at(sums, units.owner, units.gradient[:, part])
+        precision = 1.0 / group.frame.variance[f] + units.evidence[:, f, None]
+        return sums / precision
+
+    def likelihood(
+        self, task: Task, posterior: GradientPosterior, group: Group
+    ) -> list[dict[str, Any]]:
+        """True log-likelihoods of own and held-out behaviours at what each posterior says."""
+        tuned = np.concatenate(posterior.mode_, axis=1)
+        closed = np.concatenate(
+            [self.closed_form(group, f) for f in range(len(group.facets))], axis=1
+        )
+        places = {"start": np.zeros_like(tuned), "gradient": tuned}
+        places |= {f"score x {scale:g}": scale * closed for scale in SCALES}
+        results = []
+        for which, behaviours in (("own", False), ("held out", True)):
+            passages, owner, active = self._passages(task, group, behaviours)
+            if not passages:
+                continue
+            at = {}
+            for where, coordinates in places.items():
+                theta = group.frame.tokens(
+                    coordinates[owner].astype(np.float32), group.fold[owner], active
+                )
+                at[where] = float(group.likelihood.value(passages, theta).mean())
+            results.append(
+                {
+                    "facets": ", ".join(facet.name for facet in group.facets),
+                    "which": which,
+                    "behaviours": len(passages),
+                    "at": at,
+                }
+            )
+        return results
+
+    def _passages(
+        self, task: Task, group: Group, held_out: bool
+    ) -> tuple[list[Passage], np.ndarray, np.ndarray]:
+        """A few behaviours of each of the first profiles, own or held out."""
+        if not held_out:
+            units = group.units
+            rows = np.concatenate(
+                [
+                    np.arange(units.first[p], units.first[p + 1])[:3]
+                    for p in range(min(CHECKED, len(self.snapshots)))
+                ]
+            )
+            return [group.passages[row] for row in rows], units.owner[rows], units.active[rows]
+        behaviours = self.behaviours
+        tokenizer = group.likelihood.backbone.tokenizer
+        passages, owner, active = [], [], []
+        for profile in range(min(CHECKED, len(self.snapshots))):
+            mine = self.held_out & (behaviours.user == self.snapshots.timeline[profile])
+            for row in np.flatnonzero(mine)[:3]:
+                text = task.texts[behaviours.item[row]]
+                speaks = [_speaks(facet, behaviours, row) for facet in group.facets]
+                if not text or not any(speaks):
+                    continue
+                (ids,) = tuning.prompts.tokenize(tokenizer, [text])
+                if group.facets[0].weight == "contrast":
+                    ending = group.likelihood.prompt.ending
+                    liked = behaviours.liked[row]
+                    passages.append(feedback_passage([ids], ending, [liked], [0.0]))
+                else:
+                    passages.append(text_passage([ids]))
+                owner.append(profile)
+                active.append(speaks)
+        return passages, np.array(owner, dtype=int), np.array(active, dtype=float)
+
+
+def _speaks(facet: FacetSettings, behaviours: Behaviours, row: int) -> bool:
+    liked = True if behaviours.liked is None else bool(behaviours.liked[row])
+    return {"positive": liked, "negative": not liked}.get(facet.weight, True)
+
+
+def _against_authors(task: Task, slice_: _Slice, peers: int, backbone: Any) -> dict[str, Any]:
+    """LM tokens and seconds to the same held-out likelihood, ours and the authors' way.
+
+    Both tune the paper's two facets for the same users. The authors' way: the texts in one
+    sequence, no block mask, free soft tokens, all of the sequence at each step of Adam, through
+    transformers as it is. Their codebook learns from soft tokens but does not move them (MSE
+    weight .5, no commitment), so it has no part in this.
+    """
+    facets = tuple(
+        FacetSettings(each, weight="all", prompt=each, codes=2) for each in AUTHORS_FACETS
+    )
+    settings = dataclasses.replace(task.settings, facets=facets, likelihood="item")
+    ours = Task(task.behaviours, task.texts, settings)
+    (group,) = slice_.groups(ours)
+    chosen = np.arange(peers)
+    posterior = slice_.posterior(ours, group)
+    state = posterior.start(group.units, chosen)
+    passages, owner, active = slice_._passages(ours, group, True)
+    kept = [row for row in range(len(owner)) if owner[row] < peers]
+    passages, owner, active = [passages[row] for row in kept], owner[kept], active[kept]
+    started = time.perf_counter()
+    result = ascend(
+        state, group.units, chosen, group.fold[chosen], group.frame, posterior.priors(), group,
+        posterior.settings, posterior.settings.learning_rate or 0.03, (settings.seed, 1),
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    theta = group.frame.tokens(result["where"][owner], group.fold[owner], active)
+    target = float(group.likelihood.value(passages, theta).mean())
+    start = np.repeat(group.likelihood.theta0[None], len(owner), axis=0)
+    rows = [
+        {
+            "way": "ours",
+            "start": float(group.likelihood.value(passages, start).mean()),
+            "reached": target,
+            "steps": posterior.settings.steps,
+            "lm_tokens": int(result["tokens"][0]),
+            "seconds": seconds,
+        },
+        _authors_way(group, chosen, passages, owner, target, posterior.settings.steps),
+    ]
+    lines = [
+        f"{row['way']}: {peers} users, held-out behaviours from {row['start']:.3f} to "
+        f"{row['reached']:.3f} nats in {row['steps']} steps, {row['lm_tokens']:,} LM tokens, "
+        f"{row['seconds']:.1f} s"
+        for row in rows
+    ]
+    if rows[1]["reached"] < target:
+        lines[1] += " (ours not reached in as many steps)"
+    return {"rows": rows, "lines": lines}
+
+
+def _authors_way(
+    group: Group,
+    chosen: np.ndarray,
+    passages: list[Passage],
+    owner: np.ndarray,
+    target: float,
+    most_steps: int,
+) -> dict[str, Any]:
+    backbone, prompt = group.likelihood.backbone, group.likelihood.prompt
+    plain = CausalPrompt(prompt.names, prompt.lead_ids, prompt.name_ids)
+    likelihood = SoftTokenLikelihood(backbone, plain, range(len(group.facets)), general=True)
+    first = group.units.first
+    sequences = [
+        text_passage([group.passages[u].tokens for u in range(first[p], first[p + 1])])
+        for p in chosen
+    ]
+    theta = torch.tensor(np.repeat(likelihood.theta0[None], len(chosen), axis=0))
+    theta.requires_grad_()
+    adam = torch.optim.Adam([theta], lr=AUTHORS_RATE)
+
+    def held_out() -> float:
+        return float(likelihood.value(passages, theta.detach().numpy()[owner]).mean())
+
+    reached = start = held_out()
+    seconds, tokens, steps = 0.0, 0, 0
+    while reached < target and steps < most_steps:
+        started = time.perf_counter()
+        slopes = []
+        for user, sequence in enumerate(sequences):  # one at a time: full logits are large
+            _, slope = likelihood.value_and_gradient(
+                [sequence], theta.detach().numpy()[user : user + 1]
+            )
+            slopes.append(slope)
+            tokens += len(sequence.tokens) + len(plain)
+        theta.grad = -torch.from_numpy(np.concatenate(slopes))
+        adam.step()
+        seconds += time.perf_counter() - started
+        steps += 1
+        reached = held_out()
+    return {
+        "way": "authors",
+        "start": start,
+        "reached": reached,
+        "steps": steps,
+        "lm_tokens": tokens,
+        "seconds": seconds,
+    }

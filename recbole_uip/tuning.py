@@ -1,0 +1,545 @@
+"""The gradient posterior of LM facets: from events and item texts to soft tokens and their codes.
+
+What ties :mod:`recbole_uip.lm.likelihood` and :mod:`recbole_uip.em.gradient` together, as
+:mod:`recbole_uip.profiles` does for the closed form. A profile here is a user at a snapshot (see
+:mod:`recbole_uip.em.snapshots`). Its behaviours speak for facets by the facets' weights:
+
+- ``positive``, ``negative`` and ``all`` facets by the likelihood of the behaviours' texts, behind
+  a prompt in which the soft tokens of the facets that the behaviour is evidence of have moved and
+  all others are at θ⁰. One pass serves all facets of a behaviour.
+- ``contrast`` facets by the likelihood of the feedback endings, given the texts and the items'
+  like rates, whose gradient at θ⁰ is the evidence that the closed form sums up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from recbole_uip import lm
+from recbole_uip.behaviours import Behaviours
+from recbole_uip.em import basis as em_basis
+from recbole_uip.em import kernels, weights
+from recbole_uip.em.facet import Facet, Observations
+from recbole_uip.em.gradient import Frame, GradientPosterior, Units
+from recbole_uip.em.mixture import ResidualCodebook
+from recbole_uip.em.snapshots import Snapshots, take_snapshots
+from recbole_uip.em.states import History
+from recbole_uip.lm import prompt as prompts
+from recbole_uip.lm.likelihood import (
+    Passage,
+    SoftTokenLikelihood,
+    feedback_passage,
+    text_passage,
+)
+from recbole_uip.lm.scoring import n_workers
+from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
+from recbole_uip.work import Work, n_processes
+
+__all__ = ["Group", "Tuned", "groups", "tune"]
+
+logger = logging.getLogger(__name__)
+
+# part of every key: raise it when what is tuned, or how, changes
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A facet whose soft tokens were tuned.
+
+    Attributes
+    ----------
+    settings : FacetSettings
+    codebook : ResidualCodebook or None
+        None where no profile has evidence.
+    codes : ndarray of int64, shape (n_snapshots, levels)
+        -1 without evidence.
+    means : ndarray of float64, shape (n_snapshots, rank)
+        Posterior means in the codebook's coordinates.
+    of_row : ndarray of int64, shape (n_rows,)
+        Snapshot of each row, -1 for none.
+    report : dict
+        What the fit has to say.
+    """
+
+    settings: FacetSettings
+    codebook: ResidualCodebook | None
+    codes: np.ndarray
+    means: np.ndarray
+    of_row: np.ndarray
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the token fields, one a level."""
+        name = f"uip_{self.settings.name}"
+        return [name, *(f"{name}_level{level + 1}" for level in range(1, self.settings.levels))]
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, [PAD] not counted."""
+        return 0 if self.codebook is None else self.settings.codes
+
+    def tokens(self, empty: str) -> np.ndarray:
+        """Token of each row at each level, int32, shape (n_rows, levels).
+
+        Rows without a snapshot, or whose snapshot has no evidence, get [PAD]; or the prior's
+        mode, if ``empty`` is ``prior``.
+        """
+        codes = np.concatenate([self.codes, np.full((1, self.settings.levels), -1)])
+        tokens = codes[self.of_row] + 1
+        if empty == "prior" and self.codebook is not None:
+            tokens = np.where(tokens > 0, tokens, self.codebook.prior_codes() + 1)
+        return tokens.astype(np.int32)
+
+    def row_means(self) -> np.ndarray:
+        """Posterior mean of each row, zeros without evidence; float32, shape (n_rows, rank)."""
+        means = np.concatenate([self.means, np.zeros((1, self.means.shape[1]))])
+        return means[self.of_row].astype(np.float32)
+
+
+@dataclass
+class Group:
+    """Facets that are tuned together, all that they need, and the likelihood of their units.
+
+    Attributes
+    ----------
+    facets : tuple of G FacetSettings
+    frame : Frame
+    units : Units
+    fold : ndarray of int64, shape (n_profiles,)
+    passages : list of Passage
+        Of each unit.
+    likelihood : SoftTokenLikelihood
+    """
+
+    facets: tuple[FacetSettings, ...]
+    frame: Frame
+    units: Units
+    fold: np.ndarray
+    passages: list[Passage]
+    likelihood: SoftTokenLikelihood
+
+    def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The likelihood that EM is given; see :class:`recbole_uip.em.gradient.Likelihood`."""
+        return self.likelihood.value_and_gradient([self.passages[u] for u in units], theta)
+
+
+def tune(
+    behaviours: Behaviours,
+    item_texts: Sequence[str | None],
+    settings: UIPSettings,
+    history: History,
+    rate: np.ndarray | None,
+    fold: np.ndarray,
+    cost: dict[str, float],
+) -> dict[str, Tuned]:
+    """Tune the facets of ``settings`` that are tuned by gradients.
+
+    Parameters
+    ----------
+    behaviours : Behaviours
+    item_texts : sequence of str or None, length n_items
+    settings : UIPSettings
+    history : History
+        What each row may see.
+    rate : ndarray of float64, shape (n_items,) or None
+        Smoothed like rates of the training rows; None without labels.
+    fold : ndarray of int64, shape (n_users,)
+    cost : dict
+        ``lm_tokens`` and ``lm_seconds`` are added to it.
+
+    Returns
+    -------
+    dict of str to Tuned, by facet
+
+    Raises
+    ------
+    SettingsError
+        If a facet cannot be tuned on this data.
+    """
+    for facet in settings.tuned_facets:
+        if facet.match is not None:
+            logger.warning(
+                "uip_%s_match is left out: uip_posterior=gradient gives no match field, for it "
+                "has no vectors of items; it comes with uip_posterior=score",
+                facet.name,
+            )
+    snapshots = take_snapshots(history, settings.gradient.snapshots, behaviours.train)
+    rng = np.random.default_rng(settings.seed)
+    held_out = rng.random(behaviours.n_users) < settings.gradient.held_out
+    user = snapshots.timeline % behaviours.n_users
+    tuned = {}
+    for group in groups(behaviours, item_texts, settings, history, snapshots, rate, fold, cost):
+        names = [facet.name for facet in group.facets]
+        logger.info(
+            "tuning soft tokens of %s: %d snapshots, %d LM tokens a pass",
+            ", ".join(names), len(snapshots), group.units.cost.sum(),
+        )  # fmt: skip
+        started = time.perf_counter()
+        posterior = GradientPosterior(
+            group.facets,
+            group.frame,
+            settings.gradient,
+            settings.codebook,
+            batch_tokens=settings.lm.batch_tokens,
+            seed=settings.seed,
+        )
+        backbone = group.likelihood.backbone
+        work = Work(
+            settings.cache.expanduser()
+            / "tuned"
+            / _content_key(group, settings, snapshots, held_out),
+            n_workers(backbone),
+            backbone.device.type == "cpu",
+        )
+        try:
+            posterior.fit(group.units, group.fold, snapshots.fitted, held_out[user], group, work)
+        except ValueError as error:
+            raise SettingsError(f"uip_facets.{'/'.join(names)}: {error}") from error
+        cost["lm_tokens"] = cost.get("lm_tokens", 0) + posterior.tokens_
+        cost["lm_seconds"] = cost.get("lm_seconds", 0.0) + time.perf_counter() - started
+        for f, facet in enumerate(group.facets):
+            tuned[facet.name] = Tuned(
+                facet,
+                posterior.codebooks_[f],
+                posterior.codes(f),
+                posterior.means(f),
+                snapshots.of_row,
+                _report(posterior, f),
+            )
+    return tuned
+
+
+def groups(
+    behaviours: Behaviours,
+    item_texts: Sequence[str | None],
+    settings: UIPSettings,
+    history: History,
+    snapshots: Snapshots,
+    rate: np.ndarray | None,
+    fold: np.ndarray,
+    cost: dict[str, float],
+) -> list[Group]:
+    """The facets by what their likelihood is of, and what each profile did; see :func:`tune`."""
+    facets = settings.tuned_facets
+    implicit = behaviours.liked is None
+    endings = None if implicit else settings.endings
+    contrast = [facet.name for facet in facets if facet.weight == "contrast"]
+    if contrast and endings is None:
+        missing = "labels, which this data lacks" if implicit else "uip_endings"
+        raise SettingsError(
+            f"uip_facets.{contrast[0]}: uip_posterior=gradient tunes weight contrast by the "
+            f"likelihood of feedback endings, and needs {missing}: take another weight"
+        )
+    texts = _Texts.of(behaviours, item_texts, settings, endings, cost)
+    train_events = behaviours.in_time_order(behaviours.train)
+    profile_fold = fold[snapshots.timeline % behaviours.n_users]
+    made = []
+    for feedback in (False, True):
+        chosen = tuple(facet for facet in facets if (facet.weight == "contrast") == feedback)
+        if not chosen:
+            continue
+        numbers = [facets.index(facet) for facet in chosen]
+        scores = texts.scores.feedback if feedback else texts.scores.text
+        observed, moves = [], []
+        for facet, number in zip(chosen, numbers, strict=True):
+            try:
+                each = weights.evidence(facet.weight, behaviours.item, behaviours.liked, rate)
+                observed.append(Observations(behaviours, history, each, rate, train_events, fold))
+                moves.append(_moves(facet, scores[:, number], texts, observed[-1], settings))
+            except ValueError as error:
+                raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
+        likelihood = SoftTokenLikelihood(
+            texts.backbone, texts.prompt, numbers, settings.gradient.recompute
+        )
+        frame = Frame(
+            likelihood.theta0, tuple(maps for maps, _ in moves), tuple(each for _, each in moves)
+        )
+        evidence = np.stack([each.evidence.count for each in observed], axis=1)
+        events, active, first = _pieces(
+            behaviours, settings, history, snapshots, evidence, texts.known
+        )
+        passages = _passages(behaviours, texts, events, rate if feedback else None)
+        _check_lengths(passages, likelihood)
+        cost_of = [likelihood.n_tokens(passage) for passage in passages]
+        units = Units(
+            first,
+            np.array(cost_of, dtype=np.int64),
+            active,
+            np.full(len(events), np.nan),
+            np.zeros((len(events), frame.size), np.float32),
+        )
+        if settings.likelihood == "item" and events:
+            rows = np.concatenate(events)
+            units = _scored_units(
+                units, frame, scores[:, numbers], texts, behaviours, rows,
+                profile_fold[units.owner], rate if feedback else None,
+            )  # fmt: skip
+        made.append(Group(chosen, frame, units, profile_fold, passages, likelihood))
+    return made
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The items' texts, and what the LM says of them at θ⁰.
+
+    Attributes
+    ----------
+    backbone : Backbone
+    prompt : Prompt
+    scores : Scores
+        Of the items that have a text, in order.
+    place : ndarray of int64, shape (n_items,)
+        Where each item's scores are; -1 without a text.
+    token_ids : list of list of int
+        Of the items that have a text.
+    counts : ndarray, shape (n_texts,)
+        Training rows of each.
+    """
+
+    backbone: lm.Backbone
+    prompt: prompts.Prompt
+    scores: lm.Scores
+    place: np.ndarray
+    token_ids: list[list[int]]
+    counts: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        behaviours: Behaviours,
+        item_texts: Sequence[str | None],
+        settings: UIPSettings,
+        endings: tuple[str, str] | None,
+        cost: dict[str, float],
+    ) -> _Texts:
+        rows = [row for row, text in enumerate(item_texts) if text]
+        train_items = behaviours.item[behaviours.train]
+        counts = np.bincount(train_items, minlength=behaviours.n_items)[rows]
+        if not counts.any():
+            raise SettingsError(
+                "no item of the training rows has a text, so source: lm facets cannot be "
+                "inferred: check uip_item_text and the .item file, or take source: collaborative "
+                "or constant"
+            )
+        texts = [item_texts[row] for row in rows]
+        lm_settings = _on_own_device(settings)
+        scored = lm.score(texts, settings.prompts, endings, lm_settings, settings.cache)
+        for name, spent in (("lm_tokens", scored.lm_tokens), ("lm_seconds", scored.seconds)):
+            cost[name] = cost.get(name, 0) + spent
+        backbone = lm.load(lm_settings, settings.cache)
+        prompt = prompts.build(backbone.tokenizer, settings.prompts, endings)
+        place = np.full(behaviours.n_items, -1)
+        place[rows] = np.arange(len(rows))
+        token_ids = prompts.tokenize(backbone.tokenizer, texts)
+        return cls(backbone, prompt, scored, place, token_ids, counts)
+
+    @property
+    def known(self) -> np.ndarray:
+        """Whether an item has a text, shape (n_items,)."""
+        return self.place >= 0
+
+
+def _moves(
+    facet: FacetSettings,
+    scores: np.ndarray,
+    texts: _Texts,
+    observed: Observations,
+    settings: UIPSettings,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The facet's map M for each fold (n_folds, d, rank), and prior variances (rank,).
+
+    In its frame a facet moves in the directions in which users differ, as the closed form has
+    them; or else in the token's own, all scaled alike.
+    """
+    if settings.gradient.space == "token":
+        share = texts.counts / texts.counts.sum()
+        scale = 1.0 / np.sqrt((share @ scores.astype(np.float64) ** 2).mean())
+        width = scores.shape[1]
+        maps = np.repeat(scale * np.eye(width, dtype=np.float32)[None], settings.folds, axis=0)
+        return maps, np.ones(width)
+    whitening = em_basis.whiten(scores, texts.counts)
+    spread = np.zeros((len(texts.place), whitening.vectors.shape[1]))
+    spread[texts.known] = whitening.vectors
+    fitted = Facet(dataclasses.replace(facet, match=None), seed=settings.seed)
+    basis = fitted.fit_basis([spread] * settings.folds, observed)
+    directions = whitening.directions()
+    maps = np.stack([directions @ turned for turned in basis.directions])
+    return maps.astype(np.float32), basis.variance
+
+
+def _pieces(
+    behaviours: Behaviours,
+    settings: UIPSettings,
+    history: History,
+    snapshots: Snapshots,
+    evidence: np.ndarray,
+    has_text: np.ndarray,
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """What each profile did: single behaviours, or one sequence for each set of facets.
+
+    Returns
+    -------
+    events : list of n_units ndarray
+        Rows that each unit is made of.
+    active : ndarray of float64, shape (n_units, G)
+    first : ndarray of int64, shape (n_profiles + 1,)
+    """
+    first: list[int] = [0]
+    pieces: list[np.ndarray] = []
+    for profile in range(len(snapshots)):
+        events = snapshots.events(history, profile)
+        if behaviours.time is not None:
+            # static histories are not in the order of time
+            events = events[np.argsort(behaviours.time[events], kind="stable")]
+        speaks = has_text[behaviours.item[events]] & evidence[events].any(axis=1)
+        events = events[speaks][-settings.gradient.behaviours :]
+        if settings.likelihood == "item":
+            pieces += list(events[:, None])
+        else:
+            # a prompt is the same for all of a sequence, so its behaviours speak for one set
+            patterns, which = np.unique(evidence[events] > 0, axis=0, return_inverse=True)
+            pieces += [events[which.ravel() == p] for p in range(len(patterns))]
+        first.append(len(pieces))
+    active = np.array([evidence[piece].sum(axis=0) for piece in pieces], dtype=np.float64)
+    return pieces, active.reshape(len(pieces), evidence.shape[1]), np.array(first)
+
+
+def _passages(
+    behaviours: Behaviours, texts: _Texts, events: list[np.ndarray], rate: np.ndarray | None
+) -> list[Passage]:
+    """What the LM reads of each unit; with like rates, for the likelihood of its feedback."""
+    intercepts = None if rate is None else kernels.intercepts(rate)
+
+    @functools.cache
+    def passage(items: tuple[int, ...], liked: tuple[float, ...]) -> Passage:
+        places = texts.place[list(items)]
+        ids = [texts.token_ids[place] for place in places]
+        if intercepts is None:
+            return text_passage(ids)
+        shift = intercepts[list(items)] - texts.scores.feedback_logit[places]
+        return feedback_passage(ids, texts.prompt.ending, liked, shift)
+
+    liked = np.ones(len(behaviours)) if rate is None else behaviours.liked
+    return [passage(tuple(behaviours.item[piece]), tuple(liked[piece])) for piece in events]
+
+
+def _check_lengths(passages: list[Passage], likelihood: SoftTokenLikelihood) -> None:
+    longest = max((len(passage.tokens) for passage in passages), default=0)
+    needed, limit = longest + len(likelihood.prompt), likelihood.n_positions
+    if limit is not None and needed > limit:
+        raise SettingsError(
+            f"a user's behaviours need {needed} positions of the LM, which has {limit}: lower "
+            "uip_gradient.behaviours, or set uip_likelihood=item"
+        )
+
+
+def _scored_units(
+    units: Units,
+    frame: Frame,
+    scores: np.ndarray,
+    texts: _Texts,
+    behaviours: Behaviours,
+    rows: np.ndarray,
+    fold: np.ndarray,
+    rate: np.ndarray | None,
+) -> Units:
+    """Units of one behaviour each with what cached scores (n_texts, G, d) say of them at θ⁰."""
+    items = behaviours.item[rows]
+    places, n_folds = texts.place[items], len(frame.maps[0])
+    # one table a fold: there are far more behaviours than items
+    every = np.ones((len(scores), scores.shape[1]))
+    table = np.stack(
+        [frame.pull(scores, np.full(len(scores), number), every) for number in range(n_folds)]
+    )
+    gradient = table[fold, places]
+    for f, part in enumerate(frame.slices):
+        gradient[:, part] *= units.active[:, f, None] > 0
+    if rate is None:
+        value = texts.scores.log_likelihood[places].astype(np.float64)
+    else:
+        label, logit = behaviours.liked[rows], kernels.intercepts(rate)[items]
+        value = -np.logaddexp(0.0, (1.0 - 2.0 * label) * logit)
+        gradient = gradient * (label - scipy.special.expit(logit))[:, None].astype(np.float32)
+    return dataclasses.replace(units, value=value, gradient=gradient.astype(np.float32))
+
+
+def _on_own_device(settings: UIPSettings) -> Any:
+    """The LM's settings, with a GPU for each process where there are several of both."""
+    import torch
+
+    chosen = settings.lm
+    if n_processes() > 1 and chosen.device == "auto" and torch.cuda.is_available():
+        from accelerate import PartialState
+
+        chosen = dataclasses.replace(chosen, device=f"cuda:{PartialState().local_process_index}")
+    return chosen
+
+
+def _report(posterior: GradientPosterior, f: int) -> dict[str, Any]:
+    codebook = posterior.codebooks_[f]
+    report: dict[str, Any] = {
+        "posterior": "gradient",
+        "curvature": float(posterior.curvature_[f]),
+        "held_out_bounds": [round(bound, 5) for bound in posterior.bounds_],
+        "log_posterior": [np.round(curve, 3).tolist() for curve in posterior.curves_],
+        "learning_rate": posterior.learning_rate_,
+        "rounds": posterior.n_iter_,
+        "converged": posterior.converged_,
+        "lm_tokens": posterior.tokens_,
+    }
+    for level in codebook.levels_ if codebook is not None else ():
+        report.setdefault("levels", []).append(
+            {
+                "converged": level.converged_,
+                "lower_bound": round(level.lower_bound_, 5),
+                "perplexity": round(level.perplexity_, 2),
+                "usage": np.round(level.usage_, 5).tolist(),
+            }
+        )
+    return report
+
+
+def _content_key(
+    group: Group, settings: UIPSettings, snapshots: Snapshots, held_out: np.ndarray
+) -> str:
+    """Hash of all that a group's results depend on; hexadecimal."""
+    about = settings.to_dict()
+    chosen = {facet.name: about["uip_facets"][facet.name] for facet in group.facets}
+    backbone, prompt = group.likelihood.backbone, group.likelihood.prompt
+    parts = [
+        VERSION,
+        backbone.fingerprint,
+        str(backbone.dtype),
+        str(backbone.device.type),
+        [prompt.names, prompt.lead_ids, prompt.name_ids],
+        prompt.ending and dataclasses.astuple(prompt.ending),
+        chosen,
+        [about[f"uip_{name}"] for name in ("gradient", "likelihood", "codebook")],
+        about["uip_lm_batch_tokens"],
+        settings.seed,
+    ]
+    key = hashlib.sha256(json.dumps(parts).encode())
+    numbers: dict[Passage, int] = {}
+    which = [numbers.setdefault(passage, len(numbers)) for passage in group.passages]
+    key.update(repr([dataclasses.astuple(passage) for passage in numbers]).encode())
+    units, frame = group.units, group.frame
+    arrays = [
+        np.array(which), units.first, units.active, units.value, units.gradient, frame.theta0,
+        *frame.maps, *frame.variance, group.fold, snapshots.fitted, held_out,
+    ]  # fmt: skip
+    for array in arrays:
+        key.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return key.hexdigest()[:32]

@@ -1,0 +1,116 @@
+"""Batches of work, spread over threads and processes, and kept on disk as each is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from recbole_uip.files import atomic_write
+
+__all__ = ["Work", "is_main_process", "n_processes"]
+
+logger = logging.getLogger(__name__)
+
+
+def n_processes() -> int:
+    """Processes that ``accelerate launch`` or ``torchrun`` has started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that goes on alone where work cannot be shared."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+class Work:
+    """Runs the same function on many numbers; see :func:`recbole_uip.em.gradient.in_turn`.
+
+    Number i is done by process i modulo their number, and its result depends on i alone. So any
+    number of processes and threads gives the same results, and a run that is killed goes on, when
+    it is started again, from all batches that were done.
+
+    Parameters
+    ----------
+    folder : Path
+        Where results are kept; its name must tell all that they depend on.
+    workers : int
+        Threads.
+    on_cpu : bool
+        Whether processes talk by gloo rather than by the GPUs' own library.
+    """
+
+    def __init__(self, folder: Path, workers: int = 1, on_cpu: bool = True) -> None:
+        self.folder = Path(folder)
+        self.workers = workers
+        self.rank, self.size = 0, n_processes()
+        if self.size > 1:
+            from accelerate import PartialState
+
+            self.rank = PartialState(cpu=on_cpu).process_index
+
+    def __call__(
+        self,
+        phase: str,
+        function: Callable[[int], dict[str, np.ndarray]],
+        n: int,
+        shared: Sequence[str] = (),
+    ) -> list[dict[str, np.ndarray]]:
+        """Results of ``function(0)`` to ``function(n - 1)``, in order.
+
+        Of other processes' results only the arrays ``shared``.
+        """
+        from recbole_uip.lm.scoring import in_parallel
+
+        mine = range(self.rank, n, self.size)
+        results: dict[int, dict[str, np.ndarray]] = {}
+        missing = []
+        for number in mine:
+            kept = _read(self._path(phase, number))
+            if kept is None:
+                missing.append(number)
+            else:
+                results[number] = kept
+        if len(missing) < len(mine):
+            logger.info("%s: %d of %d batches were done before", phase, len(results), len(mine))
+
+        def work(number: int) -> dict[str, np.ndarray]:
+            result = function(number)
+            with atomic_write(self._path(phase, number)) as file:
+                np.savez(file, **result)
+            return result
+
+        with tqdm(total=len(missing), desc=phase, unit="batch", leave=False, delay=2) as bar:
+            for number, result in in_parallel(work, missing, self.workers):
+                results[number] = result
+                bar.update()
+        if self.size > 1:
+            from accelerate.utils import gather_object
+
+            parts = [
+                (number, {name: result[name] for name in shared})
+                for number, result in results.items()
+            ]
+            for number, result in gather_object(parts):
+                results.setdefault(number, result)
+        return [results[number] for number in range(n)]
+
+    def _path(self, phase: str, number: int) -> Path:
+        return self.folder / phase / f"{number:06d}.npz"
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None if it is not there, or not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        logger.warning("%s is damaged (%s): the batch is done again", path, error)
+        return None

@@ -1,0 +1,240 @@
+"""EM around tuned profiles, on likelihoods whose optimum is known."""
+
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.exceptions import ConvergenceWarning
+
+from recbole_uip.em.gradient import Frame, GradientPosterior, Prior, Units, ascend
+from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
+
+WIDTH, RANK = 6, 3
+
+
+class Quadratic:
+    """ℓ_i(θ) = −|C (Mᵀθ − t_i)|²/2 per facet: with C = I, what the closed form assumes."""
+
+    def __init__(self, frame, targets, active, curvature=1.0):
+        self.frame, self.targets, self.active = frame, targets, active
+        self.curvature = curvature
+        self.inverse = [np.linalg.pinv(maps[0]) for maps in frame.maps]
+        self.calls = 0
+
+    def coordinates(self, theta):
+        parts = [
+            (theta[:, f] - self.frame.theta0[f]) @ inverse.T
+            for f, inverse in enumerate(self.inverse)
+        ]
+        return np.concatenate(parts, axis=1)
+
+    def __call__(self, units, theta):
+        self.calls += len(units)
+        gap = self.targets[units] - self.coordinates(theta.astype(np.float64))
+        gap = gap * np.repeat(self.active[units] > 0, RANK, axis=1)
+        slopes = [
+            self.curvature * gap[:, part] @ inverse
+            for part, inverse in zip(self.frame.slices, self.inverse, strict=True)
+        ]
+        return -0.5 * self.curvature * (gap**2).sum(axis=1), np.stack(slopes, axis=1)
+
+
+def make_frame(rng, n_facets=2):
+    maps = []
+    for _ in range(n_facets):
+        basis, _ = np.linalg.qr(rng.normal(size=(WIDTH, RANK)))
+        maps.append(2.0 * basis[None])
+    variance = tuple(np.full(RANK, 0.5) for _ in maps)
+    return Frame(rng.normal(size=(n_facets, WIDTH)), tuple(maps), variance)
+
+
+def make_world(rng, n=60, per_profile=12, curvature=1.0):
+    """Profiles of three kinds; behaviours scatter about each with the variance 1 / curvature."""
+    frame = make_frame(rng)
+    kinds = 1.5 * rng.normal(size=(3, 2 * RANK))
+    truth = kinds[rng.integers(3, size=n)] + 0.2 * rng.normal(size=(n, 2 * RANK))
+    targets = np.repeat(truth, per_profile, axis=0)
+    targets += rng.normal(size=targets.shape) / np.sqrt(curvature)
+    active = np.ones((len(targets), 2))
+    active[rng.random(len(targets)) < 0.3, 1] = 0
+    likelihood = Quadratic(frame, targets, active, curvature)
+    value, slope = likelihood(
+        np.arange(len(targets)), np.repeat(frame.theta0[None], len(targets), axis=0)
+    )
+    gradient = frame.pull(slope, np.zeros(len(targets), dtype=int), active)
+    first = np.arange(n + 1) * per_profile
+    units = Units(first, np.full(len(targets), 5), active, value, gradient)
+    return frame, units, likelihood, truth
+
+
+FACETS = [FacetSettings("one", weight="all", codes=3), FacetSettings("two", "lm", "all", codes=3)]
+
+
+def fitted(rng, curvature=1.0, likelihood=None, run=None, **changes):
+    frame, units, quadratic, truth = make_world(rng, curvature=curvature)
+    n = len(truth)
+    posterior = GradientPosterior(
+        FACETS, frame, GradientSettings(learning_rate=0.1, **changes), CodebookSettings(),
+        batch_tokens=200,
+    )  # fmt: skip
+    held_out = np.arange(n) % 10 == 0
+    extra = {} if run is None else {"run": run}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        posterior.fit(
+            units, np.zeros(n, dtype=int), np.arange(n) < n - 10, held_out, quadratic, **extra
+        )
+    return posterior, units, quadratic, truth
+
+
+def test_coordinates_there_and_back(rng):
+    frame = make_frame(rng)
+    where, fold = rng.normal(size=(5, frame.size)), np.zeros(5, dtype=int)
+    active = np.ones((5, 2))
+    active[2, 0] = 0
+    theta = frame.tokens(where, fold, active)
+    np.testing.assert_array_equal(theta[2, 0], frame.theta0[0].astype(np.float32))
+    assert not np.allclose(theta[2, 1], frame.theta0[1])
+    # pull is the transpose of the move
+    slope = rng.normal(size=theta.shape)
+    moved = (slope * (theta - frame.theta0)).sum(axis=(1, 2))
+    pulled = (frame.pull(slope, fold, active) * where).sum(axis=1)
+    np.testing.assert_allclose(moved, pulled, rtol=1e-4)
+
+
+def test_learning_rate_is_a_move_of_entries(rng):
+    frame = make_frame(rng)
+    step = frame.steps(0.01)[None] * rng.choice([-1, 1], frame.size)
+    moved = frame.tokens(step, np.zeros(1, dtype=int), np.ones((1, 2))) - frame.theta0
+    np.testing.assert_allclose(np.sqrt((moved**2).mean(axis=2)), 0.01, rtol=1e-3)
+
+
+def test_prior_gradient_is_that_of_its_density(rng):
+    prior = Prior(np.array([0.3, 0.7]), rng.normal(size=(2, RANK)), np.full(RANK, 0.4))
+    where = rng.normal(size=(4, RANK))
+    _, gradient = prior.value_and_gradient(where)
+    for axis in range(RANK):
+        shift = 1e-5 * np.eye(RANK)[axis]
+        up, _ = prior.value_and_gradient(where + shift)
+        down, _ = prior.value_and_gradient(where - shift)
+        np.testing.assert_allclose(gradient[:, axis], (up - down) / 2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [3, 12])
+def test_the_mode_is_found(rng, batch):
+    """All behaviours a step or a few in turn: to the same, known optimum."""
+    frame, units, likelihood, _ = make_world(rng, n=20)
+    prior = Prior(np.ones(1), np.zeros((1, RANK)), np.full(RANK, 0.5))
+    settings = GradientSettings(steps=150, batch=batch)
+    chosen = np.arange(20)
+    state = {
+        "where": np.zeros((20, 2 * RANK), np.float32),
+        "table": units.gradient,
+        "known": units.value,
+        "visited": np.zeros_like(units.gradient),
+        "own": np.zeros(len(units.value), dtype=bool),
+    }
+    result = ascend(
+        state, units, chosen, np.zeros(20, dtype=int), frame, [prior, prior], likelihood,
+        settings, 0.2, (0,),
+    )  # fmt: skip
+    weight = np.repeat(units.active, RANK, axis=1)
+    sums = np.add.reduceat(weight * likelihood.targets, units.first[:-1])
+    counts = np.add.reduceat(weight, units.first[:-1])
+    np.testing.assert_allclose(result["where"], sums / (counts + 2.0), atol=0.02)
+    assert result["curve"][-1] > result["curve"][0] + 1
+    # monotone within a tolerance of the whole climb
+    fall = np.minimum(np.diff(result["curve"]), 0).sum()
+    assert fall > -0.02 * (result["curve"][-1] - result["curve"][0])
+    assert likelihood.calls - len(units.value) == 20 * 150 * batch
+    assert result["tokens"] == 5 * 20 * 150 * batch
+
+
+def test_offsets_are_those_of_the_closed_form(rng):
+    """Where scores are linear, gradient steps and one Newton step from θ⁰ say the same."""
+    posterior, units, likelihood, _ = fitted(rng, rounds=1, steps=30, batch=12)
+    weight = np.repeat(units.active, RANK, axis=1)
+    counts = np.add.reduceat(weight, units.first[:-1])
+    closed = np.add.reduceat(units.gradient, units.first[:-1]) / counts
+    measured = np.concatenate(posterior.offset_, axis=1)
+    np.testing.assert_allclose(measured, closed, atol=0.02)
+    np.testing.assert_allclose(posterior.noise_, 1.0 / counts[:, [0, RANK]], rtol=1e-3)
+
+
+def test_curvature_is_measured(rng):
+    """A likelihood more curved than scores say: less noise, the same offsets."""
+    posterior, units, likelihood, _ = fitted(rng, curvature=4.0, rounds=1, steps=30, batch=12)
+    np.testing.assert_allclose(posterior.curvature_, 4.0, rtol=1e-3)
+    weight = np.repeat(units.active, RANK, axis=1)
+    counts = np.add.reduceat(weight, units.first[:-1])
+    mean = np.add.reduceat(weight * likelihood.targets, units.first[:-1]) / counts
+    np.testing.assert_allclose(np.concatenate(posterior.offset_, axis=1), mean, atol=0.02)
+    np.testing.assert_allclose(posterior.noise_, 0.25 / counts[:, [0, RANK]], rtol=1e-3)
+
+
+def test_codes_are_the_kinds(rng):
+    posterior, _, _, truth = fitted(rng, rounds=2)
+    for f in range(2):
+        codes = posterior.codes(f)[:, 0]
+        part = truth[:, f * RANK : (f + 1) * RANK]
+        within = sum(((part[codes == k] - part[codes == k].mean(0)) ** 2).sum() for k in set(codes))
+        assert within < 0.25 * ((part - part.mean(axis=0)) ** 2).sum()
+    assert posterior.bounds_[-1] > posterior.bounds_[0] - 0.05
+    assert len(posterior.bounds_) == posterior.n_iter_ == 2
+
+
+def test_profiles_not_fitted_on_touch_no_parameter(rng):
+    seed = rng.integers(1 << 30)
+    before, *_ = fitted(np.random.default_rng(seed), rounds=2)
+    frame, units, likelihood, truth = make_world(np.random.default_rng(seed))
+    last = len(truth) - 10
+    likelihood.targets[units.first[last] :] += 3.0
+    after = GradientPosterior(
+        FACETS, frame, GradientSettings(learning_rate=0.1, rounds=2), CodebookSettings(),
+        batch_tokens=200,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        after.fit(
+            units, np.zeros(len(truth), dtype=int), np.arange(len(truth)) < last,
+            np.arange(len(truth)) % 10 == 0, likelihood,
+        )  # fmt: skip
+    for old, new in zip(before.codebooks_, after.codebooks_, strict=True):
+        np.testing.assert_array_equal(old.numbers, new.numbers)
+    np.testing.assert_array_equal(before.curvature_, after.curvature_)
+    assert (before.offset_[0][:last] == after.offset_[0][:last]).all()
+    assert (before.offset_[0][last:] != after.offset_[0][last:]).any()
+
+
+def test_rounds_that_do_not_suffice_are_warned_about(rng):
+    frame, units, likelihood, truth = make_world(rng, n=40)
+    posterior = GradientPosterior(
+        FACETS, frame, GradientSettings(learning_rate=0.003, rounds=2, steps=3, tol=0.0),
+        CodebookSettings(),
+    )  # fmt: skip
+    nobody = np.zeros(40, dtype=bool)
+    with pytest.warns(ConvergenceWarning, match="did not converge in rounds=2"):
+        posterior.fit(units, np.zeros(40, dtype=int), ~nobody, nobody, likelihood)
+    assert not posterior.converged_ and np.isnan(posterior.bounds_).all()
+
+
+def test_the_learning_rate_is_chosen_by_what_is_reached(rng):
+    frame, units, likelihood, truth = make_world(rng, n=40)
+    posterior = GradientPosterior(FACETS, frame, GradientSettings(rounds=1), CodebookSettings())
+    everyone = np.ones(40, dtype=bool)
+    posterior.fit(units, np.zeros(40, dtype=int), everyone, np.arange(40) < 8, likelihood)
+    assert posterior.learning_rate_ == 0.1  # far optima: the longest steps come closest
+
+
+def test_profiles_without_evidence_have_no_code(rng):
+    frame, units, likelihood, truth = make_world(rng, n=30)
+    units.active[: units.first[5], 1] = 0
+    likelihood.active = units.active
+    units.gradient[: units.first[5], RANK:] = 0
+    posterior = GradientPosterior(
+        FACETS, frame, GradientSettings(learning_rate=0.1, rounds=1), CodebookSettings()
+    )
+    everyone = np.ones(30, dtype=bool)
+    posterior.fit(units, np.zeros(30, dtype=int), everyone, np.arange(30) < 8, likelihood)
+    assert (posterior.codes(1)[:5] == -1).all() and (posterior.means(1)[:5] == 0).all()
+    assert (posterior.codes(1)[5:] >= 0).all() and (posterior.codes(0) >= 0).all()

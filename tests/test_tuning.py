@@ -1,0 +1,329 @@
+"""The gradient posterior as a whole, with a tiny random LM: fields, time, resuming, processes."""
+
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.exceptions import ConvergenceWarning
+
+from recbole_uip import tuning
+from recbole_uip.bank.build import bank_of_profiles
+from recbole_uip.em import collaborative, weights
+from recbole_uip.em.snapshots import take_snapshots
+from recbole_uip.lm.likelihood import SoftTokenLikelihood
+from recbole_uip.profiles import infer
+from recbole_uip.settings import SettingsError, UIPSettings
+
+from .em.conftest import make_world
+from .lm.conftest import WORDS, make_model, make_tokenizer
+
+FACETS = {
+    "interests": {"weight": "positive", "codes": 3, "rank": 2},
+    "taste": {"weight": "contrast", "codes": 2, "rank": 2, "levels": 2},
+    "leniency": {"source": "constant", "bins": 4},
+}
+GRADIENT = {"steps": 3, "rounds": 2, "snapshots": [4], "learning_rate": 0.05, "held_out": 0.2}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make_world(n_users=12, n_items=20, events_per_user=12)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(1)
+    return [None, *(" ".join(rng.choice(WORDS[2:], rng.integers(1, 5))) for _ in range(19))]
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm")
+    make_model(max_position_embeddings=256).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def settings_of(lm_folder, cache, **keys):
+    return UIPSettings.from_dict(
+        {
+            "uip_facets": FACETS,
+            "uip_item_text": "{title}",
+            "uip_endings": {"liked": " and loved it", "disliked": " and hated it"},
+            "uip_lm": str(lm_folder),
+            "uip_lm_batch_tokens": 150,
+            "uip_cache": str(cache),
+            "uip_posterior": "gradient",
+            "uip_gradient": GRADIENT,
+            "uip_history": "observed",
+            **keys,
+        }
+    )
+
+
+@pytest.fixture
+def make(lm_folder, tmp_path):
+    return lambda cache=tmp_path / "cache", **keys: settings_of(lm_folder, cache, **keys)
+
+
+@pytest.fixture(scope="module")
+def whole(world, texts, lm_folder, tmp_path_factory):
+    """A run from beginning to end, and its cache."""
+    cache = tmp_path_factory.mktemp("whole")
+    return run(world.behaviours, texts, settings_of(lm_folder, cache)), cache
+
+
+@pytest.fixture
+def inferred(whole):
+    return whole[0]
+
+
+def run(behaviours, texts, settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return infer(behaviours, texts, settings)
+
+
+def numbers(profiles):
+    """All that was fitted, and all that was inferred, of tuned facets."""
+    out = {}
+    for name, tuned in profiles.tuned.items():
+        out[f"{name}.codebook"] = tuned.codebook.numbers
+        out[f"{name}.curvature"] = np.array([tuned.report["curvature"]])
+        out[f"{name}.codes"], out[f"{name}.means"] = tuned.codes, tuned.means
+    return out
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name)
+
+
+def flipped(behaviours, rows):
+    liked = behaviours.liked.copy()
+    liked[rows] = 1 - liked[rows]
+    return dataclasses.replace(behaviours, liked=liked)
+
+
+def test_fields_stand_with_those_of_the_closed_form(inferred, world):
+    fields = {each.name: each for each in inferred.fields}
+    assert list(fields) == ["uip_interests", "uip_taste", "uip_taste_level2", "uip_leniency"]
+    for name, size in (("uip_interests", 3), ("uip_taste", 2), ("uip_taste_level2", 2)):
+        values = fields[name].values
+        assert fields[name].size == size and values.shape == (len(world.behaviours),)
+        assert values.min() == 0 and 1 <= values.max() <= size
+    first = inferred.history.seen < 4
+    assert first.any() and (fields["uip_taste"].values[first & world.behaviours.train] == 0).all()
+    means = inferred.means()
+    assert means["uip_interests"].shape == (len(world.behaviours), 2)
+    assert (means["uip_interests"][fields["uip_interests"].values == 0] == 0).all()
+    assert inferred.cost["lm_tokens"] > 0
+    report = inferred.report["taste"]
+    assert len(report["held_out_bounds"]) == report["rounds"] == 2
+
+
+def test_sequences_and_free_tokens(world, texts, make):
+    sequence = run(world.behaviours, texts, make(uip_likelihood="sequence"))
+    free = run(
+        world.behaviours,
+        texts,
+        make(uip_gradient={**GRADIENT, "space": "token", "prior": "none", "rounds": 1}),
+    )
+    assert sequence.tuned["taste"].means.shape[1] == 2
+    assert free.tuned["taste"].means.shape[1] == 32
+    for profiles in (sequence, free):
+        for tuned in profiles.tuned.values():
+            assert (tuned.codes >= 0).any() and (np.abs(tuned.means) > 0).any()
+
+
+def test_the_prior_stands_in_for_no_history(world, texts, make):
+    settings = make(uip_empty="prior")
+    profiles = run(world.behaviours, texts, settings)
+    for each in profiles.fields:
+        assert (each.values > 0).all()
+
+
+def test_a_row_sees_neither_its_label_nor_later_events(inferred, world, texts, make):
+    """With the fitted parameters held, labels change; only later rows may notice.
+
+    A held-out label reaches no fitted parameter at all, so it is held-out labels that change.
+    """
+    behaviours, settings, before = world.behaviours, make(), inferred
+    changed = np.flatnonzero(~behaviours.train)[::5]
+    after = run(flipped(behaviours, changed), texts, settings)
+    first = np.full(behaviours.n_users, np.inf)
+    np.minimum.at(first, behaviours.user[changed], behaviours.time[changed])
+    untouched = behaviours.time <= first[behaviours.user]
+    for name in ("interests", "taste"):
+        old, new = before.tuned[name], after.tuned[name]
+        np.testing.assert_array_equal(old.codebook.numbers, new.codebook.numbers)
+        assert old.report["curvature"] == new.report["curvature"]
+    for old, new in zip(before.fields, after.fields, strict=True):
+        np.testing.assert_array_equal(old.values[untouched], new.values[untouched])
+
+
+def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, world, texts, make):
+    """The same for training rows: a profile is made of what the LM reads of its own events."""
+    behaviours, settings = world.behaviours, make()
+    rng = np.random.default_rng(0)
+    changed = rng.choice(np.flatnonzero(behaviours.train), 6, replace=False)
+    rate = weights.like_rate(
+        behaviours.item[behaviours.train], behaviours.liked[behaviours.train], 20
+    )
+    fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
+    history = inferred.history
+    snapshots = take_snapshots(history, settings.gradient.snapshots, behaviours.train)
+
+    def groups_of(data):
+        return tuning.groups(data, texts, settings, history, snapshots, rate, fold, {})
+
+    moved = 0
+    for before, after in zip(
+        groups_of(behaviours), groups_of(flipped(behaviours, changed)), strict=True
+    ):
+        for profile in range(len(snapshots)):
+            same = _read_of(before, profile) == _read_of(after, profile)
+            touched = np.isin(changed, snapshots.events(history, profile)).any()
+            assert same or touched
+            moved += not same
+    assert moved > 0
+    # and a row's snapshot holds strictly earlier events alone
+    for row in np.flatnonzero(snapshots.of_row >= 0)[::7]:
+        events = snapshots.events(history, snapshots.of_row[row])
+        assert (behaviours.time[events] < behaviours.time[row]).all() and row not in events
+
+
+def _read_of(group, profile):
+    """What the LM reads for a profile, and which facets it moves: all that it is made of."""
+    mine = slice(group.units.first[profile], group.units.first[profile + 1])
+    return group.passages[mine], group.units.active[mine].tolist()
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_result(
+    inferred, world, texts, make, tmp_path, monkeypatch
+):
+    original = SoftTokenLikelihood.value_and_gradient
+    calls = 0
+
+    def counted(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(SoftTokenLikelihood, "value_and_gradient", counted)
+    limit, cut = 12, make(tmp_path / "cut")
+    child = os.fork()
+    if child == 0:
+        run(world.behaviours, texts, cut)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    done = list((tmp_path / "cut" / "tuned").glob("*/*/*.npz"))
+    assert done
+    # a damaged file is as good as none
+    done[0].write_bytes(done[0].read_bytes()[:100])
+    limit = calls = -1
+    resumed = run(world.behaviours, texts, cut)
+    assert_same(numbers(inferred), numbers(resumed))
+    calls_resumed = calls
+    calls = -1
+    again = run(world.behaviours, texts, cut)
+    assert calls == -1 and calls_resumed > 0  # nothing is left to do
+    assert_same(numbers(inferred), numbers(again))
+    for old, new in zip(inferred.fields, again.fields, strict=True):
+        np.testing.assert_array_equal(old.values, new.values)
+
+
+def test_two_processes_give_the_codebook_of_one(whole, world, texts, make, tmp_path):
+    alone = numbers(whole[0])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1",
+            }  # fmt: skip
+            code = 1
+            try:
+                found = numbers(run(world.behaviours, texts, make(tmp_path / "both")))
+                np.savez(tmp_path / f"{rank}.npz", **found)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as found:
+            # bit for bit: batches are the same, and so are the threads at each
+            assert_same(alone, dict(found))
+    # each batch was done by one of them
+    files = [path.relative_to(tmp_path / "both") for path in (tmp_path / "both").rglob("0*.npz")]
+    assert len(files) == len(set(files)) == len(list(whole[1].rglob("0*.npz")))
+
+
+def test_a_changed_setting_does_not_meet_old_results(whole, world, texts, make):
+    _, cache = whole
+    other = run(world.behaviours, texts, make(cache, uip_gradient={**GRADIENT, "steps": 4}))
+    assert other.report["taste"]["lm_tokens"] > 0
+    assert len(other.report["taste"]["log_posterior"][0]) == 5
+
+
+def test_a_bank_is_refused(inferred, world, make, tmp_path):
+    with pytest.raises(SettingsError, match="cannot update soft tokens"):
+        bank_of_profiles(tmp_path / "bank", inferred, world.behaviours, [], [], make())
+
+
+def test_contrast_needs_endings(world, texts, make):
+    with pytest.raises(SettingsError, match="uip_facets.taste: .* needs uip_endings"):
+        run(world.behaviours, texts, make(uip_endings=None))
+    implicit = dataclasses.replace(world.behaviours, liked=None)
+    with pytest.raises(SettingsError, match="needs labels"):
+        facets = {name: FACETS[name] for name in ("interests", "taste")}
+        run(implicit, texts, make(uip_facets=facets))
+
+
+def test_sequences_that_are_too_long_are_said(world, texts, make):
+    gradient = {**GRADIENT, "behaviours": 200}
+    behaviours = dataclasses.replace(
+        world.behaviours,
+        user=world.behaviours.user % 2,
+        liked=np.ones(len(world.behaviours)),
+    )
+    facets = {"everything": {"weight": "all", "codes": 2}}
+    with pytest.raises(SettingsError, match="positions of the LM, which has 256: lower"):
+        run(
+            behaviours,
+            texts,
+            make(uip_likelihood="sequence", uip_gradient=gradient, uip_facets=facets),
+        )
+
+
+def test_a_single_user_is_said(world, texts, make):
+    alone = dataclasses.replace(world.behaviours, user=np.zeros_like(world.behaviours.user))
+    with pytest.raises(SettingsError, match="uip_facets.interests: only 1 users"):
+        run(alone, texts, make())
+
+
+def test_match_fields_are_left_out_and_said_to_be(world, texts, make, caplog):
+    facets = {"interests": {**FACETS["interests"], "match": {"rank": 2}}}
+    with caplog.at_level(logging.WARNING):
+        profiles = run(world.behaviours, texts, make(uip_facets=facets))
+    assert [each.name for each in profiles.fields] == ["uip_interests"]
+    assert "uip_interests_match is left out" in caplog.text
+
+
+def test_more_codes_than_profiles_is_said(world, texts, make):
+    facets = {"interests": {"weight": "positive", "codes": 500}}
+    with pytest.raises(SettingsError, match="uip_facets.interests: n_codes=500"):
+        run(world.behaviours, texts, make(uip_facets=facets))

@@ -297,14 +297,14 @@ def test_sequences_that_are_too_long_are_said(world, texts, make):
     gradient = {**GRADIENT, "behaviours": 200}
     behaviours = dataclasses.replace(
         world.behaviours,
-        user=world.behaviours.user % 2,
+        user=world.behaviours.user % 6,
         liked=np.ones(len(world.behaviours)),
     )
     facets = {"everything": {"weight": "all", "codes": 2}}
     with pytest.raises(SettingsError, match="positions of the LM, which has 256: lower"):
         run(
             behaviours,
-            texts,
+            [text and " ".join(9 * [text]) for text in texts],
             make(uip_likelihood="sequence", uip_gradient=gradient, uip_facets=facets),
         )
 
@@ -312,7 +312,7 @@ def test_sequences_that_are_too_long_are_said(world, texts, make):
 def test_a_single_user_is_said(world, texts, make):
     alone = dataclasses.replace(world.behaviours, user=np.zeros_like(world.behaviours.user))
     with pytest.raises(SettingsError, match="uip_facets.interests: only 1 users"):
-        run(alone, texts, make())
+        run(alone, texts, make(uip_facets={"interests": FACETS["interests"]}))
 
 
 def test_match_fields_are_left_out_and_said_to_be(world, texts, make, caplog):

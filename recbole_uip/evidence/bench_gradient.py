@@ -118,7 +118,7 @@ def bench_gradient(
     *,
     command_line: Sequence[str] = (),
     users: int = 200,
-    peers: int = 4,
+    peers: int = 2,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Measure the gradient posterior: speed, agreement with the closed form, true likelihood.

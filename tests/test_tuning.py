@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -97,6 +98,45 @@ def numbers(profiles):
         out[f"{name}.curvature"] = np.array([tuned.report["curvature"]])
         out[f"{name}.codes"], out[f"{name}.means"] = tuned.codes, tuned.means
     return out
+
+
+def spawned(function, *arguments):
+    """A process of its own: a fork of one with threads may wait forever for a lock of theirs."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def exit_code(process):
+    process.join(300)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("the process does not come to an end")
+    return process.exitcode
+
+
+def run_until(limit, behaviours, texts, settings):
+    """Killed by itself as it begins the evaluation of this number."""
+    original, calls = SoftTokenLikelihood.value_and_gradient, 0
+
+    def counted(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *arguments)
+
+    SoftTokenLikelihood.value_and_gradient = counted
+    run(behaviours, texts, settings)
+
+
+def run_as(rank, port, behaviours, texts, settings, path):
+    """One of two processes, as ``accelerate launch`` starts them."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1",
+    }  # fmt: skip
+    np.savez(path, **numbers(run(behaviours, texts, settings)))
 
 
 def assert_same(first, second):
@@ -214,28 +254,22 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(
     def counted(self, *arguments):
         nonlocal calls
         calls += 1
-        if calls == limit:
-            os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments)
 
     monkeypatch.setattr(SoftTokenLikelihood, "value_and_gradient", counted)
-    limit, cut = 12, make(tmp_path / "cut")
-    child = os.fork()
-    if child == 0:
-        run(world.behaviours, texts, cut)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    cut = make(tmp_path / "cut")
+    killed = spawned(run_until, 12, world.behaviours, texts, cut)
+    assert exit_code(killed) == -signal.SIGKILL
     done = list((tmp_path / "cut" / "tuned").glob("*/*/*.npz"))
     assert done
     # a damaged file is as good as none
     done[0].write_bytes(done[0].read_bytes()[:100])
-    limit = calls = -1
+    calls = 0
     resumed = run(world.behaviours, texts, cut)
     assert_same(numbers(inferred), numbers(resumed))
-    calls_resumed = calls
-    calls = -1
+    calls_resumed, calls = calls, 0
     again = run(world.behaviours, texts, cut)
-    assert calls == -1 and calls_resumed > 0  # nothing is left to do
+    assert calls == 0 and calls_resumed > 0  # nothing is left to do
     assert_same(numbers(inferred), numbers(again))
     for old, new in zip(inferred.fields, again.fields, strict=True):
         np.testing.assert_array_equal(old.values, new.values)
@@ -246,23 +280,12 @@ def test_two_processes_give_the_codebook_of_one(whole, world, texts, make, tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1",
-            }  # fmt: skip
-            code = 1
-            try:
-                found = numbers(run(world.behaviours, texts, make(tmp_path / "both")))
-                np.savez(tmp_path / f"{rank}.npz", **found)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    both = make(tmp_path / "both")
+    processes = [
+        spawned(run_as, rank, port, world.behaviours, texts, both, tmp_path / f"{rank}.npz")
+        for rank in range(2)
+    ]
+    assert [exit_code(process) for process in processes] == [0, 0]
     for rank in range(2):
         with np.load(tmp_path / f"{rank}.npz") as found:
             # bit for bit: batches are the same, and so are the threads at each

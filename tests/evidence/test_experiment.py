@@ -422,15 +422,11 @@ def test_what_an_arm_does_not_read_does_not_make_another_run(key, name):
     assert key({name: UNREAD[name]}) == key()
 
 
-def test_the_posterior_of_lm_facets_is_not_read_by_others(key):
-    facets = {**FACETS, "taste": {**FACETS["taste"], "codes": 8}}
-    assert key({"uip_posterior": "gradient", "uip_facets": facets}) == key()
-
-
 def test_every_key_of_ours_is_probed():
     from recbole_uip.settings import _KEYS
 
     probed = {name.split(".")[0] for name in (*PROFILE, *NOTHING, *UNREAD)}
+    # The gradient posterior is refused without a facet that it tunes.
     assert set(_KEYS) - probed == {"uip_arms", "uip_posterior"}
 
 

@@ -65,9 +65,13 @@ def _experiment(namespace: argparse.Namespace, overrides: list[str], command: st
             chosen["seeds"] = [int(seed) for seed in namespace.seeds.split(",")]
         except ValueError:
             raise SettingsError(f"--seeds={namespace.seeds} must be whole numbers") from None
-    experiment = load_experiment(namespace.name, overrides).only(**chosen)
+    whole = load_experiment(namespace.name, overrides)
     folder = run_experiment(
-        experiment, namespace.output, workers=namespace.workers, command=command
+        whole.only(**chosen),
+        namespace.output,
+        workers=namespace.workers,
+        whole=whole,
+        command=command,
     )
     print(f"experiment: {folder / 'experiment.json'}")
     print(f"report it by: recbole-uip report {folder}")

@@ -575,6 +575,28 @@ def results(folder):
     }
 
 
+def test_parts_of_an_experiment_are_planned_together(written, tmp_path, monkeypatch):
+    whole = written({"seeds": [1, 2]})
+    monkeypatch.setattr(experiment_module, "_make", lambda *_: None)
+
+    def planned(whole, **part):
+        folder = run_experiment(
+            whole.only(**part), tmp_path / "out", whole=whole, command=f"run {part}"
+        )
+        plan = json.loads((folder / "experiment.json").read_text())
+        return plan, {case["arm"]: sorted(case["seeds"]) for case in plan["cases"]}
+
+    assert planned(whole, arms=["uip"], seeds=[2])[1] == {"uip": ["2"]}
+    plan, cases = planned(whole, arms=["plain", "uip"], seeds=[1])
+    assert cases == {"uip": ["1", "2"], "plain": ["1"]}
+    assert plan["baseline"] == "plain" and len(plan["commands"]) == 2
+    # What was planned of another experiment, or with other settings, is not mixed in.
+    other = written({"seeds": [1, 2]}, epochs=7)
+    assert planned(other, arms=["plain"])[1] == {"plain": ["1", "2"]}
+    (tmp_path / "out" / "asked" / "experiment.json").write_text("{")
+    assert planned(other, arms=["plain"], seeds=[1])[1] == {"plain": ["1"]}
+
+
 def test_an_experiment_is_resumed_where_it_stopped(written, tmp_path, monkeypatch):
     experiment = written({"seeds": [1, 2]})
     trained = counted(monkeypatch)
@@ -775,7 +797,7 @@ def test_the_command_is_silent_but_for_its_bar_and_a_line_a_run(
         part for part in lines if part not in bars + runs and "2 runs to make" not in part
     ] == []
     plan = json.loads((folder / "experiment.json").read_text())
-    assert plan["command"].endswith(" ".join(line))
+    assert plan["commands"][-1].endswith(" ".join(line))
     assert set(results(folder)) == {("FM", "plain", "{}", 1), ("DIN", "history", "{}", 1)}
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from recbole.utils import init_seed
 from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours
+from recbole_uip.bridge.config import load_config_files
 from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.run import finite, protocol, train_arm, versions
 from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
 from recbole_uip.bridge.storage import plain
 from recbole_uip.em.states import index_history
 from recbole_uip.evidence.experiments.plan import Case, Experiment, Run
-from recbole_uip.evidence.experiments.store import RunStore
+from recbole_uip.evidence.experiments.store import RunStore, key_of
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError
 
@@ -44,6 +45,7 @@ def run_experiment(
     output: Path = DEFAULT_OUTPUT,
     *,
     workers: int = 1,
+    whole: Experiment | None = None,
     command: str | None = None,
 ) -> Path:
     """Make every run of ``experiment`` that ``output/runs`` does not hold.
@@ -59,6 +61,8 @@ def run_experiment(
         Gets ``runs/``, the store, and ``<name>/experiment.json``, which says what stands there.
     workers : int
         Processes that train side by side, each with its share of the cores.
+    whole : Experiment, optional
+        What ``experiment`` is a part of. Parts of one whole are reported together.
     command : str, optional
         How this was started, for the record.
 
@@ -97,27 +101,62 @@ def run_experiment(
         case: [experiment.run(case, seed, chosen.get(case)) for seed in experiment.seeds]
         for case in cases
     }
+    whole = whole or experiment
     plan = {
         "name": experiment.name,
+        "definition": _definition(whole),
         "title": experiment.title,
         "question": experiment.question,
-        "baseline": experiment.baseline,
-        "compare": [list(pair) for pair in experiment.compare],
+        "baseline": whole.baseline,
+        "compare": [list(pair) for pair in whole.compare],
         "cases": [
             {**_describe(case), "seeds": {str(run.seed): run.key for run in each}}
             for case, each in runs.items()
         ],
         "tuning": tuning,
         "runs": "../runs",
-        "command": command or f"recbole-uip experiment {experiment.name}",
         "commands": [command or f"recbole-uip experiment {experiment.name}"],
     }
+    plan = _with_other_parts(plain(plan), folder / "experiment.json")
     # Before the runs, so that what is finished can be looked at meanwhile.
     with atomic_write(folder / "experiment.json", "w") as file:
-        json.dump(plain(plan), file, indent=1)
+        json.dump(plan, file, indent=1)
         file.write("\n")
     _make([run for each in runs.values() for run in each], store, workers, experiment.name)
     return folder
+
+
+def _definition(experiment: Experiment) -> str:
+    """Hash of all that an experiment's files and the command line say."""
+    below = load_config_files(experiment.extends)
+    return key_of({"experiment": repr(experiment), "below": repr(below)})
+
+
+def _with_other_parts(plan: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``plan`` with the cases and seeds of a plan for other parts of the same experiment."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old["definition"] != plan["definition"]:
+            return plan
+        cases = {_case_key(case): case for case in old["cases"]}
+        for case in plan["cases"]:
+            seeds = cases.get(_case_key(case), {}).get("seeds", {})
+            cases[_case_key(case)] = {**case, "seeds": {**seeds, **case["seeds"]}}
+        tuned = {_case_key(case): case for case in [*old["tuning"], *plan["tuning"]]}
+        commands = list(dict.fromkeys([*old["commands"], *plan["commands"]]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        # There is none, or none that can be read: it would only have said more.
+        return plan
+    return {
+        **plan,
+        "cases": list(cases.values()),
+        "tuning": list(tuned.values()),
+        "commands": commands,
+    }
+
+
+def _case_key(case: Mapping[str, Any]) -> str:
+    return json.dumps([case[name] for name in ("dataset", "model", "arm", "variant")])
 
 
 def _valid_auc(record: dict[str, Any]) -> float:

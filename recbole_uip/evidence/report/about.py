@@ -258,8 +258,7 @@ def environment(outcomes: Outcomes) -> Section:
                 heads=2,
             )
         )
-    commands = outcomes.plan.get("commands") or [outcomes.plan.get("command")]
-    commands = [str(command) for command in dict.fromkeys(commands) if command]
+    commands = [str(command) for command in outcomes.plan.get("commands") or []]
     if commands:
         blocks += [Text("The runs were made by:"), Code(commands)]
     return Section("Environment and commands", blocks)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from recbole_uip import __version__
 from recbole_uip.cli.bank import add_bank
+from recbole_uip.cli.bench import add_bench
 from recbole_uip.cli.ceiling import add_ceiling
 from recbole_uip.cli.experiment import add_experiment
 from recbole_uip.cli.likelihood import add_likelihood
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_bank(subcommands)
     add_experiment(subcommands)
     add_report(subcommands)
-    _add_bench(subcommands)
+    add_bench(subcommands)
     add_outside(subcommands)
     add_replay(subcommands)
     add_ceiling(subcommands)
@@ -99,69 +100,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_files(parser)
 
 
-def _add_bench(subcommands: argparse._SubParsersAction) -> None:
-    bench = subcommands.add_parser(
-        "bench", help="what a stage costs on this machine, next to its floor", allow_abbrev=False
-    )
-    stages = bench.add_subparsers(metavar="STAGE", required=True)
-    profiles = stages.add_parser(
-        "profiles",
-        help="LM scoring, reading the scores, and the profile stage",
-        epilog=OVERRIDES,
-        allow_abbrev=False,
-    )
-    profiles.add_argument(
-        "--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)"
-    )
-    add_config_files(profiles)
-    profiles.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    profiles.add_argument(
-        "--repeats",
-        type=int,
-        default=3,
-        metavar="N",
-        help="runs of all but the LM scoring (default: 3)",
-    )
-    profiles.add_argument(
-        "--items", type=int, metavar="N", help="score only the first N distinct item texts"
-    )
-    profiles.set_defaults(function=_bench_profiles, parser=profiles)
-    bank = stages.add_parser(
-        "bank",
-        help="building a feature bank of synthetic events, look-ups, matches and updates",
-        epilog=OVERRIDES,
-        allow_abbrev=False,
-    )
-    bank.add_argument("--dataset", "-d", help="whose items and facets are taken (default: ml-100k)")
-    add_config_files(bank)
-    bank.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    bank.add_argument(
-        "--events", type=int, default=25_000_000, metavar="N",
-        help="synthetic events, 25 a user (default: 25,000,000)",
-    )  # fmt: skip
-    bank.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="runs of the batch figures (default: 5)"
-    )
-    bank.set_defaults(function=_bench_bank, parser=bank)
-    gradient = stages.add_parser(
-        "gradient",
-        help="tuning soft tokens through the LM: speed, agreement with the closed form, likelihood",
-        epilog=OVERRIDES,
-        allow_abbrev=False,
-    )
-    gradient.add_argument("--dataset", "-d", help="dataset (default: ml-100k)")
-    add_config_files(gradient)
-    gradient.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    gradient.add_argument(
-        "--users", type=int, default=200, metavar="N", help="users that are tuned (default: 200)"
-    )
-    gradient.add_argument(
-        "--peers", type=int, default=2, metavar="N",
-        help="users for the comparison with the authors' formulation (default: 2; 0: none)",
-    )  # fmt: skip
-    gradient.set_defaults(function=_bench_gradient, parser=gradient)
-
-
 def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Run the chosen function; say what went wrong, and by the exit code whose fault it is."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -199,59 +137,6 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
     )
     for each in [results] if "models" in results else filter(None, results.values()):
         print("\n" + format_report(each))
-
-
-def _bench_profiles(namespace: Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.bench import bench_profiles
-
-    files = start(namespace, overrides)
-    results = bench_profiles(
-        namespace.dataset,
-        files,
-        command_line=overrides,
-        repeats=namespace.repeats,
-        items=namespace.items,
-        command=command,
-    )
-    _show_bench(results, namespace.json)
-
-
-def _bench_bank(namespace: Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.bench_bank import bench_bank
-
-    files = start(namespace, overrides)
-    results = bench_bank(
-        namespace.dataset,
-        files,
-        command_line=overrides,
-        events=namespace.events,
-        repeats=namespace.repeats,
-        command=command,
-    )
-    _show_bench(results, namespace.json)
-
-
-def _bench_gradient(namespace: Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.bench_gradient import bench_gradient
-
-    files = start(namespace, overrides)
-    results = bench_gradient(
-        namespace.dataset,
-        files,
-        command_line=overrides,
-        users=namespace.users,
-        peers=namespace.peers,
-        command=command,
-    )
-    _show_bench(results, namespace.json)
-
-
-def _show_bench(results: dict, path: Path | None) -> None:
-    from recbole_uip.evidence.figures import format_bench, write_bench
-
-    if path is not None:
-        write_bench(path, results)
-    print(format_bench(results))
 
 
 def _summary(namespace: Namespace, overrides: list[str], command: str) -> None:

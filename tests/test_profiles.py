@@ -359,6 +359,16 @@ def test_texts_without_words_are_said(world, tiny_lm):
         infer(world.behaviours, dots, of_texts("words", tiny_lm))
 
 
+def test_folds_that_know_fewer_directions_than_others():
+    """On a small catalogue, the users of one fold may span less than the rank that is asked for."""
+    world = make_world(n_users=40, n_items=13, events_per_user=8)
+    company = {"source": "collaborative", "weight": "contrast", "codes": 4, "rank": 12, "match": {}}
+    profiles = infer(world.behaviours, None, settings(uip_facets={"company": company}))
+    facet = profiles.facets["company"]
+    assert facet.vectors_.shape[0] == 4 and facet.vectors_.shape[2] <= 12
+    assert all(field.values.max() > 0 for field in profiles.fields)
+
+
 def test_same_seed_same_profiles(world, inferred):
     again = infer(world.behaviours, None, settings())
     for old, new in zip(inferred.fields, again.fields, strict=True):

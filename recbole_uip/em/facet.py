@@ -229,6 +229,8 @@ class Facet:
             self.settings.rank if self.settings.codes else 0,
             self.settings.match.rank if self.settings.match else 0,
         )
+        # In a small catalogue the users of one fold may span less than those of another.
+        rank = min(rank, *(whitened.shape[1] for whitened in vectors))
         bases = []
         for fold, whitened in enumerate(vectors):
             # What a user meets is shaped by the users of the other folds alone.
@@ -241,7 +243,7 @@ class Facet:
                     behaviours.item[chosen],
                     evidence,
                     behaviours.n_users,
-                    min(rank, whitened.shape[1]),
+                    rank,
                     self.settings.directions,
                 )
             )

@@ -429,9 +429,6 @@ class _World:
             self.settings.folds,
             self.settings.seed,
         )
-        # Of few items, a fold may have fewer directions than another.
-        width = min(each.shape[1] for each in vectors)
-        vectors = [each[:, :width] for each in vectors]
         return self._fitted("collaborative", vectors, rows)
 
     def _fitted(

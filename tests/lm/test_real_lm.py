@@ -71,3 +71,11 @@ def test_scores_as_users_get_them():
         assert np.isfinite(values).all()
     assert (result.log_likelihood < 0).all()
     assert score(TITLES, FACETS, ENDINGS, LMSettings(), default_cache_dir()).lm_tokens == 0
+
+
+@pytest.mark.parametrize("facet", ["interests", "a"])
+def test_one_short_facet_in_bfloat16_passes_the_check_against_the_model(facet, backbone, tmp_path):
+    # the model's own rounding once was taken for an error of the fast path
+    (tmp_path / "models").symlink_to(default_cache_dir() / "models", target_is_directory=True)
+    result = score(TITLES[:2], [facet], None, LMSettings(dtype="bfloat16"), tmp_path)
+    assert result.lm_tokens > 0

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import basis, collaborative, states, weights
+from recbole_uip.em.collaborative import Reading
 from recbole_uip.em.encoder import Encoder, FieldInfo
 from recbole_uip.em.facet import Facet, Observations
 from recbole_uip.settings import TEXT_SOURCES, FacetSettings, SettingsError, UIPSettings
@@ -39,8 +40,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Leading Fisher directions of the items' texts that a basis may use.
+# Leading Fisher directions of the items' texts that a basis may use, and that collaborative
+# vectors are read from.
 LM_DIRECTIONS = 700
+READ_DIRECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,10 @@ class Profiles:
     events : Events
         The rows as events.
     texts : dict of str to TextVectors
-        For each source by which facets have their item vectors from the items' texts.
+        For each source by which facets read the items' texts.
+    readings : dict of str to list of Reading
+        For each collaborative facet that knows texts, by fold: what its whitened item vectors are
+        by the first :data:`READ_DIRECTIONS` of each of its ``texts``.
     tuned : dict of str to Tuned
         The facets whose soft tokens were tuned by gradients; the encoder does not know them.
     """
@@ -113,6 +119,7 @@ class Profiles:
     history: states.History | None = None
     events: states.Events | None = None
     texts: dict[str, TextVectors] = field(default_factory=dict)
+    readings: dict[str, list[Reading]] = field(default_factory=dict)
     tuned: dict[str, Tuned] = field(default_factory=dict)
 
     def means(self) -> dict[str, np.ndarray]:
@@ -182,7 +189,7 @@ def infer(
     of_texts = {
         source: _text_vectors(source, behaviours, item_texts, settings, result)
         for source in TEXT_SOURCES
-        if any(facet.source == source for facet in closed)
+        if any(source in facet.text_sources for facet in closed)
     }
 
     def fit(facet_settings: FacetSettings) -> Facet:
@@ -191,10 +198,13 @@ def infer(
                 facet_settings.weight, behaviours.item, behaviours.liked, rate
             )
             observed = Observations(behaviours, history, evidence, rate, train_events, fold)
-            vectors = _item_vectors(facet_settings, observed, of_texts, settings)
+            vectors, readings = _item_vectors(facet_settings, observed, of_texts, settings)
+            if readings:
+                result.readings[facet_settings.name] = readings
+            beside = {source: of_texts[source] for source in facet_settings.texts}
             return Facet(
                 facet_settings, settings.codebook, empty=settings.empty, seed=settings.seed
-            ).fit(vectors, observed)
+            ).fit(vectors, observed, beside)
         except ValueError as error:
             raise SettingsError(f"uip_facets.{facet_settings.name}: {error}") from error
 
@@ -289,20 +299,34 @@ def _item_vectors(
     observed: Observations,
     of_texts: Mapping[str, np.ndarray],
     settings: UIPSettings,
-) -> list[np.ndarray]:
-    """Whitened item vectors of a facet, by its source: one array for each fold of users."""
+) -> tuple[list[np.ndarray], list[Reading]]:
+    """Whitened item vectors of a facet, by its source: one array for each fold of users.
+
+    And what texts say of them, if they do.
+    """
     if facet.source == "constant":
-        return [np.ones((observed.behaviours.n_items, 1))]
-    if facet.source in of_texts:
+        return [np.ones((observed.behaviours.n_items, 1))], []
+    if facet.source in TEXT_SOURCES:
         # Texts know nobody's labels, but the basis that a facet makes of their vectors does.
-        return [of_texts[facet.source]] * settings.folds
+        return [of_texts[facet.source]] * settings.folds, []
     rank = max(facet.rank if facet.codes else 0, facet.match.rank if facet.match else 0)
-    return collaborative_vectors(facet.weight, rank, observed, settings.folds, settings.seed)
+    texts = None
+    if facet.texts:
+        leading = [of_texts[source][:, :READ_DIRECTIONS] for source in facet.texts]
+        texts = np.concatenate(leading, axis=1)
+    return collaborative_vectors(
+        facet.weight, rank, observed, settings.folds, settings.seed, texts=texts
+    )
 
 
 def collaborative_vectors(
-    weight: str, rank: int, observed: Observations, folds: int, seed: int
-) -> list[np.ndarray]:
+    weight: str,
+    rank: int,
+    observed: Observations,
+    folds: int,
+    seed: int,
+    texts: np.ndarray | None = None,
+) -> tuple[list[np.ndarray], list[Reading]]:
     """Whitened item vectors of the training events, each fold of users by the other users' events.
 
     Parameters
@@ -314,14 +338,18 @@ def collaborative_vectors(
     folds : int
         Number of folds of users.
     seed : int
+    texts : ndarray of float64, shape (n_items, m), optional
+        Vectors of the items' texts that give the item vectors their prior means.
 
     Returns
     -------
-    list of ndarray, each of shape (n_items, at most rank)
+    vectors : list of ndarray, each of shape (n_items, at most rank)
+    readings : list of Reading
+        Of the same vectors, by texts alone; empty without texts.
     """
     behaviours, train = observed.behaviours, observed.train_events
     n_users, n_items = behaviours.n_users, behaviours.n_items
-    by_fold = []
+    by_fold, readings = [], []
     for index in range(folds):
         chosen = train[observed.fold[behaviours.user[train]] != index]
         user, item = behaviours.user[chosen], behaviours.item[chosen]
@@ -329,12 +357,16 @@ def collaborative_vectors(
         vectors = collaborative.svd_vectors(
             user, item, evidence.weight, n_users, n_items, rank, seed
         )
+        reading = None
         if behaviours.liked is not None:
-            vectors = collaborative.logistic_factors(
-                user, item, behaviours.liked[chosen], n_users, rate, vectors
+            vectors, reading = collaborative.logistic_factors(
+                user, item, behaviours.liked[chosen], n_users, rate, vectors, texts
             )
-        by_fold.append(basis.whiten(vectors, np.bincount(item, minlength=n_items)).vectors)
-    return by_fold
+        whitening = basis.whiten(vectors, np.bincount(item, minlength=n_items))
+        by_fold.append(whitening.vectors)
+        if reading is not None:
+            readings.append(reading.mapped(whitening.mean, whitening.directions()))
+    return by_fold, readings
 
 
 def _text_vectors(

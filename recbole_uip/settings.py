@@ -32,6 +32,7 @@ __all__ = [
 
 SOURCES = ("lm", "embedding", "words", "collaborative", "constant")
 TEXT_SOURCES = ("lm", "embedding", "words")
+PRIOR_SOURCES = ("embedding", "words")
 WEIGHTS = ("positive", "negative", "all", "contrast")
 POSTERIORS = ("auto", "filter", "sums")
 DIRECTIONS = ("between", "fisher")
@@ -98,6 +99,10 @@ class FacetSettings:
         Quantile bins of a one-dimensional facet (``source: constant``).
     match : MatchSettings or None
         The match field, if any.
+    texts : tuple of {"embedding", "words"}
+        What a collaborative facet knows of the items' texts besides: they are the prior mean of
+        its item vectors, and give its filter further directions. An item without events is not
+        unknown to it then.
     """
 
     name: str
@@ -111,6 +116,19 @@ class FacetSettings:
     half_life: tuple[float, ...] = (math.inf,)
     bins: int = 24
     match: MatchSettings | None = None
+    texts: tuple[str, ...] = ()
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether its match fields come from the filter."""
+        if self.match is None or self.match.posterior == "auto":
+            return self.match is not None and self.weight == "contrast"
+        return self.match.posterior == "filter"
+
+    @property
+    def text_sources(self) -> tuple[str, ...]:
+        """Sources by which it reads the items' texts."""
+        return (self.source,) if self.source in TEXT_SOURCES else self.texts
 
 
 @dataclass(frozen=True)
@@ -403,8 +421,8 @@ class UIPSettings:
 
     @property
     def text_facets(self) -> list[str]:
-        """Names of the facets whose item vectors come from the items' texts."""
-        return [facet.name for facet in self.facets if facet.source in TEXT_SOURCES]
+        """Names of the facets that read the items' texts."""
+        return [facet.name for facet in self.facets if facet.text_sources]
 
     def facets_of(self, arm: ArmSettings) -> tuple[FacetSettings, ...]:
         """The facets that ``arm`` uses, in the order of ``uip_facets``."""
@@ -525,6 +543,15 @@ def _parse_half_life(key: str, value: Any) -> tuple[float, ...]:
     return tuple(parsed)
 
 
+def _parse_texts(key: str, value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    for item in values:
+        _choice(key, item, PRIOR_SOURCES)
+    if len(set(values)) != len(values):
+        raise SettingsError(f"{key}={value!r} names a source twice")
+    return tuple(values)
+
+
 def _parse_section(kind: type, key: str, value: Any, **fixed: Any) -> Any:
     """Build the dataclass ``kind`` from a mapping, checking names and types of its fields."""
     if not isinstance(value, Mapping):
@@ -542,6 +569,8 @@ def _parse_section(kind: type, key: str, value: Any, **fixed: Any) -> Any:
             item = None if item is None else _parse_section(MatchSettings, path, item)
         elif name == "source":
             _choice(path, item, SOURCES)
+        elif name == "texts":
+            item = _parse_texts(path, item)
         elif name == "weight":
             _choice(path, item, WEIGHTS)
         elif name == "posterior":
@@ -630,6 +659,12 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
                 f"{key}.match.posterior=filter needs weight: contrast, but weight is "
                 f"{facet.weight}: set weight: contrast or posterior: sums"
             )
+        if facet.texts and (facet.source != "collaborative" or not facet.has_filter):
+            raise SettingsError(
+                f"{key}.texts={list(facet.texts)} needs source: collaborative, weight: contrast "
+                "and a match field by the filter, for it is the filter that weighs texts: set "
+                "these, or leave texts out"
+            )
         if facet.source != "constant" and facet.codes == 0 and facet.match is None:
             raise SettingsError(f"{key} has codes: 0 and no match, so it gives no field")
         facets.append(facet)
@@ -641,6 +676,8 @@ def _plain_facet(facet: FacetSettings) -> dict[str, Any]:
     del plain["name"]
     if facet.source != "lm":
         del plain["prompt"]
+    if facet.source != "collaborative":
+        del plain["texts"]
     for section in (plain, plain["match"] or {}):
         if "half_life" in section:
             # JSON has no infinity.

@@ -55,8 +55,8 @@ def parameters(profiles):
     """Everything that was fitted, as one list of arrays."""
     out = []
     for facet in profiles.facets.values():
-        basis = facet.basis_
-        out += [basis.vectors, basis.mean, basis.variance]
+        for basis in (facet.basis_, *facet.beside_.values()):
+            out += [basis.vectors, basis.mean, basis.variance]
         for codebook in facet.codebooks_.values():
             for level in codebook.levels_:
                 out += [level.codewords_, level.weights_, level.variance_]
@@ -268,6 +268,8 @@ def texts(world):
 
 
 def of_texts(source, tiny_lm, **keys):
+    if source == "together":
+        source, keys = "collaborative", {"texts": ["embedding", "words"]}
     facet = {
         "source": source, "weight": "contrast", "codes": 4, "rank": 2,
         "match": {"rank": 2, "bins": 8}, **keys,
@@ -314,7 +316,7 @@ def test_fisher_directions_find_less_of_how_users_differ(world, texts, tiny_lm):
     assert captured["fisher"] < 0.8 * captured["between"]
 
 
-@pytest.mark.parametrize("source", ["embedding", "words"])
+@pytest.mark.parametrize("source", ["embedding", "words", "together"])
 def test_held_out_labels_reach_no_parameter_of_text_facets(world, texts, tiny_lm, source):
     behaviours = world.behaviours
     wanted = of_texts(source, tiny_lm, directions="fisher")
@@ -333,7 +335,7 @@ def test_held_out_labels_reach_no_parameter_of_text_facets(world, texts, tiny_lm
     assert moved > 0
 
 
-@pytest.mark.parametrize("source", ["embedding", "words"])
+@pytest.mark.parametrize("source", ["embedding", "words", "together"])
 def test_a_user_meets_text_vectors_of_other_users(world, texts, tiny_lm, source):
     """The basis of each fold of users, by fisher too, comes from the other folds' labels."""
     behaviours, wanted = world.behaviours, of_texts(source, tiny_lm, directions="fisher")
@@ -346,10 +348,30 @@ def test_a_user_meets_text_vectors_of_other_users(world, texts, tiny_lm, source)
     assert same == [True, False, False, False]
 
 
-@pytest.mark.parametrize("source", ["embedding", "words"])
+def test_texts_say_what_few_events_cannot(tiny_lm):
+    """Where items have few events, a collaborative facet that knows their texts predicts better."""
+    world = make_world(n_users=200, n_items=400, events_per_user=15, noise_directions=0)
+    telling = np.array(["drama day", "city", "action night", "war"])
+    texts = [" ".join(telling[2 * (v[:2] > 0) + [0, 1]]) for v in world.vectors]
+    test = world.behaviours.split == TEST
+    auc = {}
+    for known in ([], ["words"]):
+        company = {
+            "source": "collaborative", "rank": 2, "codes": 4, "match": {"rank": 2}, "texts": known,
+        }  # fmt: skip
+        wanted = settings(uip_facets={"company": company}, uip_item_text="{title}", **tiny_lm)
+        profiles = infer(world.behaviours, texts, wanted)
+        tokens = profiles.fields[1].values[test]
+        auc[len(known)] = roc_auc_score(world.behaviours.liked[test], tokens)
+        assert set(profiles.readings) == ({"company"} if known else set())
+    assert auc[1] > auc[0] + 0.02
+
+
+@pytest.mark.parametrize("source", ["embedding", "words", "together"])
 def test_text_facets_need_texts(world, tiny_lm, source):
     nothing = [None] * world.behaviours.n_items
-    with pytest.raises(SettingsError, match=f"no item has a text, so source: {source} facets"):
+    first = "embedding" if source == "together" else source
+    with pytest.raises(SettingsError, match=f"no item has a text, so source: {first} facets"):
         infer(world.behaviours, nothing, of_texts(source, tiny_lm))
 
 

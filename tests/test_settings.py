@@ -118,6 +118,23 @@ def test_durations(value, seconds):
             {"uip_facets": {"a": {"weight": "all", "match": {"posterior": "filter"}}}},
             "posterior=filter needs weight: contrast",
         ),
+        ({"uip_facets": {"a": {"texts": ["lm"]}}}, "texts='lm' must be one of embedding, words"),
+        ({"uip_facets": {"a": {"texts": ["words", "words"]}}}, "names a source twice"),
+        (
+            {"uip_facets": {"a": {"source": "words", "texts": "words", "match": {}}}},
+            r"texts=\['words'\] needs source: collaborative",
+        ),
+        (
+            {"uip_facets": {"a": {"source": "collaborative", "texts": "words"}}},
+            r"texts=\['words'\] needs source: collaborative, weight: contrast and a match field",
+        ),
+        (
+            {
+                "uip_item_text": None,
+                "uip_facets": {"a": {"source": "collaborative", "texts": "words", "match": {}}},
+            },
+            r"uip_item_text is not set.*\['a'\]",
+        ),
         ({"uip_arms": {"x": {"facets": ["tast"]}}}, "no facet 'tast'; did you mean 'taste'"),
         ({"uip_arms": {"x": {"user": 1}}}, "unknown setting 'uip_arms.x.user'"),
         ({"uip_lm_dtype": "int3"}, "uip_lm_dtype='int3' must be one of"),
@@ -145,6 +162,7 @@ def test_settings_survive_a_round_trip_through_json():
                 "leniency": {"source": "constant", "half_life": [5, "inf"], "match": {}},
                 "company": {"source": "collaborative", "match": {"half_life": [20, "inf"]}},
                 "worded": {"source": "words", "directions": "fisher"},
+                "together": {"source": "collaborative", "texts": ["words"], "match": {}},
             },
             "uip_item_text": "{title}",
             "uip_endings": {"liked": " and loved it", "disliked": " and hated it"},

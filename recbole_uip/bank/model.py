@@ -18,8 +18,9 @@ from recbole_uip import __version__
 from recbole_uip import profiles as profile_stage
 from recbole_uip.bank.store import BankError
 from recbole_uip.em.encoder import Encoder
+from recbole_uip.em.facet import Facet
 from recbole_uip.em.kernels import Kernels
-from recbole_uip.profiles import Profiles
+from recbole_uip.profiles import READ_DIRECTIONS, Profiles
 from recbole_uip.settings import TEXT_SOURCES, UIPSettings
 from recbole_uip.texts import bag_of_words
 
@@ -30,7 +31,7 @@ UNKNOWN_ITEM = 0
 #: Token of that number, where there is no other.
 NO_ITEM = "[PAD]"
 # What the names of tables for new items begin with.
-_OF_TEXTS = tuple(f"{source}_" for source in TEXT_SOURCES)
+_OF_TEXTS = (*(f"{source}_" for source in TEXT_SOURCES), "texts_")
 
 
 def fold_of(user: str, n_folds: int) -> int:
@@ -59,7 +60,9 @@ class ProfileModel:
         For new items: ``lm_mean`` (d,), ``lm_theta0`` (n_facets, width) and, for each facet of
         the LM, ``lm_map.<facet>`` (n_folds, d, rank), from raw scores to item vectors. In the
         same way ``embedding_mean`` and ``embedding_map.<facet>``, ``words_mean`` and
-        ``words_map.<facet>``; and ``words_vocabulary``, UTF-8, a line for each word.
+        ``words_map.<facet>``; and ``words_vocabulary``, UTF-8, a line for each word. Of a
+        collaborative facet that knows texts, what these sources say adds up with
+        ``texts_offset.<facet>`` (n_folds, rank).
     """
 
     encoder: Encoder
@@ -94,11 +97,18 @@ class ProfileModel:
                 lines = "\n".join(about.vocabulary).encode()
                 tables[f"{source}_vocabulary"] = np.frombuffer(lines, np.uint8)
             for name, facet in profiles.facets.items():
-                if facet.settings.source == source:
-                    maps = [directions @ each for each in facet.basis_.directions]
+                if source in facet.settings.text_sources:
+                    maps = [directions @ each for each in _of_whitened(source, facet, profiles)]
                     tables[f"{source}_map.{name}"] = np.stack(maps).astype(np.float32)
             # Scores and embeddings are of the same LM.
             fingerprint = about.fingerprint or fingerprint
+        for name, readings in profiles.readings.items():
+            facet = profiles.facets[name]
+            offsets = np.zeros((len(readings), facet.vectors_.shape[2]), np.float32)
+            for fold, reading in enumerate(readings):
+                turned = reading.intercept @ facet.basis_.directions[fold]
+                offsets[fold, : len(turned)] = turned
+            tables[f"texts_offset.{name}"] = offsets
         return cls(
             encoder=profiles.encoder,
             items=[str(item) for item in items],
@@ -193,8 +203,8 @@ class ProfileModel:
     def with_items(self, items: Sequence[str], texts: Sequence[str | None]) -> ProfileModel:
         """A model with more items: the LM sees their texts, and theirs alone.
 
-        An item's vector is zero where nothing is known of it: in collaborative facets, and
-        without a text. Its like rate is the overall one.
+        An item's vector is zero where nothing is known of it: in collaborative facets that know
+        no texts, and without a text. Its like rate is the overall one.
 
         Parameters
         ----------
@@ -226,12 +236,16 @@ class ProfileModel:
                 vectors[facet.name][:] = self.encoder.vectors(facet.name)[:, :1]
         rows = [row for row, text in enumerate(texts) if text]
         for source in TEXT_SOURCES:
-            facets = [facet.name for facet in self.settings.facets if facet.source == source]
+            facets = [facet.name for facet in self.settings.facets if source in facet.text_sources]
             if facets and rows:
                 raw = self._raw_vectors(source, [texts[row] for row in rows])
                 centred = raw - self.tables[f"{source}_mean"]
                 for name in facets:
-                    vectors[name][:, rows] = centred @ self.tables[f"{source}_map.{name}"]
+                    vectors[name][:, rows] += centred @ self.tables[f"{source}_map.{name}"]
+        for facet in self.settings.facets:
+            if facet.texts:
+                offset = self.tables[f"texts_offset.{facet.name}"]
+                vectors[facet.name][:, rows] += offset[:, None]
         rate = np.full(len(items), self.kernels.rate[UNKNOWN_ITEM])
         return ProfileModel(
             self.encoder.with_items(vectors, rate),
@@ -261,3 +275,26 @@ class ProfileModel:
                 "same LM, or build the bank again"
             )
         return profile_stage.raw_scores(scored) if source == "lm" else scored.vectors
+
+
+def _of_whitened(source: str, facet: Facet, profiles: Profiles) -> list[np.ndarray]:
+    """For each fold the map from whitened text vectors to item vectors, shape (m, rank)."""
+    if facet.settings.source == source:
+        return list(facet.basis_.directions)
+    width = profiles.texts[source].whitening.vectors.shape[1]
+    read = min(width, READ_DIRECTIONS)
+    # Where the source's directions begin among those that vectors are read from, and where its
+    # own basis begins beside the collaborative one.
+    first, column = 0, facet.basis_.vectors.shape[1]
+    for other in facet.settings.texts[: facet.settings.texts.index(source)]:
+        first += min(profiles.texts[other].whitening.vectors.shape[1], READ_DIRECTIONS)
+        column += facet.beside_[other].vectors.shape[1]
+    own = facet.beside_[source].directions
+    maps = []
+    for fold, reading in enumerate(profiles.readings[facet.settings.name]):
+        turned = np.zeros((width, facet.vectors_.shape[2]))
+        slope = reading.slope[first : first + read] @ facet.basis_.directions[fold]
+        turned[:read, : slope.shape[1]] = slope
+        turned[:, column : column + own[fold].shape[1]] = own[fold]
+        maps.append(turned)
+    return maps

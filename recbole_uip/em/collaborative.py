@@ -1,9 +1,10 @@
 r"""Item vectors from behaviour alone: logistic matrix factorisation of the training rows.
 
-The model is that of :mod:`recbole_uip.em.filter`, logit p(like | u, i) = a_i + b_u + d_u' g_i,
+The model is that of :mod:`recbole_uip.em.kernels`, logit p(like | u, i) = a_i + b_u + d_u' g_i,
 with Gaussian priors on all of its parts. It is fitted by alternating Newton steps for users and
 items from a truncated SVD of the evidence (a MAP version of Johnson, 2014, with the labels of
-rated items in place of counts). Without labels the SVD is all there is.
+rated items in place of counts). Without labels the SVD is all there is. The items' texts may
+shape the prior of their vectors (as in collaborative topic regression: Wang and Blei, 2011).
 
 Vectors are fitted out of fold by user: the vectors that a user's rows meet were shaped by
 other users' labels only.
@@ -11,17 +12,25 @@ other users' labels only.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 import scipy.special
+from sklearn.linear_model import RidgeCV
 
-__all__ = ["logistic_factors", "svd_vectors", "user_folds"]
+__all__ = ["Factors", "Reading", "logistic_factors", "svd_vectors", "user_folds"]
 
 # Prior precisions of items against a prior of one for users. Nothing is sensitive to them.
 ITEM_PRECISION = 3.0
 INTERCEPT_PRECISION = 0.5
 SWEEPS = 2
+# Of these, by how many texts are read; there is one sweep more with texts.
+READING_SWEEPS = 2
+# An item of so many events counts half as much as one of very many, where texts are read.
+READING_EVENTS = 20.0
+PENALTIES = np.logspace(0, 4, 9)
 # Root mean square of the starting vectors: small, so that the first step is taken with care.
 START_SCALE = 0.3
 BLOCK_ROWS = 20_000
@@ -30,6 +39,37 @@ BLOCK_ROWS = 20_000
 def user_folds(n_users: int, folds: int, seed: int) -> np.ndarray:
     """Fold of each user, balanced and random, shape (n_users,)."""
     return np.random.default_rng(seed).permutation(np.arange(n_users) % folds)
+
+
+class Reading(NamedTuple):
+    """What item vectors are by the items' texts alone: ``texts @ slope + intercept``.
+
+    Attributes
+    ----------
+    slope : ndarray, shape (m, rank)
+    intercept : ndarray, shape (rank,)
+    """
+
+    slope: np.ndarray
+    intercept: np.ndarray
+
+    def mapped(self, mean: np.ndarray, directions: np.ndarray) -> Reading:
+        """The reading of vectors v that are turned to ``(v - mean) @ directions``."""
+        return Reading(self.slope @ directions, (self.intercept - mean) @ directions)
+
+
+class Factors(NamedTuple):
+    """Item vectors of the logistic factor model.
+
+    Attributes
+    ----------
+    vectors : ndarray of float64, shape (n_items, rank)
+    reading : Reading or None
+        Their prior mean; None without texts, where it is zero.
+    """
+
+    vectors: np.ndarray
+    reading: Reading | None
 
 
 def svd_vectors(
@@ -82,9 +122,14 @@ def logistic_factors(
     n_users: int,
     rate: np.ndarray,
     start: np.ndarray,
-    sweeps: int = SWEEPS,
-) -> np.ndarray:
+    texts: np.ndarray | None = None,
+) -> Factors:
     """Item vectors of the logistic factor model, by alternating Newton steps.
+
+    With texts the model is hierarchical: an item's vector is what its text says plus a deviation,
+    g_i ~ N(W t_i + c, 1 / precision), so items with few events have the vectors of their texts. W
+    is a ridge regression of the vectors of the sweep before; leave-one-out error chooses the
+    penalty, direction by direction.
 
     Parameters
     ----------
@@ -95,12 +140,12 @@ def logistic_factors(
         Smoothed like rates; their logits are the prior means of the intercepts.
     start : ndarray of float64, shape (n_items, rank)
         Where the item vectors start, up to scale.
-    sweeps : int
-        Newton steps for all users and all items.
+    texts : ndarray of float64, shape (n_items, m), optional
+        Vectors of the items' texts; zeros for an item without.
 
     Returns
     -------
-    ndarray of float64, shape (n_items, rank)
+    Factors
     """
     rank = start.shape[1]
     prior_intercept = scipy.special.logit(rate)
@@ -113,7 +158,10 @@ def logistic_factors(
     item_precision = np.full(rank + 1, ITEM_PRECISION)
     item_precision[0] = INTERCEPT_PRECISION
     by_user, by_item = np.argsort(user, kind="stable"), np.argsort(item, kind="stable")
-    for _ in range(sweeps):
+    events = np.bincount(item, minlength=len(start))
+    sweeps = SWEEPS if texts is None else SWEEPS + 1
+    prior, reading = np.zeros_like(items), None
+    for sweep in range(sweeps):
         offset = prior_intercept[item] + items[item, 0]
         design = np.column_stack([np.ones(len(items)), items[:, 1:]])
         users = _newton_step(
@@ -122,11 +170,23 @@ def logistic_factors(
         )  # fmt: skip
         offset = prior_intercept[item] + users[user, 0]
         design = np.column_stack([np.ones(n_users), users[:, 1:]])
+        if texts is not None and sweep >= sweeps - READING_SWEEPS:
+            reading = _read(items[:, 1:], texts, events)
+            prior[:, 1:] = texts @ reading.slope + reading.intercept
         items = _newton_step(
             items, item[by_item], user[by_item], liked[by_item], offset[by_item],
-            design, item_precision,
+            design, item_precision, prior,
         )  # fmt: skip
-    return items[:, 1:]
+    return Factors(items[:, 1:], reading)
+
+
+def _read(vectors: np.ndarray, texts: np.ndarray, events: np.ndarray) -> Reading:
+    """Regression of the vectors of items with events on their texts."""
+    met = events > 0
+    weight = events[met] / (events[met] + READING_EVENTS)
+    ridge = RidgeCV(PENALTIES, alpha_per_target=True)
+    ridge.fit(texts[met], vectors[met], sample_weight=weight / weight.mean())
+    return Reading(np.atleast_2d(ridge.coef_).T, np.atleast_1d(ridge.intercept_))
 
 
 def _newton_step(
@@ -137,11 +197,13 @@ def _newton_step(
     offset: np.ndarray,
     design: np.ndarray,
     precision: np.ndarray,
+    prior: np.ndarray | None = None,
 ) -> np.ndarray:
     """One Newton step of a ridge logistic regression for every row at once.
 
     ``row`` is sorted. Since the design of an event depends on its column alone, the Hessians of
     all rows are one sparse product: (rows x columns of curvatures) @ (columns x outer products).
+    ``prior`` has the prior means, zero by default.
     """
     width = design.shape[1]
     outer = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
@@ -157,7 +219,8 @@ def _newton_step(
         curvature = scipy.sparse.csr_array((probability * (1 - probability), at), shape=shape)
         residual = scipy.sparse.csr_array((liked[events] - probability, at), shape=shape)
         hessian = (curvature @ outer).reshape(-1, width, width) + np.diag(precision)
-        gradient = residual @ design - precision * coefficients[low:high]
+        deviation = coefficients[low:high] - (0.0 if prior is None else prior[low:high])
+        gradient = residual @ design - precision * deviation
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         # A full step may overshoot where curvatures vanish; no trait moves further than this.
         updated[low:high] += step / np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_USERS = 2000
 # Where empirical Bayes starts, and on how many users it looks.
 PRIOR_SCALES = (1.0, 0.25)
+BESIDE_SCALE = 0.0625
 PRIOR_USERS = 200
 
 
@@ -126,12 +127,15 @@ class Facet:
     ----------
     basis_ : Basis
         Item vectors of all folds of users, fold by fold, in one frame.
+    beside_ : dict of str to Basis
+        The same of the texts beside them, by source.
     vectors_ : ndarray of float32, shape (n_folds, n_items, rank)
-        The same, as states add them up.
+        All of these side by side, as states add them up.
     codebooks_ : dict of str to ResidualCodebook
         By field name; None where no training row has any history.
     prior_scales_ : tuple of float
-        (lambda_0, factor of the basis's variances) of the filter; only with a match field.
+        (lambda_0, factor of the basis's variances, factors of those beside) of the filter; only
+        with a match field.
     edges_ : dict of str to ndarray
         Inner bin edges, by field name.
     """
@@ -149,7 +153,12 @@ class Facet:
         self.empty = empty
         self.seed = seed
 
-    def fit(self, vectors: Sequence[np.ndarray], observed: Observations) -> Facet:
+    def fit(
+        self,
+        vectors: Sequence[np.ndarray],
+        observed: Observations,
+        beside: Mapping[str, np.ndarray] | None = None,
+    ) -> Facet:
         """Fit basis, prior, codebooks and bin edges on the training rows.
 
         Parameters
@@ -157,10 +166,18 @@ class Facet:
         vectors : sequence of ndarray, each of shape (n_items, m)
             Whitened item vectors for each fold of users, or one array for all users.
         observed : Observations
+        beside : mapping of str to ndarray of shape (n_items, m), optional
+            Whitened vectors of the items' texts, by source, for further directions of the filter.
         """
         self.basis_ = self.fit_basis(vectors, observed)
+        self.beside_ = {
+            source: self.fit_basis([texts] * len(vectors), observed)
+            for source, texts in (beside or {}).items()
+        }
         shape = (len(vectors), observed.behaviours.n_items, -1)
-        self.vectors_ = self.basis_.vectors.astype(np.float32).reshape(shape)
+        every = [self.basis_, *self.beside_.values()]
+        together = np.concatenate([basis.vectors for basis in every], axis=1)
+        self.vectors_ = together.astype(np.float32).reshape(shape)
         self.codebooks_: dict[str, ResidualCodebook | None] = {}
         self.edges_: dict[str, np.ndarray] = {}
         sample = self._sample_rows(observed)
@@ -172,7 +189,7 @@ class Facet:
             for name, half_life in self._names("", self.settings.half_life):
                 self.codebooks_[name] = self._fit_codebook(half_life, observed, sample)
         if match := self.settings.match:
-            if self._filters:
+            if self.settings.has_filter:
                 self.prior_scales_ = self._fit_prior(observed, sample)
             for name, half_life in self._names("_match", match.half_life):
                 values = self._known_values(self._match_kernel(half_life), observed, sample)
@@ -216,11 +233,6 @@ class Facet:
             ]
         return report
 
-    @property
-    def _filters(self) -> bool:
-        posterior = self.settings.match.posterior
-        return posterior == "filter" or (posterior == "auto" and self.settings.weight == "contrast")
-
     def fit_basis(self, vectors: Sequence[np.ndarray], observed: Observations) -> Basis:
         """The facet's directions, by the training rows; see :meth:`fit`."""
         train, behaviours = observed.train_events, observed.behaviours
@@ -255,16 +267,19 @@ class Facet:
             self.vectors_, basis.mean[:rank], basis.variance[:rank], self.settings.weight, half_life
         )
 
-    def _filter(self, half_life: float, scales: tuple[float, float]) -> TasteFilter:
-        leniency, taste = scales
-        # Of a constant facet all that there is to say is leniency, the filter's first trait.
-        variance = self.basis_.variance[: 0 if self.settings.source == "constant" else None]
-        return TasteFilter(self.vectors_, np.concatenate([[leniency], taste * variance]), half_life)
+    def _filter(self, half_life: float, scales: tuple[float, ...]) -> TasteFilter:
+        leniency, *others = scales
+        variances = [basis.variance for basis in (self.basis_, *self.beside_.values())]
+        if self.settings.source == "constant":
+            # All that there is to say is leniency, the filter's first trait.
+            variances = []
+        scaled = [scale * each for scale, each in zip(others, variances, strict=False)]
+        return TasteFilter(self.vectors_, np.concatenate([[leniency], *scaled]), half_life)
 
     def _match_kernel(self, half_life: float) -> RunningSums | TasteFilter:
-        if self._filters:
+        if self.settings.has_filter:
             return self._filter(half_life, self.prior_scales_)
-        return self._sums(self.vectors_.shape[2], half_life)
+        return self._sums(len(self.basis_.variance), half_life)
 
     def _sample_rows(self, observed: Observations) -> np.ndarray:
         """Training rows of a random sample of users: states cost a pass over whole users."""
@@ -349,15 +364,16 @@ class Facet:
             suffix = "" if len(half_lives) == 1 else f"_{half_life:g}"
             yield f"uip_{self.settings.name}{kind}{suffix}", half_life
 
-    def _fit_prior(self, observed: Observations, sample: np.ndarray) -> tuple[float, float]:
+    def _fit_prior(self, observed: Observations, sample: np.ndarray) -> tuple[float, ...]:
         """Prior variances of the filter by empirical Bayes on the training rows."""
         users = np.unique(observed.behaviours.user[sample])
         users = np.random.default_rng(self.seed).permutation(users)[:PRIOR_USERS]
         rows = sample[np.isin(observed.behaviours.user[sample], users)]
         half_life = max(self.settings.match.half_life)
 
-        def evidence_of(scales: tuple[float, float]) -> float:
+        def evidence_of(scales: tuple[float, ...]) -> float:
             kernel = self._filter(half_life, scales)
             return log_evidence(kernel, observed.rate, observed.history, observed.events, rows)
 
-        return climb(evidence_of, start=PRIOR_SCALES)
+        start = (*PRIOR_SCALES, *[BESIDE_SCALE] * len(self.beside_))
+        return climb(evidence_of, start=start)

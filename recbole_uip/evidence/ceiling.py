@@ -188,7 +188,7 @@ def behaviour_target(behaviours: Behaviours, rows: np.ndarray, rank: int, seed: 
     rate = weights.like_rate(item, liked, n_items)
     evidence = weights.evidence("contrast", item, liked, rate)
     vectors = collaborative.svd_vectors(user, item, evidence.weight, n_users, n_items, rank, seed)
-    vectors = collaborative.logistic_factors(user, item, liked, n_users, rate, vectors)
+    vectors, _ = collaborative.logistic_factors(user, item, liked, n_users, rate, vectors)
     whitened = basis.whiten(vectors, np.bincount(item, minlength=n_items)).vectors
     fitted = basis.fit(whitened, user, item, evidence, n_users, whitened.shape[1])
     return Target(fitted.vectors, fitted.variance, logit(rate))
@@ -422,7 +422,7 @@ class _World:
 
     def collaborative(self, rows: np.ndarray) -> tuple[Facet, np.ndarray, np.ndarray]:
         """The collaborative facet, and leniency and taste of each row's user at that time."""
-        vectors = profiles.collaborative_vectors(
+        vectors, _ = profiles.collaborative_vectors(
             "contrast",
             COLLABORATIVE_RANK,
             self.observed,

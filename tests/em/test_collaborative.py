@@ -42,7 +42,7 @@ def test_logistic_factors_beat_the_svd_they_start_from():
     user, item, liked = b.user[train], b.item[train], b.liked[train]
     rate = like_rate(item, liked, b.n_items)
     start = svd_vectors(user, item, liked - rate[item], b.n_users, b.n_items, rank=2)
-    factors = logistic_factors(user, item, liked, b.n_users, rate, start)
+    factors = logistic_factors(user, item, liked, b.n_users, rate, start).vectors
 
     def angle(vectors):
         truth = world.vectors[:, :2]
@@ -56,9 +56,9 @@ def test_blocks_of_users_do_not_change_factors(monkeypatch):
     b = world.behaviours
     rate = like_rate(b.item, b.liked, b.n_items)
     start = np.random.default_rng(0).normal(size=(b.n_items, 3))
-    whole = logistic_factors(b.user, b.item, b.liked, b.n_users, rate, start)
+    whole = logistic_factors(b.user, b.item, b.liked, b.n_users, rate, start).vectors
     monkeypatch.setattr(collaborative, "BLOCK_ROWS", 7)
-    blocks = logistic_factors(b.user, b.item, b.liked, b.n_users, rate, start)
+    blocks = logistic_factors(b.user, b.item, b.liked, b.n_users, rate, start).vectors
     np.testing.assert_allclose(blocks, whole)
 
 

@@ -324,7 +324,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
 
 def _used(settings: UIPSettings, chosen: tuple[FacetSettings, ...]) -> UIPSettings:
     """``settings`` with the defaults for what the ``chosen`` facets have no use for."""
-    sources = {facet.source for facet in chosen}
+    sources = {source for facet in chosen for source in (facet.source, *facet.texts)}
     default, unused = UIPSettings(), {}
     if "lm" not in sources:
         # Else the one prompt has the names of all facets.

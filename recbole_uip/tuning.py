@@ -51,7 +51,7 @@ __all__ = ["Group", "Tuned", "groups", "tune"]
 logger = logging.getLogger(__name__)
 
 # part of every key: raise it when what is tuned, or how, changes
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

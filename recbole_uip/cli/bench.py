@@ -56,8 +56,8 @@ def add_bench(subcommands: argparse._SubParsersAction) -> None:
         "--users", type=int, default=200, metavar="N", help="users that are tuned (default: 200)"
     )
     gradient.add_argument(
-        "--peers", type=int, default=2, metavar="N",
-        help="users for the comparison with the authors' formulation (default: 2; 0: none)",
+        "--peers", type=int, default=4, metavar="N",
+        help="users for the comparison with the authors' formulation (default: 4; 0: none)",
     )  # fmt: skip
 
 

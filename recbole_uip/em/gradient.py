@@ -48,6 +48,9 @@ from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettin
 __all__ = ["Frame", "GradientPosterior", "Likelihood", "Prior", "Run", "Units", "ascend", "in_turn"]
 
 LEARNING_RATES = (0.01, 0.03, 0.1)
+#: Batches are as even as they can be and a multiple of so many, so that a few workers that share
+#: them end together.
+BATCHES = 4
 BETAS = (0.9, 0.99)  # few steps: the second moment cannot look back over a thousand of them
 #: What of a batch's result all processes need; the rest stays with the process that made it.
 SHARED = ("where", "total", "value", "curve", "secant", "tokens")
@@ -325,7 +328,7 @@ class GradientPosterior:
     settings : GradientSettings
     codebook : CodebookSettings
     batch_tokens : int
-        LM tokens of one step of one batch of profiles, at most.
+        LM tokens of one step of one batch of profiles, about.
     seed : int
 
     Attributes
@@ -466,16 +469,22 @@ class GradientPosterior:
         return means
 
     def _batches(self, profiles: np.ndarray) -> list[np.ndarray]:
-        """Profiles in batches of like behaviours whose steps keep the budget, costliest first."""
+        """Profiles in even batches of like behaviours whose steps keep the budget.
+
+        The costliest come first.
+        """
         first = self._units.first
         counts = np.diff(first)[profiles]
         total = np.concatenate([[0], np.cumsum(self._units.cost)])
         mean_cost = (total[first[profiles + 1]] - total[first[profiles]]) / np.maximum(counts, 1)
         cost = np.minimum(counts, self.settings.batch) * mean_cost
+        most = BATCHES * np.ceil(cost.sum() / self.batch_tokens / BATCHES)
+        budget = min(self.batch_tokens, cost.sum() / max(most, 1.0))
         batches, start, spent = [], 0, 0.0
         order = profiles[np.argsort(-cost, kind="stable")]
         for position, each in enumerate(np.sort(cost)[::-1]):
-            if position > start and spent + each > self.batch_tokens:
+            # A batch ends where its cost is nearest to the budget, which it may not exceed much.
+            if position > start and spent + each / 2 > budget:
                 batches.append(order[start:position])
                 start, spent = position, 0.0
             spent += each
@@ -493,19 +502,16 @@ class GradientPosterior:
             "own": np.zeros(len(mine), dtype=bool),
         }
 
-    def _tune(
-        self, phase: str, batches: list[np.ndarray], number: int, rate: float | None = None
-    ) -> list[dict]:
+    def _tune(self, phase: str, batches: list[np.ndarray], number: int) -> list[dict]:
         """The E-step of all batches, from where the one before left them."""
         priors = self.priors()
-        rate = self.learning_rate_ if rate is None else rate
 
         def tune(index: int) -> dict[str, np.ndarray]:
             batch = batches[index]
             state = self._states.get((phase, index)) or self.start(self._units, batch)
             return ascend(
                 state, self._units, batch, self._fold[batch], self.frame, priors,
-                self._likelihood, self.settings, rate, (self.seed, number),
+                self._likelihood, self.settings, self.learning_rate_, (self.seed, number),
             )  # fmt: skip
 
         results = self._run(f"{phase}-{number}", tune, len(batches), SHARED)
@@ -531,15 +537,24 @@ class GradientPosterior:
         return priors
 
     def _choose_rate(self, profiles: np.ndarray) -> float:
-        """The learning rate by which the first batch of ``profiles`` climbs highest."""
-        batches = self._batches(profiles)[:1]
+        """The learning rate by which the first batches of ``profiles`` climb highest."""
+        batches, priors = self._batches(profiles)[:BATCHES], self.priors()
         if not batches:
             return LEARNING_RATES[1]
-        reached = []
-        for number, rate in enumerate(LEARNING_RATES):
-            (result,) = self._tune(f"rate-{number}", batches, 1, rate)
-            reached.append(result["curve"][-1])
-        return LEARNING_RATES[int(np.argmax(reached))]
+
+        def climb(index: int) -> dict[str, np.ndarray]:
+            rate, batch = LEARNING_RATES[index % len(LEARNING_RATES)], index // len(LEARNING_RATES)
+            chosen = batches[batch]
+            return ascend(
+                self.start(self._units, chosen), self._units, chosen, self._fold[chosen],
+                self.frame, priors, self._likelihood, self.settings, rate, (self.seed, 1),
+            )  # fmt: skip
+
+        n = len(batches) * len(LEARNING_RATES)
+        results = self._run("rate", climb, n, ("curve", "tokens"))
+        self.tokens_ += sum(int(result["tokens"][0]) for result in results)
+        reached = np.reshape([result["curve"][-1] for result in results], (len(batches), -1))
+        return LEARNING_RATES[int(np.argmax(reached.sum(axis=0)))]
 
     def _curvature(self, secant: np.ndarray | None) -> np.ndarray:
         if secant is None:

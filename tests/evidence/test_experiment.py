@@ -340,6 +340,7 @@ PROFILE = {
     "uip_facets.company.half_life": [5],
     "uip_facets.company.weight": "all",
     "uip_facets.company.directions": "fisher",
+    "uip_facets.company.texts": ["words"],
     "uip_facets.company.match.bins": 3,
     "uip_facets.company.match.posterior": "sums",
     "uip_facets.company.match.rank": 1,
@@ -420,6 +421,17 @@ def test_settings_that_shape_no_result_do_not_make_another_run(key, name):
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_an_arm_does_not_read_does_not_make_another_run(key, name):
     assert key({name: UNREAD[name]}) == key()
+
+
+def test_facets_without_a_prompt_do_not_make_another_run_of_an_arm_with_one(key):
+    facets = {**FACETS, "likes": {"weight": "positive", "codes": 2, "rank": 1}}
+
+    def of_likes(**settings):
+        given = {"uip_item_text": "{title}", "uip_facets": facets, **settings}
+        return key(given, section={"facets": ["likes"]})
+
+    assert of_likes(**{"uip_facets.company.rank": 1}) == of_likes()
+    assert of_likes(**{"uip_facets.likes.prompt": "x"}) != of_likes()
 
 
 def test_every_key_of_ours_is_probed():

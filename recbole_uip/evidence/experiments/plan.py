@@ -285,7 +285,8 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
 
     Settings at their default are left out, so that a setting that comes later leaves older runs
     what they are. A run without profiles has none of the profiles' settings, and one whose facets
-    the LM does not score has those facets alone: runs are shared between experiments.
+    the LM does not score has those facets alone, others the LM's besides: runs are shared between
+    experiments.
     """
     settings = config.uip
     arm, chosen = settings.arms[0], settings.facets_of(settings.arms[0])
@@ -326,9 +327,11 @@ def _used(settings: UIPSettings, chosen: tuple[FacetSettings, ...]) -> UIPSettin
     """``settings`` with the defaults for what the ``chosen`` facets have no use for."""
     sources = {source for facet in chosen for source in (facet.source, *facet.texts)}
     default, unused = UIPSettings(), {}
+    # The one prompt of all facets that the LM scores has the names of each.
+    read = [each for each in settings.facets if each in chosen or each.source == "lm"]
+    unused["facets"] = tuple(read) if "lm" in sources else chosen
     if "lm" not in sources:
-        # Else the one prompt has the names of all facets.
-        unused |= {"facets": chosen, "endings": None, "posterior": default.posterior}
+        unused |= {"endings": None, "posterior": default.posterior}
         unused["likelihood"] = default.likelihood
     if "lm" not in sources or settings.posterior == "score":
         unused["gradient"] = default.gradient

@@ -340,7 +340,7 @@ class _Texts:
         for name, spent in (("lm_tokens", scored.lm_tokens), ("lm_seconds", scored.seconds)):
             cost[name] = cost.get(name, 0) + spent
         backbone = lm.load(lm_settings, settings.cache)
-        prompt = prompts.build(backbone.tokenizer, settings.prompts, endings)
+        prompt = prompts.build(backbone, settings.prompts, endings)
         place = np.full(behaviours.n_items, -1)
         place[rows] = np.arange(len(rows))
         token_ids = prompts.tokenize(backbone.tokenizer, texts)

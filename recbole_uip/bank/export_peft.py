@@ -187,7 +187,7 @@ def _prefix(model: ProfileModel, backbone: Backbone, theta: np.ndarray) -> np.nd
     from recbole_uip.lm import prompt as prompts
 
     names = model.settings.prompts
-    prompt = prompts.build(backbone.tokenizer, names)
+    prompt = prompts.build(backbone, names)
     with torch.no_grad():
         arguments = prompts.inputs(backbone, prompt, torch.from_numpy(theta), [[]])
     # In the LM's own precision but for the soft tokens, which PEFT may keep in full.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recbole_uip import __version__
+from recbole_uip.cli.adapt import add_adapt
 from recbole_uip.cli.bank import add_bank
 from recbole_uip.cli.bench import add_bench
 from recbole_uip.cli.ceiling import add_ceiling
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_replay(subcommands)
     add_ceiling(subcommands)
     add_likelihood(subcommands)
+    add_adapt(subcommands)
     summary = subcommands.add_parser(
         "summary",
         help="means over seeds and paired differences from plain, of finished runs",

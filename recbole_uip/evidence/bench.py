@@ -403,7 +403,7 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     logger.info("resolving %s", settings.lm.name)
     backbone = lm.load(settings.lm, settings.cache)
     weights, device, dtype = matrices(backbone.model), backbone.device, backbone.dtype
-    ending = prompts.build(backbone.tokenizer, task.prompts, task.endings).ending
+    ending = prompts.build(backbone, task.prompts, task.endings).ending
     ending_tokens = len(ending.common) if ending else None
     del backbone
     gc.collect()

@@ -109,7 +109,7 @@ class _Speaker:
         self.batch_tokens = settings.batch_tokens
         self.model = model
         self.backbone = lm.load(settings, task.settings.cache)
-        self.prompt = prompts.build(self.backbone.tokenizer, task.prompts, task.endings)
+        self.prompt = prompts.build(self.backbone, task.prompts, task.endings)
         self.texts = task.texts
         self.lm_tokens = 0
         self._said: dict[tuple, float] = {}

@@ -5,7 +5,8 @@
 differentiable likelihood), ``scoring`` (batches and cache), ``llama`` (the fast path),
 ``likelihood`` (behaviours under tuned soft tokens, and gradients in these), ``forward``
 (log-likelihoods of texts at any soft tokens, forward only), ``embedding`` (mean embeddings, the
-control for scores), ``store`` (scores on disk). Nothing here knows RecBole.
+control for scores), ``adapt`` (adapters to a catalogue's texts), ``store`` (scores on disk).
+Nothing here knows RecBole.
 """
 
 from recbole_uip.lm.backbone import Backbone, ModelError, ModelSource, load, resolve

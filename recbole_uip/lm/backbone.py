@@ -93,6 +93,9 @@ class Backbone:
         Floating-point type of the weights.
     fingerprint : str
         Content hash, see :class:`ModelSource`.
+    virtual_ids : tuple of int
+        Ids of the virtual tokens of a prompt-tuning adapter, which come before every prompt;
+        their embeddings follow those of the vocabulary.
     """
 
     model: PreTrainedModel
@@ -100,6 +103,7 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
+    virtual_ids: tuple[int, ...] = ()
 
     @property
     def embed_dim(self) -> int:
@@ -214,8 +218,9 @@ def load(settings: LMSettings, cache: Path, source: ModelSource | None = None) -
             folder, dtype=dtype, local_files_only=True, attn_implementation="eager"
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        virtual_ids: tuple[int, ...] = ()
         if source.adapter is not None:
-            model = _merge_adapter(model, source.adapter)
+            model, virtual_ids = _merge_adapter(model, source.adapter)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"uip_lm={settings.name!r} (adapter {settings.adapter!r}) at {source.path} does not "
@@ -223,16 +228,36 @@ def load(settings: LMSettings, cache: Path, source: ModelSource | None = None) -
         ) from error
     model.requires_grad_(False)
     model.eval().to(device)
-    return Backbone(model, tokenizer, device, dtype, source.fingerprint)
+    return Backbone(model, tokenizer, device, dtype, source.fingerprint, virtual_ids)
 
 
-def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+def _merge_adapter(
+    model: PreTrainedModel, adapter: Path
+) -> tuple[PreTrainedModel, tuple[int, ...]]:
+    """The model with the adapter in it, and the ids of the adapter's virtual tokens, if any."""
     if importlib.util.find_spec("peft") is None:
         raise ModelError(
             f"uip_lm_adapter={str(adapter)!r} needs the package peft: pip install peft"
         )
+    import torch
+
     peft = importlib.import_module("peft")
-    return peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    adapted = peft.PeftModel.from_pretrained(model, str(adapter))
+    if not adapted.active_peft_config.is_prompt_learning:
+        return adapted.merge_and_unload(), ()
+    if adapted.active_peft_config.peft_type != peft.PeftType.PROMPT_TUNING:
+        raise ModelError(
+            f"uip_lm_adapter={str(adapter)!r} is of the kind "
+            f"{adapted.active_peft_config.peft_type.value}, whose virtual tokens are no "
+            "embeddings: use LoRA and its like, or prompt tuning"
+        )
+    model = adapted.get_base_model()
+    vocabulary = model.get_input_embeddings().weight
+    virtual = adapted.get_prompt(batch_size=1)[0].to(vocabulary)
+    # The head stays as it is: virtual tokens are read, never predicted.
+    together = torch.cat([vocabulary, virtual]).detach()
+    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(together))
+    return model, tuple(range(len(vocabulary), len(together)))
 
 
 # --- finding the files ---------------------------------------------------------------------

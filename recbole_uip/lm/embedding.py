@@ -116,7 +116,7 @@ def _embed_missing(
     texts: list[str], backbone: Backbone, settings: LMSettings, store: ScoreStore
 ) -> tuple[np.ndarray, int]:
     """Vectors of ``texts``, put through the LM, and LM tokens."""
-    lead = prompts.lead_ids(backbone.tokenizer)
+    lead = prompts.lead_ids(backbone)
     ids = prompts.tokenize(backbone.tokenizer, texts)
     check_lengths(texts, ids, backbone, len(lead))
     lengths = np.array([len(lead) + len(row) for row in ids])

@@ -5,7 +5,8 @@
 Attention is causal. In addition θ_f and the tokens of name f attend to no other facet, so that
 θ_f is a function of its own facet alone, all layers through; behaviour tokens see everything
 before them. Tokens that the tokenizer puts before every text (a BOS token, where the LM was
-trained with one) come first and are seen by all.
+trained with one) come first and are seen by all, and before them the virtual tokens of a
+prompt-tuning adapter.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Prompt:
 
 
 def build(
-    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone,
     names: Sequence[str],
     endings: tuple[str, str] | None = None,
 ) -> Prompt:
@@ -139,7 +140,7 @@ def build(
 
     Parameters
     ----------
-    tokenizer : PreTrainedTokenizerBase
+    backbone : Backbone
     names : sequence of str
         Facet names in words, at least one.
     endings : (liked, disliked), optional
@@ -156,13 +157,13 @@ def build(
     """
     if not names:
         raise ValueError("facets is empty: a prompt needs the name of at least one facet")
-    name_ids = tokenize(tokenizer, names)
+    name_ids = tokenize(backbone.tokenizer, names)
     for name, ids in zip(names, name_ids, strict=True):
         if not ids:
             raise ValueError(f"facet name {name!r} has no tokens; give it at least one word")
     ending = None
     if endings is not None:
-        liked, disliked = tokenize(tokenizer, endings)
+        liked, disliked = tokenize(backbone.tokenizer, endings)
         shared = min(len(liked), len(disliked))
         n_common = next((i for i in range(shared) if liked[i] != disliked[i]), shared)
         if n_common == shared:
@@ -173,7 +174,7 @@ def build(
         ending = Ending(tuple(liked[:n_common]), liked[n_common], disliked[n_common])
     return Prompt(
         names=tuple(names),
-        lead_ids=tuple(lead_ids(tokenizer)),
+        lead_ids=tuple(lead_ids(backbone)),
         name_ids=tuple(tuple(ids) for ids in name_ids),
         ending=ending,
     )
@@ -343,11 +344,11 @@ def verb_difference(
     return logits[rows, last, ending.liked] - logits[rows, last, ending.disliked]
 
 
-def lead_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special tokens that the tokenizer puts before a text, such as BOS."""
-    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
-    special = tokenizer("x")["input_ids"]
+def lead_ids(backbone: Backbone) -> list[int]:
+    """Virtual tokens, and special tokens that the tokenizer puts before a text, such as BOS."""
+    plain = backbone.tokenizer("x", add_special_tokens=False)["input_ids"]
+    special = backbone.tokenizer("x")["input_ids"]
     for start in range(len(special) - len(plain) + 1):
         if special[start : start + len(plain)] == plain:
-            return special[:start]
-    return []
+            return [*backbone.virtual_ids, *special[:start]]
+    return list(backbone.virtual_ids)

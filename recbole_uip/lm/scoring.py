@@ -140,7 +140,7 @@ def score(
     lm_tokens = 0
     if len(missing) or theta0 is None:
         backbone = load(settings, cache, source)
-        prompt = prompts.build(backbone.tokenizer, facets, endings)
+        prompt = prompts.build(backbone, facets, endings)
         if theta0 is None:
             theta0 = prompt.theta0(backbone).float().cpu().numpy()
             store.write_file("theta0", {"theta0": theta0})

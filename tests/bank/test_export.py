@@ -449,7 +449,7 @@ def three(tiny_lm, tmp_path_factory):
 
 def prompt_of(model, backbone):
     names = [facet.prompt for facet in model.settings.facets if facet.source == "lm"]
-    return prompts.build(backbone.tokenizer, names)
+    return prompts.build(backbone, names)
 
 
 def log_likelihoods(model, backbone, theta, texts):

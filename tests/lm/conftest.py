@@ -94,7 +94,7 @@ def backbone64() -> Backbone:
 @pytest.fixture
 def prompt(backbone) -> prompts.Prompt:
     names = ["interests", "aversions in movies", "taste"]
-    return prompts.build(backbone.tokenizer, names, ENDINGS)
+    return prompts.build(backbone, names, ENDINGS)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_scores_are_those_of_autograd_in_the_order_given(settings, tmp_path):
     texts = [TEXTS[2], *TEXTS, TEXTS[0]]
     result = score(texts, FACETS, ENDINGS, settings, tmp_path)
     loaded = backbones.load(settings, tmp_path)
-    prompt = prompts.build(loaded.tokenizer, FACETS, ENDINGS)
+    prompt = prompts.build(loaded, FACETS, ENDINGS)
     ids = prompts.tokenize(loaded.tokenizer, texts)
     expected = scoring.score_by_autograd(loaded, prompt, ids)
     for name, values in expected.items():

@@ -28,7 +28,7 @@ def test_as_the_whole_prompt_says(backbone, prompt, ids, batch_tokens, rng):
 
 
 def test_without_endings(backbone, ids):
-    prompt = prompts.build(backbone.tokenizer, ["taste"])
+    prompt = prompts.build(backbone, ["taste"])
     values, logits, _ = likelihoods(backbone, prompt, prompt.theta0(backbone), ids)
     assert logits is None
     assert (values < 0).all()

@@ -190,7 +190,7 @@ def test_cached_scores_are_the_gradients_at_theta0(prompt, ids):
 
 
 def test_endings_are_needed_for_feedback_alone(backbone):
-    prompt = prompts.build(backbone.tokenizer, ["taste"])
+    prompt = prompts.build(backbone, ["taste"])
     assert prompt.ending is None and ENDINGS
     tuned = SoftTokenLikelihood(backbone, prompt, [0])
     assert tuned.n_tokens(text_passage([[1, 2, 3]])) == 4

@@ -110,14 +110,13 @@ def test_one_set_of_soft_tokens_per_text(backbone, prompt, ids):
 
 
 def test_refusals(backbone, prompt, ids):
-    tokenizer = backbone.tokenizer
     with pytest.raises(ValueError, match="facets is empty"):
-        prompts.build(tokenizer, [])
+        prompts.build(backbone, [])
     with pytest.raises(ValueError, match="facet name '  ' has no tokens"):
-        prompts.build(tokenizer, ["taste", "  "])
+        prompts.build(backbone, ["taste", "  "])
     with pytest.raises(ValueError, match="no token tells them apart"):
-        prompts.build(tokenizer, ["taste"], (" and loved", " and loved it"))
-    plain = prompts.build(tokenizer, ["taste"])
+        prompts.build(backbone, ["taste"], (" and loved", " and loved it"))
+    plain = prompts.build(backbone, ["taste"])
     with pytest.raises(ValueError, match="build the prompt with endings"):
         prompts.feedback_logit(backbone, plain, plain.theta0(backbone), ids)
 

@@ -36,7 +36,7 @@ def backbone():
 
 
 def test_titles_are_likelier_than_their_shuffled_tokens(backbone):
-    prompt = prompts.build(backbone.tokenizer, FACETS, ENDINGS)
+    prompt = prompts.build(backbone, FACETS, ENDINGS)
     ids = prompts.tokenize(backbone.tokenizer, TITLES)
     rng = np.random.default_rng(0)
     shuffled = [rng.permutation(row).tolist() for row in ids]
@@ -53,7 +53,7 @@ def test_titles_are_likelier_than_their_shuffled_tokens(backbone):
 
 
 def test_fast_path_equals_autograd(backbone):
-    prompt = prompts.build(backbone.tokenizer, FACETS, ENDINGS)
+    prompt = prompts.build(backbone, FACETS, ENDINGS)
     ids = prompts.tokenize(backbone.tokenizer, TITLES[:3])
     fast = LlamaScorer(backbone, prompt).score(ids)
     theta = prompt.theta0(backbone).requires_grad_()

@@ -40,7 +40,7 @@ def scorers(backbone, prompt):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_equal_autograd_one_by_one(n_facets, endings, dtype, ids):
     backbone = make_backbone(dtype)
-    prompt = prompts.build(backbone.tokenizer, FACETS[n_facets], endings)
+    prompt = prompts.build(backbone, FACETS[n_facets], endings)
     limit = 1e-4 if dtype == torch.float32 else 1e-9
     tolerance = {"rtol": limit, "atol": limit}
     expected = [reference(backbone, prompt, text) for text in ids]
@@ -67,7 +67,7 @@ def test_scores_equal_autograd_one_by_one(n_facets, endings, dtype, ids):
 )
 def test_fast_path_follows_the_configuration(changes, ids):
     backbone = make_backbone(torch.float64, **changes)
-    prompt = prompts.build(backbone.tokenizer, FACETS[3], ENDINGS)
+    prompt = prompts.build(backbone, FACETS[3], ENDINGS)
     (_, fast), (_, general) = scorers(backbone, prompt)
     actual, expected = fast(ids), general(ids)
     for name in expected:
@@ -94,7 +94,7 @@ def test_query_key_value_biases(ids):
         layer.self_attn.k_proj.bias.data.normal_()
         layer.self_attn.q_proj.bias.data.normal_()
     backbone = type(base)(model, base.tokenizer, base.device, base.dtype, "qwen")
-    prompt = prompts.build(backbone.tokenizer, FACETS[2], ENDINGS)
+    prompt = prompts.build(backbone, FACETS[2], ENDINGS)
     (_, fast), (_, general) = scorers(backbone, prompt)
     actual, expected = fast(ids), general(ids)
     for name in expected:
@@ -103,7 +103,7 @@ def test_query_key_value_biases(ids):
 
 @pytest.mark.parametrize("kind", ["text", "feedback"])
 def test_scores_equal_finite_differences(kind, backbone64, ids):
-    prompt = prompts.build(backbone64.tokenizer, FACETS[3], ENDINGS)
+    prompt = prompts.build(backbone64, FACETS[3], ENDINGS)
     theta = prompt.theta0(backbone64)
     value = prompts.log_likelihood if kind == "text" else prompts.feedback_logit
     actual = LlamaScorer(backbone64, prompt).score(ids)[kind]

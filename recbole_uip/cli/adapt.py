@@ -1,0 +1,69 @@
+"""``recbole-uip adapt``: an adapter of the LM to a catalogue's texts, for ``uip_lm_adapter``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["add_adapt"]
+
+
+def add_adapt(subcommands: argparse._SubParsersAction) -> None:
+    """Add ``adapt`` to the subcommands."""
+    adapt = subcommands.add_parser(
+        "adapt",
+        help="adapt the LM to the items' texts: LoRA, or a shared prompt encoder, by PEFT",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    adapt.add_argument("--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)")
+    add_config_files(adapt)
+    adapt.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="new folder of the adapter"
+    )
+    adapt.add_argument(
+        "--method", default="lora", help="lora, or prompt for virtual tokens (default: lora)"
+    )
+    for name, default, meaning in (
+        ("size", 8, "rank of LoRA's matrices, or number of virtual tokens"),
+        ("epochs", 5, "passes over the texts; that with the least held-out loss is kept"),
+    ):
+        adapt.add_argument(
+            f"--{name}", type=int, default=default, metavar="N",
+            help=f"{meaning} (default: {default})",
+        )  # fmt: skip
+    adapt.set_defaults(function=_adapt, parser=adapt)
+
+
+def _adapt(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.evidence.bench import load_task, parse_config
+    from recbole_uip.lm.adapt import adapt
+    from recbole_uip.settings import SettingsError
+
+    files = start(namespace, overrides)
+    _, config = parse_config(namespace.dataset, files, None, overrides)
+    task = load_task(config)
+    if not task.distinct:
+        raise SettingsError("no facet reads the items' texts: uip_facets needs one of source: lm")
+    found = adapt(
+        task.distinct,
+        task.prompts,
+        task.settings.lm,
+        task.settings.cache,
+        namespace.output,
+        method=namespace.method,
+        size=namespace.size,
+        epochs=namespace.epochs,
+        seed=task.settings.seed,
+    )
+    curve = ", ".join(f"{loss:.3f}" for loss in found.curve)
+    print(
+        f"{found.held_out:,} held-out texts, nats a token: {found.before:.3f} before, {curve} "
+        f"after each epoch, {found.after:.3f} kept; {found.parameters:,} numbers trained on "
+        f"{found.texts:,} texts. Use it by --uip_lm_adapter={namespace.output}"
+    )

@@ -162,13 +162,17 @@ def test_layers_of_settings(written, tmp_path):
     (tmp_path / "base.yaml").write_text("epochs: 7\nlearning_rate: 0.5\nweight_decay: 0.25\n")
     plan = {
         "extends": [str(tmp_path / "base.yaml")],
+        "datasets": ["other", "tiny"],
+        "by_dataset": {"tiny": {"train_batch_size": 3, "dropout_prob": 0.125}},
         "arms": {"plain": {"facets": [], "settings": {"stopping_step": 2, "dropout_prob": 0.25}}},
         "vary": [{"dropout_prob": [0.5]}],
     }
     experiment = written(plan, learning_rate=0.125, arguments=["--weight_decay=0.75"])
-    (case,) = experiment.cases()
+    (case,) = experiment.only(datasets=["tiny"]).cases()
     config = experiment.run(case, 9, {"stopping_step": 3}).config
-    # Its own settings over the file it extends; an arm's, a variant's, tuned ones; the command's.
+    # Its own settings over the file it extends; a dataset's, an arm's, a variant's, tuned ones;
+    # the command's.
+    assert config["train_batch_size"] == 3
     assert config["epochs"] == 1 and config["learning_rate"] == 0.125
     assert config["dropout_prob"] == 0.5 and config["stopping_step"] == 3
     assert config["weight_decay"] == 0.75 and config["seed"] == 9
@@ -226,6 +230,8 @@ def test_a_key_with_dots_that_names_nothing_is_refused(written, key):
         ({"seeds": [1, 1]}, "must be a list of whole numbers, each once"),
         ({"extends": "a.yaml"}, "extends='a.yaml' must be a list of names"),
         ({"extends": ["absent.yaml"]}, "there is no file 'absent.yaml'"),
+        ({"by_dataset": {"tin": {}}}, "by_dataset.tin: it is not among the experiment's, tiny"),
+        ({"by_dataset": {"tiny": [1]}}, r"by_dataset.tiny=\[1\] must map keys to values"),
         ({"arms": ...}, "it has neither arms nor uip_arms"),
         ({"arms": ["plain"]}, r"arms=\['plain'\] must map keys to values"),
         ({"arms": {"a": ["x"]}}, r"arms.a=\['x'\] must map keys to values"),

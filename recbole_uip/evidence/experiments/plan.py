@@ -145,6 +145,8 @@ class Experiment:
         RecBole and ``uip_*`` settings of every run: all of the file but ``uip_experiment``. A key
         with dots changes one value inside another, such as ``uip_facets.interests.codes``; ``*``
         stands for every facet that has such a place.
+    by_dataset : dict of str to dict
+        The same for the runs on one dataset, stronger than ``settings``.
     vary : tuple of dict of str to list
         Grids of settings: everything is run at all combinations of each grid's values.
     arms : tuple of Arm
@@ -163,6 +165,7 @@ class Experiment:
     models: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: dict[str, Any]
+    by_dataset: dict[str, dict[str, Any]]
     vary: tuple[dict[str, list], ...]
     arms: tuple[Arm, ...]
     compare: tuple[tuple[str, str], ...]
@@ -225,6 +228,7 @@ class Experiment:
         arm = next(arm for arm in self.arms if arm.name == case.arm)
         settings = {
             **self.settings,
+            **self.by_dataset.get(case.dataset, {}),
             **arm.settings,
             **dict(case.variant),
             **(tuned or {}),
@@ -412,8 +416,8 @@ def load_experiment(name: str, command_line: Sequence[str] = ()) -> Experiment:
 
 
 _PARTS = (
-    "title", "question", "extends", "datasets", "models", "seeds", "vary", "arms", "compare",
-    "tune",
+    "title", "question", "extends", "datasets", "by_dataset", "models", "seeds", "vary", "arms",
+    "compare", "tune",
 )  # fmt: skip
 
 
@@ -454,6 +458,7 @@ def _parse(
         models,
         _several(f"{where}: seeds", given["seeds"], int),
         settings,
+        _parse_by_dataset(f"{where}: by_dataset", given.get("by_dataset") or {}, datasets),
         _parse_vary(f"{where}: vary", given.get("vary")),
         arms,
         _parse_compare(f"{where}: compare", given.get("compare") or [], arms),
@@ -479,6 +484,17 @@ def _parse_arm(where: str, name: str, section: Any, models: tuple[str, ...]) -> 
             "empty ([]), and user_id, control and values out"
         )
     return Arm(name, section, dict(settings), own)
+
+
+def _parse_by_dataset(
+    where: str, given: Any, datasets: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    for dataset in _mapping(where, given):
+        if dataset not in datasets:
+            raise SettingsError(
+                f"{where}.{dataset}: it is not among the experiment's, {', '.join(datasets)}"
+            )
+    return {name: dict(_mapping(f"{where}.{name}", each)) for name, each in given.items()}
 
 
 def _parse_vary(where: str, given: Any) -> tuple[dict[str, list], ...]:

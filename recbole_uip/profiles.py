@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 # vectors are read from.
 LM_DIRECTIONS = 700
 READ_DIRECTIONS = 64
+# Parts of a user's training rows under uip_time=cross_fitted: each sees 4/5 of them.
+PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,8 @@ def infer(
     started = time.perf_counter()
     if not behaviours.train.any():
         raise SettingsError("the training split has no rows: profiles have nothing to learn from")
-    static = _is_static(behaviours, settings)
-    history = _history(behaviours, settings, static)
+    rule = _time_rule(behaviours, settings)
+    history = _history(behaviours, settings, rule)
     train_events = behaviours.in_time_order(behaviours.train)
     rate = None
     if behaviours.liked is not None:
@@ -183,7 +185,8 @@ def infer(
         )
     if fold is None:
         fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
-    result = Profiles((), static, history=history, events=states.Events.of(behaviours, fold))
+    events = states.Events.of(behaviours, fold)
+    result = Profiles((), rule == "static", history=history, events=events)
     tuned = settings.tuned_facets
     closed = [facet for facet in settings.facets if facet not in tuned]
     of_texts = {
@@ -261,31 +264,42 @@ def _in_parallel(
         yield from tqdm(fitted, desc="profiles", total=len(facets), leave=False, delay=2)
 
 
-def _is_static(behaviours: Behaviours, settings: UIPSettings) -> bool:
+def _time_rule(behaviours: Behaviours, settings: UIPSettings) -> str:
+    """``uip_time``, with ``auto`` decided."""
     if settings.time == "point_in_time" and behaviours.time is None:
         raise SettingsError(
             "uip_time=point_in_time needs timestamps, and the data has none: set RecBole's "
-            "TIME_FIELD and load_col, or uip_time=static"
+            "TIME_FIELD and load_col, or uip_time=cross_fitted"
         )
-    static = settings.time == "static" or behaviours.time is None
-    if static and settings.facets:
+    if settings.time == "static" and settings.facets:
         logger.warning(
             "static profiles: every training row's own label is part of its profile, which "
-            "misleads the CTR model; use timestamps and uip_time=point_in_time where you can"
+            "misleads the CTR model; uip_time=point_in_time and cross_fitted do not"
         )
-    return static
+    if settings.time == "auto":
+        return "cross_fitted" if behaviours.time is None else "point_in_time"
+    return settings.time
 
 
-def _history(behaviours: Behaviours, settings: UIPSettings, static: bool) -> states.History:
+def _history(behaviours: Behaviours, settings: UIPSettings, rule: str) -> states.History:
     """What each row may see. A training row never sees a held-out event."""
+    if rule == "cross_fitted":
+        return states.cross_fitted_history(
+            behaviours.user,
+            behaviours.time,
+            behaviours.train,
+            behaviours.n_users,
+            PARTS,
+            settings.seed,
+        )
 
     def index(is_event: np.ndarray) -> states.History:
-        time = None if static else behaviours.time
+        time = None if rule == "static" else behaviours.time
         return states.index_history(
             behaviours.user, time, is_event, behaviours.n_users, settings.refresh
         )
 
-    if static or settings.history != "observed":
+    if rule == "static" or settings.history != "observed":
         return index(behaviours.train)
     everything = np.ones(len(behaviours), dtype=bool)
     if behaviours.is_time_ordered:

@@ -322,7 +322,9 @@ class UIPSettings:
             ),
             gradient=_parse_gradient(given.get("uip_gradient", {})),
             time=_choice(
-                "uip_time", given.get("uip_time", "auto"), ("auto", "point_in_time", "static")
+                "uip_time",
+                given.get("uip_time", "auto"),
+                ("auto", "point_in_time", "cross_fitted", "static"),
             ),
             history=_choice(
                 "uip_history", given.get("uip_history", "auto"), ("auto", "train", "observed")
@@ -373,9 +375,9 @@ class UIPSettings:
                 'texts: set it to a template of item fields such as "{movie_title} ({genre})", or '
                 "take facets with source: collaborative or constant"
             )
-        if self.time == "static" and self.refresh:
+        if self.time in ("cross_fitted", "static") and self.refresh:
             raise SettingsError(
-                f"uip_refresh={self.refresh:g}s has no meaning with uip_time=static: "
+                f"uip_refresh={self.refresh:g}s has no meaning with uip_time={self.time}: "
                 "set uip_time=point_in_time or drop uip_refresh"
             )
         if self.posterior == "gradient":

@@ -225,8 +225,32 @@ def test_point_in_time_without_timestamps_is_refused(world, caplog):
     with pytest.raises(SettingsError, match="needs timestamps"):
         infer(behaviours, None, settings(uip_time="point_in_time"))
     with caplog.at_level(logging.WARNING):
-        assert infer(behaviours, None, settings()).static
+        assert infer(world.behaviours, None, settings(uip_time="static")).static
     assert "static profiles" in caplog.text
+    caplog.clear()
+    assert not infer(behaviours, None, settings()).static
+    assert not caplog.text
+
+
+def test_cross_fitted_profiles_do_not_know_their_own_label(world):
+    behaviours = dataclasses.replace(world.behaviours, time=None)
+    inferred = infer(behaviours, None, settings())
+    transform = inferred.encoder.transform
+    before = transform(inferred.history, inferred.events)
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(np.flatnonzero(behaviours.train))
+    # one training row of each user
+    _, first = np.unique(behaviours.user[rows], return_index=True)
+    changed = rows[first]
+    flipped = with_labels(behaviours, changed)
+    after = transform(inferred.history, inferred.events._replace(liked=flipped.liked))
+    np.testing.assert_array_equal(before[changed], after[changed])
+    assert (before != after).any(axis=0).all()
+    # labels of held-out rows move nothing
+    held_out = with_labels(behaviours, np.flatnonzero(~behaviours.train))
+    again = infer(held_out, None, settings())
+    for one, other in zip(inferred.fields, again.fields, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
 
 
 def test_no_training_rows_is_said(world):

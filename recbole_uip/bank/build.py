@@ -145,10 +145,8 @@ def fit_model(
     item_texts = None if texts is None else texts(number_of, len(items))
     behaviours, users = _behaviours(sample, counts["item"], len(items))
     logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
-    static = behaviours.time is None
-    settings = dataclasses.replace(
-        settings, time="static" if static else "point_in_time", history="observed"
-    )
+    time = "cross_fitted" if behaviours.time is None else "point_in_time"
+    settings = dataclasses.replace(settings, time=time, history="observed")
     fold = np.array([fold_of(user, settings.folds) for user in users], dtype=np.int64)
     profiles = infer(behaviours, item_texts, settings, fold)
     model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)

@@ -134,12 +134,14 @@ def feature_rows(
     Raises
     ------
     BankError
-        If profiles are static, there are no usable timestamps, or the files are of two runs.
+        If profiles are not point-in-time, there are no usable timestamps, or the files are of
+        two runs.
     """
     layout = read_layout(profiles_parquet)
-    if layout.time is None or bank.model.settings.time == "static":
+    rule = "untimed" if layout.time is None else bank.model.settings.time
+    if rule in ("untimed", "cross_fitted", "static"):
         raise BankError(
-            f"{profiles_parquet} has static profiles, which no feature store can tell by time: "
+            f"{profiles_parquet} has {rule} profiles, which no feature store can tell by time: "
             "run with timestamps and uip_time=point_in_time, or export today's codes to redis"
         )
     if lacking := [name for name in bank.fields if name not in layout.fields]:

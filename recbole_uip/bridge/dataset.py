@@ -428,7 +428,7 @@ class UIPDataset(Dataset):
         if self._raw_time is None and settings.time == "point_in_time":
             raise SettingsError(
                 f"uip_time=point_in_time needs the time field {self.time_field!r} as a loaded "
-                "float field: load it by load_col, or set uip_time to static"
+                "float field: load it by load_col, or set uip_time to cross_fitted"
             )
         if self._raw_time is None and settings.refresh:
             raise SettingsError(
@@ -437,8 +437,8 @@ class UIPDataset(Dataset):
             )
         if self._raw_time is None and settings.time == "auto" and settings.facets:
             logger.warning(
-                "the data have no timestamps, so profiles are static: the features of a training "
-                "row then hold that row's own label"
+                "the data have no timestamps, so profiles are cross-fitted: a training row's is of "
+                "others of its user's training rows, a held-out row's of all of them"
             )
         settings = self.settings = self._resolve(settings)
         return profile_stage.infer(self.behaviours, self.item_texts(settings), settings)
@@ -460,10 +460,10 @@ class UIPDataset(Dataset):
     def _resolve(self, settings: UIPSettings) -> UIPSettings:
         """``settings`` with ``auto`` decided by what the data are."""
         if settings.time == "auto":
-            time = "static" if self._raw_time is None else "point_in_time"
+            time = "cross_fitted" if self._raw_time is None else "point_in_time"
             settings = dataclasses.replace(settings, time=time)
         if settings.history == "auto":
-            ordered = self.behaviours.is_time_ordered
+            ordered = settings.time == "point_in_time" and self.behaviours.is_time_ordered
             settings = dataclasses.replace(settings, history="observed" if ordered else "train")
         return settings
 

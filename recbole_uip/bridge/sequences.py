@@ -92,10 +92,10 @@ class SequenceConfig(UIPConfig):
                 raise SettingsError(
                     f"{key}={self[key]!r}: datasets of {model} are not saved; leave it out"
                 )
-        if self.uip.time == "static":
+        if self.uip.time in ("cross_fitted", "static"):
             raise SettingsError(
-                f"uip_time=static has no meaning for {model}, which reads the events before a "
-                "row: set uip_time to point_in_time"
+                f"uip_time={self.uip.time} has no meaning for {model}, which reads the events "
+                "before a row: set uip_time to point_in_time"
             )
 
     def _get_model_and_dataset(self, model: str, dataset: str) -> tuple[str, type, str]:

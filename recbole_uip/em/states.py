@@ -12,7 +12,15 @@ import numpy as np
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.em.kernels import Kernels, advance
 
-__all__ = ["Events", "History", "index_history", "offsets", "run", "whole_history"]
+__all__ = [
+    "Events",
+    "History",
+    "cross_fitted_history",
+    "index_history",
+    "offsets",
+    "run",
+    "whole_history",
+]
 
 BLOCK_ROWS = 50_000
 
@@ -44,8 +52,8 @@ class Events(NamedTuple):
 class History:
     """Which events each row may see: a prefix of one timeline.
 
-    A timeline is a sequence of events of one user. A user has one, unless training rows and
-    held-out rows may see different events; then there are two.
+    A timeline is a sequence of events of one user. A user has one, unless some rows may see other
+    events than others: held-out rows than training rows, or rows of one part than of another.
 
     Attributes
     ----------
@@ -114,6 +122,45 @@ def index_history(
     seen = np.empty(n_rows, dtype=np.int64)
     seen[order[query]] = events_before[query]
     return History(events, first, user, seen - first[user])
+
+
+def cross_fitted_history(
+    user: np.ndarray,
+    time: np.ndarray | None,
+    is_event: np.ndarray,
+    n_users: int,
+    n_parts: int,
+    seed: int,
+) -> History:
+    """A history by parts: an event sees those of its user in the other parts, other rows see all.
+
+    So no event sees itself, and each sees events of all times, as other rows do.
+
+    Parameters
+    ----------
+    user, time, is_event, n_users
+        As in :func:`index_history`; time only orders what is seen.
+    n_parts : int
+        Each user's events are dealt out at random to so many parts of like size.
+    seed : int
+    """
+    events = np.flatnonzero(is_event)
+    shuffled = np.random.default_rng(seed).permutation(events)
+    dealt = shuffled[np.argsort(user[shuffled], kind="stable")]
+    first = np.searchsorted(user[dealt], user[dealt])
+    # users with fewer events than parts should not all begin with the first part
+    part = np.full(len(user), -1)
+    part[dealt] = (np.arange(len(dealt)) - first + user[dealt]) % n_parts
+
+    def all_of(chosen: np.ndarray) -> History:
+        whole = whole_history(user, time, chosen, n_users)
+        counts = np.diff(whole.first)
+        return History(whole.events, whole.first, user, counts[user])
+
+    history = all_of(is_event)
+    for number in range(n_parts):
+        history = history.followed_by(all_of(is_event & (part != number)), part == number)
+    return history
 
 
 def whole_history(

@@ -100,7 +100,13 @@ def adapt(
         If the LM cannot be found or loaded, or is too short for a text.
     """
     import peft
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+
+    class Bar(ProgressCallback):
+        """Trainer's bar, without its lines on the standard output."""
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            pass
 
     folder = Path(folder).expanduser()
     _check(folder, settings, method, size, epochs)
@@ -146,6 +152,8 @@ def adapt(
             eval_dataset=held_out,
             data_collator=_batch,
         )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Bar)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
@@ -160,7 +168,7 @@ def adapt(
         held_out=len(held_out),
         before=before,
         after=after,
-        curve=losses[1 : 1 + epochs],
+        curve=losses[:epochs],
         parameters=parameters,
     )
 

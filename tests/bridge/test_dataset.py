@@ -194,7 +194,7 @@ def test_item_texts_reach_the_profile_stage(small, monkeypatch):
         UIPDataset(small.config(uip_facets=facets, uip_item_text="{year}")).build()
 
 
-def test_without_timestamps_profiles_are_static_with_a_warning(atomic, caplog):
+def test_without_timestamps_profiles_are_cross_fitted_with_a_warning(atomic, caplog):
     atomic.columns = atomic.columns[:3]
     eval_args = {
         "split": {"RS": [0.8, 0.1, 0.1]},
@@ -206,13 +206,12 @@ def test_without_timestamps_profiles_are_static_with_a_warning(atomic, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = UIPDataset(atomic.config(eval_args=eval_args))
         train = dataset.build()[0]
-    assert "own label" in caplog.text
-    assert dataset.profiles.static
+    assert "cross-fitted" in caplog.text
+    assert not dataset.profiles.static
     assert dataset.behaviours.time is None
     assert dataset.settings.history == "train"
     for field in dataset.profiles.fields:
-        source = FeatureSource.INTERACTION if field.kind == "match" else FeatureSource.USER
-        assert train.field2source[field.name] == source
+        assert train.field2source[field.name] == FeatureSource.INTERACTION
         batch = train[np.arange(len(train))]
         assert (batch[field.name].numpy() == field.values[rows_of(train)]).all()
     with pytest.raises(SettingsError, match="uip_time"):

@@ -156,6 +156,28 @@ def test_static_history_sees_all_training_events():
     assert history.events[history.first[1] : history.first[2]].tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_cross_fitted_history_is_of_the_other_parts(timed):
+    rng = np.random.default_rng(0)
+    user = rng.integers(0, 20, 600)
+    user[user == 19] = 18  # the last user has no rows
+    time = rng.permutation(600).astype(float) if timed else None
+    is_event = rng.random(600) < 0.8
+    history = states.cross_fitted_history(user, time, is_event, 20, 4, seed=1)
+    for row in range(600):
+        first = history.first[history.timeline[row]]
+        assert history.first[history.timeline[row] + 1] - first == history.seen[row]
+        seen = history.events[first : first + history.seen[row]]
+        mine = np.flatnonzero(is_event & (user == user[row]))
+        assert row not in seen and np.isin(seen, mine).all()
+        assert (np.diff(seen if time is None else time[seen]) > 0).all()
+        if is_event[row]:
+            # parts differ by one event at most
+            assert abs(len(mine) * 3 / 4 - len(seen)) < 1
+        else:
+            assert len(seen) == len(mine)
+
+
 def test_a_user_without_evidence_has_infinite_noise():
     offset, noise, known = states.offsets(np.zeros((1, 5)))
     assert not known.any() and np.isinf(noise).all() and (offset == 0).all()

@@ -412,7 +412,8 @@ def _measure(
 def _lag(run: RunOutcome) -> tuple[bool, float]:
     """Sorts runs by how little their history leaves out."""
     protocol = run.record.get("protocol", {})
-    return protocol.get("time") == "static", float(protocol.get("refresh_seconds") or 0)
+    timed = protocol.get("time", "point_in_time") == "point_in_time"
+    return not timed, float(protocol.get("refresh_seconds") or 0)
 
 
 def _kept_path(run: RunOutcome) -> Path:

@@ -21,6 +21,7 @@ __all__ = ["costs", "environment", "missing", "protocol"]
 
 _TIMES = {
     "point_in_time": "point in time, of the user's strictly earlier events row by row",
+    "cross_fitted": "cross-fitted: a training row's of others of its user's, whatever their time",
     "static": "static, one for each user from the training rows",
 }
 _HISTORIES = {"observed": "all strictly earlier events", "train": "training rows alone"}

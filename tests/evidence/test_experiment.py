@@ -440,6 +440,22 @@ def test_facets_without_a_prompt_do_not_make_another_run_of_an_arm_with_one(key)
     assert of_likes(**{"uip_facets.likes.prompt": "x"}) != of_likes()
 
 
+def test_an_adapter_is_known_by_its_content(written, tmp_path):
+    facets = {"likes": {"weight": "positive", "codes": 2, "rank": 1}}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+
+    def of(content):
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        plan = {"arms": {"uip": {"facets": ["likes"]}}}
+        settings = {"uip_facets": facets, "uip_lm_adapter": str(folder)}
+        return run_of(written(plan, **settings), "uip").key
+
+    first = of(b"one")
+    assert of(b"two") != first
+    assert of(b"one") == first
+
+
 def test_every_key_of_ours_is_probed():
     from recbole_uip.settings import _KEYS
 

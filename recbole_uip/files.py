@@ -1,8 +1,9 @@
-"""Files that are either whole or absent, and what they hold told by a checksum."""
+"""Files that are whole or absent, that have one writer, and are told apart by a checksum."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -10,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["atomic_write", "sha256_of"]
+__all__ = ["LockedError", "atomic_write", "lock", "sha256_of", "unlock"]
 
 CHUNK = 1 << 20  # bytes read at a time
+
+
+class LockedError(Exception):
+    """A file that another open file has locked; the message says whose that is."""
 
 
 @contextlib.contextmanager
@@ -53,6 +58,44 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def lock(path: str | os.PathLike) -> IO[str]:
+    """Lock the file ``path`` for this process, whose number it then holds.
+
+    The lock ends with :func:`unlock`, with the file's closing, or with the process.
+
+    Raises
+    ------
+    LockedError
+        If it is locked already.
+    OSError
+        If the file system has no locks, or the file cannot be written.
+    """
+    path = Path(path)
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            process = file.read().strip() or "unknown"
+        who = "this process" if process == str(os.getpid()) else "another process"
+        raise LockedError(f"{who} (pid {process})") from None
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def unlock(file: IO[str]) -> None:
+    """Give back what :func:`lock` gave."""
+    file.truncate(0)
+    fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
 
 
 def sha256_of(path: str | os.PathLike) -> str:

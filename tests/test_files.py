@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from recbole_uip import files
-from recbole_uip.files import atomic_write, sha256_of
+from recbole_uip.files import LockedError, atomic_write, lock, sha256_of, unlock
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -77,3 +77,21 @@ def test_neither_recbole_nor_torch_is_imported():
         "sys.exit(any(name.split('.')[0] in ('recbole', 'torch') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_lock_is_of_one_process(tmp_path):
+    path = tmp_path / "lock"
+    file = lock(path)
+    assert path.read_text() == f"{os.getpid()}\n"
+    with pytest.raises(LockedError, match=rf"this process \(pid {os.getpid()}\)"):
+        lock(path)
+    code = (
+        "import sys; from recbole_uip.files import LockedError, lock\n"
+        "try: lock(sys.argv[1])\nexcept LockedError as error: print(error)"
+    )
+    asked = [sys.executable, "-c", code, str(path)]
+    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    assert said == f"another process (pid {os.getpid()})\n"
+    unlock(file)
+    assert path.read_text() == ""
+    unlock(lock(path))

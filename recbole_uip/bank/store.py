@@ -22,7 +22,6 @@ and arrays mean is the caller's matter, and so is when to merge deltas into one 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from recbole_uip.files import atomic_write, sha256_of
+from recbole_uip.files import LockedError, atomic_write, lock, sha256_of, unlock
 from recbole_uip.settings import SettingsError
 
 __all__ = ["BankError", "Snapshot", "Writer", "generation_of", "read"]
@@ -272,8 +271,7 @@ class Writer:
             return
         # A forked child shares the lock. It must not give away what its parent holds.
         if os.getpid() == self._process:
-            self._lock.truncate(0)
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            unlock(self._lock)
         self._lock.close()
 
     def __enter__(self) -> Writer:
@@ -492,24 +490,14 @@ def _clear(folder: Path, manifest: Mapping[str, Any] | None) -> None:
 def _lock(folder: Path) -> IO[str]:
     """Lock the bank for this process; the lock ends with it, or with the file's closing."""
     path = folder / LOCK
-    file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-    except BlockingIOError:
-        with file:
-            file.seek(0)
-            process = file.read().strip() or "unknown"
-        who = "this process" if process == str(os.getpid()) else "another process"
+        return lock(path)
+    except LockedError as error:
         raise BankError(
-            f"{who} (pid {process}) writes to the bank {folder} and has locked {path}: a bank has "
-            "one writer; wait until that one is closed, or end it"
+            f"{error} writes to the bank {folder} and has locked {path}: a bank has one writer; "
+            "wait until that one is closed, or end it"
         ) from None
     except OSError as error:
-        file.close()
         raise BankError(
             f"{path} cannot be locked ({error}): keep the bank on a file system with locks"
         ) from error
-    return file

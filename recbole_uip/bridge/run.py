@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from recbole_uip.bridge.metrics import gauc
 from recbole_uip.bridge.serving import write_serving
 from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
-from recbole_uip.files import atomic_write
+from recbole_uip.files import LockedError, atomic_write, lock, unlock
 from recbole_uip.settings import ArmSettings, SettingsError
 from recbole_uip.work import is_main_process
 
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "DeepFM"
 DEFAULT_DATASET = "ml-100k"
+LOCK = ".lock"
 _PACKAGES = ("recbole-uip", "recbole", "torch", "numpy", "pandas", "scikit-learn", "transformers")
 _SPLITS = np.array(["train", "valid", "test"])
 
@@ -89,7 +91,8 @@ def run_recbole_uip(
     Raises
     ------
     SettingsError
-        If a setting cannot be used; nothing has been trained then.
+        If a setting cannot be used, or another run writes to the same folder; nothing has been
+        trained then.
     """
     given = {
         **load_config_files(config_files or ()),
@@ -114,8 +117,26 @@ def run_recbole_uip(
             output = Path(of_models[0]["checkpoint_dir"], f"uip-{name}")
         elif len(datasets) > 1:
             output = output / name
-        results[name] = _run_dataset(of_models, output, command)
+        with _sole_writer(output) if is_main_process() else contextlib.nullcontext():
+            results[name] = _run_dataset(of_models, output, command)
     return results if len(datasets) > 1 else results[datasets[0]]
+
+
+@contextlib.contextmanager
+def _sole_writer(output: Path) -> Iterator[None]:
+    """Refuse a second run in the same folder: each would train on with the other's checkpoints."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        file = lock(output / LOCK)
+    except LockedError as error:
+        raise SettingsError(
+            f"uip_output={str(output)!r}: {error} has a run there; wait for it, or give this one "
+            "another folder by uip_output"
+        ) from None
+    try:
+        yield
+    finally:
+        unlock(file)
 
 
 def _names(key: str, value: str | Sequence[str]) -> list[str]:

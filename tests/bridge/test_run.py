@@ -13,6 +13,7 @@ from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bridge import run as run_module
 from recbole_uip.bridge.report import format_report
 from recbole_uip.bridge.run import run_recbole_uip
+from recbole_uip.files import lock, unlock
 from recbole_uip.settings import SettingsError
 
 
@@ -159,17 +160,27 @@ def test_an_interrupt_leaves_no_half_written_file(go, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.pq, "write_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
         go()
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
     monkeypatch.undo()
     monkeypatch.setattr(run_module.json, "dump", interrupted)
     with pytest.raises(KeyboardInterrupt):
         go()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".lock",
         "profiles.parquet",
         "bank",
         "checkpoints",
         "serving",
     }
+
+
+def test_a_folder_has_one_run_at_a_time(go, tmp_path):
+    (tmp_path / "out").mkdir()
+    held = lock(tmp_path / "out" / ".lock")
+    with pytest.raises(SettingsError, match=r"uip_output='.*out': this process .* has a run there"):
+        go()
+    unlock(held)
+    go()
 
 
 def test_names_must_be_names():

@@ -25,7 +25,6 @@ __all__ = [
     "clustered_error",
     "clustered_mean",
     "equal_mass_bins",
-    "expected_calibration_error",
     "half_width",
     "holm",
     "logloss",
@@ -464,11 +463,6 @@ def reliability_curve(label: np.ndarray, score: np.ndarray, bins: int = BINS) ->
             for each in (score, (label > 0.5).astype(np.float64))
         ]
     return Reliability(*means, rows)
-
-
-def expected_calibration_error(label: np.ndarray, score: np.ndarray, bins: int = BINS) -> float:
-    """Mean over rows of |share of likes - mean score| of the row's equal-mass bin."""
-    return reliability_curve(label, score, bins).error
 
 
 # --- slices -------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from recbole_uip.evidence.statistics import (
     auc,
     bootstrap_aucs,
     bootstrap_difference,
-    expected_calibration_error,
     half_width,
     holm,
     logloss,
@@ -241,8 +240,8 @@ def test_reliability_in_bins_of_equal_mass(rng):
 def test_calibration_error_is_the_planted_one(rng):
     truth = rng.uniform(0.2, 0.7, size=200_000)
     label = rng.random(len(truth)) < truth
-    assert expected_calibration_error(label, truth) < 0.005
-    np.testing.assert_allclose(expected_calibration_error(label, truth + 0.1), 0.1, atol=0.005)
+    assert reliability_curve(label, truth).error < 0.005
+    np.testing.assert_allclose(reliability_curve(label, truth + 0.1).error, 0.1, atol=0.005)
 
 
 def test_rows_of_one_score_share_a_bin_whatever_their_order(rng):
@@ -258,7 +257,7 @@ def test_rows_of_one_score_share_a_bin_whatever_their_order(rng):
 
 
 def test_no_rows_have_no_calibration():
-    assert np.isnan(expected_calibration_error(np.empty(0), np.empty(0)))
+    assert np.isnan(reliability_curve(np.empty(0), np.empty(0)).error)
 
 
 # --- slices -------------------------------------------------------------------------------------

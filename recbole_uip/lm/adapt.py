@@ -160,7 +160,8 @@ def adapt(
         for config in model.peft_config.values():
             # where the LM lies on this machine is of no use elsewhere
             config.base_model_name_or_path = settings.name
-        model.save_pretrained(Path(scratch) / "adapter")
+        # embeddings are as they were; to find that out, PEFT would ask the hub
+        model.save_pretrained(Path(scratch) / "adapter", save_embedding_layers=False)
         os.replace(Path(scratch) / "adapter", folder)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return Adaptation(

@@ -440,6 +440,16 @@ def test_facets_without_a_prompt_do_not_make_another_run_of_an_arm_with_one(key)
     assert of_likes(**{"uip_facets.likes.prompt": "x"}) != of_likes()
 
 
+def test_benchmark_files_are_known_by_their_size(written, data):
+    def of_size(size):
+        for part in ("one", "two"):
+            (data / "tiny" / f"tiny.{part}.inter").write_text("x" * size)
+        return run_of(written(benchmark_filename=["one", "two"]), "uip").key
+
+    assert of_size(10) != of_size(11)
+    assert of_size(10) == of_size(10)
+
+
 def test_an_adapter_is_known_by_its_content(written, tmp_path):
     facets = {"likes": {"weight": "positive", "codes": 2, "rank": 1}}
     folder = tmp_path / "adapter"

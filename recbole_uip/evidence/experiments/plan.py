@@ -300,11 +300,12 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
         for key, value in config.final_config_dict.items()
         if key not in _INERT and not key.startswith("uip_")
     }
+    parts = [f"{part}.inter" for part in config["benchmark_filename"] or ()]
     essence["data_bytes"] = [
         path.stat().st_size if path.is_file() else 0
         for path in (
             Path(config["data_path"], f"{config['dataset']}.{kind}")
-            for kind in ("inter", "user", "item")
+            for kind in ("inter", "user", "item", *parts)
         )
     ]
     essence["arm"] = {

@@ -66,6 +66,27 @@ def test_a_held_out_label_stays_out(atomic, split, order, history):
         assert used > 0
 
 
+@pytest.mark.parametrize("timed", [True, False])
+@pytest.mark.parametrize("split", ["RS", "RS by user"])
+def test_cross_fitted_profiles_know_no_held_out_label(atomic, split, timed):
+    settings = {
+        "eval_args": {**SPLITS[split], "order": "RO", "mode": "labeled"},
+        "uip_time": "cross_fitted",
+    }
+    if not timed:
+        atomic.columns = atomic.columns[:3]
+    before, fields = infer(atomic, **settings)
+    for part in (VALID, TEST):
+        row = int(np.flatnonzero(before.split == part)[0])
+        rating = atomic.rows[row][2]
+        atomic.rows[row][2] = flipped(rating)
+        after, changed = infer(atomic, **settings)
+        atomic.rows[row][2] = rating
+        assert (after.liked != before.liked).nonzero()[0].tolist() == [row]
+        for name, values in fields.items():
+            np.testing.assert_array_equal(values, changed[name], err_msg=name)
+
+
 @pytest.mark.parametrize("time", ["point_in_time", "static"])
 def test_a_training_label_moves_its_users_later_rows(atomic, time):
     before, fields = infer(atomic, uip_time=time)

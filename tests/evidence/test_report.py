@@ -314,7 +314,8 @@ def test_calibration_codebooks_and_costs(pages, whole):
     for run in plain.runs.values():
         arrays = run.test_rows()
         predictions.append(float(arrays["score"].astype(float).mean()))
-        errors.append(statistics.expected_calibration_error(arrays["label"], arrays["score"]))
+        curve = statistics.reliability_curve(arrays["label"], arrays["score"])
+        errors.append(curve.error)
     calibration = page.table("Expected calibration error")[0]
     assert calibration["ECE"] == mean_and_deviation(errors)
     assert calibration["mean prediction"] == mean_and_deviation(predictions)

@@ -22,7 +22,13 @@ from recbole_uip.em import basis, collaborative, states, weights
 from recbole_uip.em.collaborative import Reading
 from recbole_uip.em.encoder import Encoder, FieldInfo
 from recbole_uip.em.facet import Facet, Observations
-from recbole_uip.settings import TEXT_SOURCES, FacetSettings, SettingsError, UIPSettings
+from recbole_uip.settings import (
+    TEXT_SOURCES,
+    FacetSettings,
+    SettingsError,
+    UIPSettings,
+    default_time,
+)
 from recbole_uip.texts import bag_of_words
 
 if TYPE_CHECKING:
@@ -276,9 +282,7 @@ def _time_rule(behaviours: Behaviours, settings: UIPSettings) -> str:
             "static profiles: every training row's own label is part of its profile, which "
             "misleads the CTR model; uip_time=point_in_time and cross_fitted do not"
         )
-    if settings.time == "auto":
-        return "cross_fitted" if behaviours.time is None else "point_in_time"
-    return settings.time
+    return default_time(behaviours.time is not None) if settings.time == "auto" else settings.time
 
 
 def _history(behaviours: Behaviours, settings: UIPSettings, rule: str) -> states.History:

@@ -27,6 +27,7 @@ __all__ = [
     "SettingsError",
     "UIPSettings",
     "default_cache_dir",
+    "default_time",
     "parse_duration",
 ]
 
@@ -454,6 +455,11 @@ _KEYS = (
     "uip_cache",
     "uip_output",
 )
+
+
+def default_time(timed: bool) -> str:
+    """What ``uip_time: auto`` stands for, with timestamps or without."""
+    return "point_in_time" if timed else "cross_fitted"
 
 
 def default_cache_dir() -> Path:

@@ -19,7 +19,7 @@ from recbole_uip.behaviours import TRAIN, Behaviours
 from recbole_uip.em.states import run, whole_history
 from recbole_uip.em.weights import smoothed_rate
 from recbole_uip.profiles import Profiles, infer
-from recbole_uip.settings import SettingsError, UIPSettings
+from recbole_uip.settings import SettingsError, UIPSettings, default_time
 
 __all__ = ["bank_of_events", "bank_of_profiles", "fit_model"]
 
@@ -145,8 +145,8 @@ def fit_model(
     item_texts = None if texts is None else texts(number_of, len(items))
     behaviours, users = _behaviours(sample, counts["item"], len(items))
     logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
-    time = "cross_fitted" if behaviours.time is None else "point_in_time"
-    settings = dataclasses.replace(settings, time=time, history="observed")
+    timed = behaviours.time is not None
+    settings = dataclasses.replace(settings, time=default_time(timed), history="observed")
     fold = np.array([fold_of(user, settings.folds) for user in users], dtype=np.int64)
     profiles = infer(behaviours, item_texts, settings, fold)
     model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)

@@ -272,7 +272,8 @@ class Writer:
         # A forked child shares the lock. It must not give away what its parent holds.
         if os.getpid() == self._process:
             unlock(self._lock)
-        self._lock.close()
+        else:
+            self._lock.close()
 
     def __enter__(self) -> Writer:
         return self

@@ -25,7 +25,7 @@ from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.sources import download, missing_files_error
 from recbole_uip.bridge.storage import load_pickle
 from recbole_uip.files import atomic_write
-from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings
+from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings, default_time
 from recbole_uip.texts import item_texts
 
 __all__ = ["ROW", "UIPDataset", "create_dataset", "data_preparation", "data_settings"]
@@ -460,8 +460,8 @@ class UIPDataset(Dataset):
     def _resolve(self, settings: UIPSettings) -> UIPSettings:
         """``settings`` with ``auto`` decided by what the data are."""
         if settings.time == "auto":
-            time = "cross_fitted" if self._raw_time is None else "point_in_time"
-            settings = dataclasses.replace(settings, time=time)
+            timed = self._raw_time is not None
+            settings = dataclasses.replace(settings, time=default_time(timed))
         if settings.history == "auto":
             ordered = settings.time == "point_in_time" and self.behaviours.is_time_ordered
             settings = dataclasses.replace(settings, history="observed" if ordered else "train")

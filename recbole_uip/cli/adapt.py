@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+from recbole_uip.cli.options import OVERRIDES, add_data, add_numbers, start
 
 if TYPE_CHECKING:
     import argparse
@@ -21,22 +21,18 @@ def add_adapt(subcommands: argparse._SubParsersAction) -> None:
         epilog=OVERRIDES,
         allow_abbrev=False,
     )
-    adapt.add_argument("--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)")
-    add_config_files(adapt)
+    add_data(adapt)
     adapt.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="new folder of the adapter"
     )
     adapt.add_argument(
         "--method", default="lora", help="lora, or prompt for virtual tokens (default: lora)"
     )
-    for name, default, meaning in (
+    numbers = [
         ("size", 8, "rank of LoRA's matrices, or number of virtual tokens"),
         ("epochs", 5, "passes over the texts; that with the least held-out loss is kept"),
-    ):
-        adapt.add_argument(
-            f"--{name}", type=int, default=default, metavar="N",
-            help=f"{meaning} (default: {default})",
-        )  # fmt: skip
+    ]
+    add_numbers(adapt, numbers)
     adapt.set_defaults(function=_adapt, parser=adapt)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+from recbole_uip.cli.options import OVERRIDES, add_data, start
 
 if TYPE_CHECKING:
     import argparse
@@ -21,10 +21,7 @@ def add_ceiling(subcommands: argparse._SubParsersAction) -> None:
         epilog=OVERRIDES,
         allow_abbrev=False,
     )
-    ceiling.add_argument(
-        "--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)"
-    )
-    add_config_files(ceiling)
+    add_data(ceiling)
     ceiling.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     ceiling.set_defaults(function=_ceiling, parser=ceiling)
 

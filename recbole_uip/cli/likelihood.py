@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+from recbole_uip.cli.options import OVERRIDES, add_data, add_numbers, start
 
 if TYPE_CHECKING:
     import argparse
@@ -21,20 +21,14 @@ def add_likelihood(subcommands: argparse._SubParsersAction) -> None:
         epilog=OVERRIDES,
         allow_abbrev=False,
     )
-    likelihood.add_argument(
-        "--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)"
-    )
-    add_config_files(likelihood)
+    add_data(likelihood)
     likelihood.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    for name, default, meaning in (
+    numbers = [
         ("users", 40, "held-out users, and as many others that choose the step"),
         ("behaviours", 5, "behaviours of each user, at most"),
         ("codes", 4, "codes drawn for the mean over codes"),
-    ):
-        likelihood.add_argument(
-            f"--{name}", type=int, default=default, metavar="N",
-            help=f"{meaning} (default: {default})",
-        )  # fmt: skip
+    ]
+    add_numbers(likelihood, numbers)
     likelihood.set_defaults(function=_likelihood, parser=likelihood)
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from collections.abc import Iterable
 
-__all__ = ["OVERRIDES", "add_config_files", "log_as", "start"]
+__all__ = ["OVERRIDES", "add_config_files", "add_data", "add_numbers", "log_as", "start"]
 
 OVERRIDES = "Any RecBole or uip_ setting may follow as --key=value; see properties/uip.yaml."
 
@@ -24,6 +25,21 @@ def add_config_files(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="YAML files, separated by spaces or commas; a later one overrides an earlier one",
     )
+
+
+def add_data(parser: ArgumentParser) -> None:
+    """Add ``--dataset`` and ``--config_files`` to a command that takes one data set."""
+    parser.add_argument("--dataset", "-d", help="dataset (default: ml-100k, which RecBole carries)")
+    add_config_files(parser)
+
+
+def add_numbers(parser: ArgumentParser, numbers: Iterable[tuple[str, int, str]]) -> None:
+    """Add whole numbers, each a name, a default and a meaning, to a command."""
+    for name, default, meaning in numbers:
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N",
+            help=f"{meaning} (default: {default})",
+        )  # fmt: skip
 
 
 def start(namespace: Namespace, overrides: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numba
@@ -103,13 +103,10 @@ def index_history(
     refresh : float
         A row at time t sees the events before ``t - refresh``, in units of ``time``.
     """
-    events = np.flatnonzero(is_event)
-    counts = np.bincount(user[events], minlength=n_users)
-    first = np.concatenate([[0], np.cumsum(counts)])
+    whole = whole_history(user, time, is_event, n_users)
     if time is None:
-        events = events[np.argsort(user[events], kind="stable")]
-        return History(events, first, user, counts[user])
-    events = events[np.lexsort((time[events], user[events]))]
+        return _as_rows(whole, user)
+    events, first = whole.events, whole.first
     # Events and queries are sorted together, queries first among equal times: the number of
     # events before a query is then exactly the number of strictly earlier ones.
     n_rows = len(user)
@@ -152,14 +149,10 @@ def cross_fitted_history(
     part = np.full(len(user), -1)
     part[dealt] = (np.arange(len(dealt)) - first + user[dealt]) % n_parts
 
-    def all_of(chosen: np.ndarray) -> History:
-        whole = whole_history(user, time, chosen, n_users)
-        counts = np.diff(whole.first)
-        return History(whole.events, whole.first, user, counts[user])
-
-    history = all_of(is_event)
+    history = _as_rows(whole_history(user, time, is_event, n_users), user)
     for number in range(n_parts):
-        history = history.followed_by(all_of(is_event & (part != number)), part == number)
+        others = whole_history(user, time, is_event & (part != number), n_users)
+        history = history.followed_by(_as_rows(others, user), part == number)
     return history
 
 
@@ -179,6 +172,11 @@ def whole_history(
     counts = np.bincount(user[events], minlength=n_users)
     first = np.concatenate([[0], np.cumsum(counts)])
     return History(events, first, np.arange(n_users), counts)
+
+
+def _as_rows(whole: History, user: np.ndarray) -> History:
+    """A :func:`whole_history` whose rows are those of ``user``, each of which sees all events."""
+    return replace(whole, timeline=user, seen=whole.seen[user])
 
 
 def offsets(state: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

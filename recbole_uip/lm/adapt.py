@@ -42,7 +42,8 @@ class Adaptation:
     texts, held_out : int
         Distinct texts that it was trained on, and judged on.
     before, after : float
-        Loss of the held-out texts, nats a token.
+        Loss of the held-out texts, nats a token, with the adapter as it begins (LoRA changes
+        nothing yet, virtual tokens are random) and as it was kept.
     curve : list of float
         The same after each epoch.
     parameters : int

@@ -221,6 +221,8 @@ def load(settings: LMSettings, cache: Path, source: ModelSource | None = None) -
         virtual_ids: tuple[int, ...] = ()
         if source.adapter is not None:
             model, virtual_ids = _merge_adapter(model, source.adapter)
+    except ModelError:
+        raise  # it is a ValueError too, and has said all
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"uip_lm={settings.name!r} (adapter {settings.adapter!r}) at {source.path} does not "

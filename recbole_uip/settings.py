@@ -161,6 +161,9 @@ class GradientSettings:
 
     Parameters
     ----------
+    e_step : {"adam", "relinearize"}
+        Steps of Adam for each profile, or scores recomputed at the profiles' codewords (see
+        :mod:`recbole_uip.em.relinearize`).
     steps : int
         Steps of Adam in a round.
     behaviours : int
@@ -187,6 +190,7 @@ class GradientSettings:
         Gradient checkpointing: less memory, a third more time.
     """
 
+    e_step: str = "adam"
     steps: int = 20
     behaviours: int = 50
     batch: int = 2
@@ -616,7 +620,11 @@ def _parse_gradient(value: Any) -> GradientSettings:
         for size in sizes:
             _positive(f"{key}.snapshots", size)
         parsed["snapshots"] = tuple(sorted(set(sizes)))
-    for name, choices in (("space", ("frame", "token")), ("prior", ("mixture", "none"))):
+    for name, choices in (
+        ("e_step", ("adam", "relinearize")),
+        ("space", ("frame", "token")),
+        ("prior", ("mixture", "none")),
+    ):
         if name in value:
             parsed[name] = _choice(f"{key}.{name}", value.pop(name), choices)
     if "recompute" in value:
@@ -632,7 +640,15 @@ def _parse_gradient(value: Any) -> GradientSettings:
         if name not in names:
             raise SettingsError(f"unknown setting {f'{key}.{name}'!r}{_nearest(str(name), names)}")
         parsed[name] = _positive(f"{key}.{name}", item)
-    return GradientSettings(**parsed)
+    gradient = GradientSettings(**parsed)
+    if gradient.e_step == "relinearize":
+        for name in ("steps", "batch", "learning_rate", "prior"):
+            if getattr(gradient, name) != getattr(GradientSettings, name):
+                raise SettingsError(
+                    f"{key}.{name}={getattr(gradient, name)!r} has no meaning with e_step: "
+                    "relinearize, which takes no steps: drop it, or set e_step: adam"
+                )
+    return gradient
 
 
 def _plain_gradient(gradient: GradientSettings) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from recbole_uip.em import kernels, weights
 from recbole_uip.em.facet import Facet, Observations
 from recbole_uip.em.gradient import Frame, GradientPosterior, Units
 from recbole_uip.em.mixture import ResidualCodebook
+from recbole_uip.em.relinearize import RelinearizedPosterior
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
 from recbole_uip.em.states import History
 from recbole_uip.lm import prompt as prompts
@@ -50,6 +51,11 @@ __all__ = ["Group", "Tuned", "groups", "tune"]
 
 logger = logging.getLogger(__name__)
 
+#: The class of each ``uip_gradient.e_step``.
+POSTERIORS: dict[str, type[GradientPosterior]] = {
+    "adam": GradientPosterior,
+    "relinearize": RelinearizedPosterior,
+}
 # part of every key: raise it when what is tuned, or how, changes
 VERSION = 2
 
@@ -188,7 +194,7 @@ def tune(
             ", ".join(names), len(snapshots), group.units.cost.sum(),
         )  # fmt: skip
         started = time.perf_counter()
-        posterior = GradientPosterior(
+        posterior = POSTERIORS[settings.gradient.e_step](
             group.facets,
             group.frame,
             settings.gradient,
@@ -276,6 +282,7 @@ def groups(
         cost_of = [likelihood.n_tokens(passage) for passage in passages]
         units = Units(
             first,
+            _numbered(passages),
             np.array(cost_of, dtype=np.int64),
             active,
             np.full(len(events), np.nan),
@@ -436,6 +443,13 @@ def _passages(
     return [passage(tuple(behaviours.item[piece]), tuple(liked[piece])) for piece in events]
 
 
+def _numbered(passages: list[Passage]) -> np.ndarray:
+    """A number for each distinct passage, in the order of their first, shape (n_units,)."""
+    numbers: dict[Passage, int] = {}
+    which = [numbers.setdefault(passage, len(numbers)) for passage in passages]
+    return np.array(which, dtype=np.int64)
+
+
 def _check_lengths(passages: list[Passage], likelihood: SoftTokenLikelihood) -> None:
     longest = max((len(passage.tokens) for passage in passages), default=0)
     needed, limit = longest + len(likelihood.prompt), likelihood.n_positions
@@ -532,12 +546,11 @@ def _content_key(
         settings.seed,
     ]
     key = hashlib.sha256(json.dumps(parts).encode())
-    numbers: dict[Passage, int] = {}
-    which = [numbers.setdefault(passage, len(numbers)) for passage in group.passages]
-    key.update(repr([dataclasses.astuple(passage) for passage in numbers]).encode())
+    distinct = dict.fromkeys(group.passages)
+    key.update(repr([dataclasses.astuple(passage) for passage in distinct]).encode())
     units, frame = group.units, group.frame
     arrays = [
-        np.array(which), units.first, units.active, units.value, units.gradient, frame.theta0,
+        units.passage, units.first, units.active, units.value, units.gradient, frame.theta0,
         *frame.maps, *frame.variance, group.fold, snapshots.fitted, held_out,
     ]  # fmt: skip
     for array in arrays:

@@ -190,6 +190,8 @@ def test_the_gradient_posterior_is_parsed():
     assert [facet.name for facet in settings.tuned_facets] == ["interests"]
     assert parse(uip_gradient={"learning_rate": "auto"}).gradient.learning_rate is None
     assert parse().tuned_facets == () and parse().posterior == "score"
+    relinearized = parse(uip_gradient={"e_step": "relinearize", "rounds": 2})
+    assert UIPSettings.from_dict(relinearized.to_dict()).gradient == relinearized.gradient
     plain = json.loads(json.dumps(settings.to_dict()))
     again = UIPSettings.from_dict(plain)
     assert again.gradient == settings.gradient and again.likelihood == "sequence"
@@ -208,6 +210,11 @@ def test_the_gradient_posterior_is_parsed():
         ({"uip_gradient": {"prior": "vq"}}, "uip_gradient.prior='vq' must be one of"),
         ({"uip_gradient": {"recompute": "yes"}}, "uip_gradient.recompute='yes'"),
         ({"uip_gradient": 3}, "uip_gradient=3 must be a mapping"),
+        ({"uip_gradient": {"e_step": "newton"}}, "uip_gradient.e_step='newton' must be one of"),
+        (
+            {"uip_gradient": {"e_step": "relinearize", "steps": 3}},
+            "uip_gradient.steps=3 has no meaning with e_step: relinearize",
+        ),
         (
             {"uip_posterior": "gradient", "uip_facets": {"l": {"source": "constant"}}},
             "uip_facets has none",

@@ -29,6 +29,7 @@ FACETS = {
     "leniency": {"source": "constant", "bins": 4},
 }
 GRADIENT = {"steps": 3, "rounds": 2, "snapshots": [4], "learning_rate": 0.05, "held_out": 0.2}
+RELINEARIZE = {"e_step": "relinearize", "rounds": 2, "snapshots": [4], "held_out": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,17 @@ def make(lm_folder, tmp_path):
     return lambda cache=tmp_path / "cache", **keys: settings_of(lm_folder, cache, **keys)
 
 
+@pytest.fixture(scope="module", params=[GRADIENT, RELINEARIZE], ids=["adam", "relinearize"])
+def gradient(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def whole(world, texts, lm_folder, tmp_path_factory):
+def whole(world, texts, lm_folder, tmp_path_factory, gradient):
     """A run from beginning to end, and its cache."""
     cache = tmp_path_factory.mktemp("whole")
-    return run(world.behaviours, texts, settings_of(lm_folder, cache)), cache
+    settings = settings_of(lm_folder, cache, uip_gradient=gradient)
+    return run(world.behaviours, texts, settings), cache
 
 
 @pytest.fixture
@@ -182,6 +189,26 @@ def test_sequences_and_free_tokens(world, texts, make):
             assert (tuned.codes >= 0).any() and (np.abs(tuned.means) > 0).any()
 
 
+@pytest.mark.parametrize("likelihood", ["item", "sequence"])
+def test_scores_recomputed_at_codewords(world, texts, make, likelihood):
+    """Other codes than the closed form's, by fewer LM tokens than gradient steps take."""
+    facets = {"interests": FACETS["interests"], "taste": {**FACETS["taste"], "levels": 1}}
+    found = {}
+    for e_step, rounds in (("relinearize", 1), ("relinearize", 3), ("adam", 3)):
+        gradient = {"e_step": e_step, "rounds": rounds, "snapshots": [4], "tol": 0.0}
+        keys = {"uip_facets": facets, "uip_gradient": gradient, "uip_likelihood": likelihood}
+        found[e_step, rounds] = run(world.behaviours, texts, make(**keys))
+    closed, ours, steps = found.values()
+    for name in facets:
+        assert (ours.tuned[name].codes >= 0).any()
+        assert not np.allclose(ours.tuned[name].means, closed.tuned[name].means)
+        assert len(ours.tuned[name].report["held_out_bounds"]) == 3
+        tokens = [each.tuned[name].report["lm_tokens"] for each in (closed, ours, steps)]
+        # at θ⁰ sequences have no cached scores
+        assert (tokens[0] == 0) == (likelihood == "item")
+        assert tokens[0] < tokens[1] < tokens[2]
+
+
 def test_the_prior_stands_in_for_no_history(world, texts, make):
     settings = make(uip_empty="prior")
     profiles = run(world.behaviours, texts, settings)
@@ -189,12 +216,13 @@ def test_the_prior_stands_in_for_no_history(world, texts, make):
         assert (each.values > 0).all()
 
 
-def test_a_row_sees_neither_its_label_nor_later_events(inferred, world, texts, make):
+def test_a_row_sees_neither_its_label_nor_later_events(inferred, world, texts, make, gradient):
     """With the fitted parameters held, labels change; only later rows may notice.
 
     A held-out label reaches no fitted parameter at all, so it is held-out labels that change.
     """
-    behaviours, settings, before = world.behaviours, make(), inferred
+    behaviours, settings = world.behaviours, make(uip_gradient=gradient)
+    before = inferred
     changed = np.flatnonzero(~behaviours.train)[::5]
     after = run(flipped(behaviours, changed), texts, settings)
     first = np.full(behaviours.n_users, np.inf)
@@ -246,7 +274,7 @@ def _read_of(group, profile):
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_result(
-    inferred, world, texts, make, tmp_path, monkeypatch
+    inferred, world, texts, make, gradient, tmp_path, monkeypatch
 ):
     original = SoftTokenLikelihood.value_and_gradient
     calls = 0
@@ -257,8 +285,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(
         return original(self, *arguments)
 
     monkeypatch.setattr(SoftTokenLikelihood, "value_and_gradient", counted)
-    cut = make(tmp_path / "cut")
-    killed = spawned(run_until, 12, world.behaviours, texts, cut)
+    cut = make(tmp_path / "cut", uip_gradient=gradient)
+    killed = spawned(run_until, 5, world.behaviours, texts, cut)
     assert exit_code(killed) == -signal.SIGKILL
     done = list((tmp_path / "cut" / "tuned").glob("*/*/*.npz"))
     assert done
@@ -275,12 +303,12 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(
         np.testing.assert_array_equal(old.values, new.values)
 
 
-def test_two_processes_give_the_codebook_of_one(whole, world, texts, make, tmp_path):
+def test_two_processes_give_the_codebook_of_one(whole, world, texts, make, gradient, tmp_path):
     alone = numbers(whole[0])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = make(tmp_path / "both")
+    both = make(tmp_path / "both", uip_gradient=gradient)
     processes = [
         spawned(run_as, rank, port, world.behaviours, texts, both, tmp_path / f"{rank}.npz")
         for rank in range(2)
@@ -297,9 +325,10 @@ def test_two_processes_give_the_codebook_of_one(whole, world, texts, make, tmp_p
 
 def test_a_changed_setting_does_not_meet_old_results(whole, world, texts, make):
     _, cache = whole
-    other = run(world.behaviours, texts, make(cache, uip_gradient={**GRADIENT, "steps": 4}))
+    changed = {**GRADIENT, "steps": 4, "rounds": 1}
+    other = run(world.behaviours, texts, make(cache, uip_gradient=changed))
     assert other.report["taste"]["lm_tokens"] > 0
-    assert len(other.report["taste"]["log_posterior"][0]) == 5
+    assert np.shape(other.report["taste"]["log_posterior"]) == (1, 5)
 
 
 def test_a_bank_is_refused(inferred, world, make, tmp_path):

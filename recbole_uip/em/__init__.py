@@ -6,6 +6,7 @@ The modules read in the order of the data: :mod:`weights` (how much an event say
 up to a point in time), :mod:`prior` (prior variances by empirical Bayes), :mod:`mixture` (the
 codebook), :mod:`match` (bins), :mod:`facet`, which fits one facet by all of these, :mod:`encoder`,
 which turns the events of many users into the tokens of all facets; and, for the gradient posterior,
-:mod:`snapshots` (points in time at which profiles are inferred) and :mod:`gradient` (EM around soft
-tokens that are tuned, by a likelihood given to it).
+:mod:`snapshots` (points in time at which profiles are inferred), :mod:`gradient` (EM around soft
+tokens that are tuned, by a likelihood given to it) and :mod:`relinearize` (its middle way to the
+closed form).
 """

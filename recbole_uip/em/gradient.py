@@ -45,7 +45,18 @@ from recbole_uip.em.codebook import component_log_densities
 from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
 
-__all__ = ["Frame", "GradientPosterior", "Likelihood", "Prior", "Run", "Units", "ascend", "in_turn"]
+__all__ = [
+    "Frame",
+    "GradientPosterior",
+    "Likelihood",
+    "Prior",
+    "Run",
+    "Units",
+    "ascend",
+    "in_turn",
+    "secant_sums",
+    "sums_by_owner",
+]
 
 LEARNING_RATES = (0.01, 0.03, 0.1)
 #: Batches are as even as they can be and a multiple of so many, so that a few workers that share
@@ -86,6 +97,8 @@ class Units:
     ----------
     first : ndarray of int64, shape (n_profiles + 1,)
         Where each profile's units start.
+    passage : ndarray of int64, shape (n_units,)
+        Which text each reads: units of one number have one likelihood.
     cost : ndarray of int64, shape (n_units,)
         LM tokens of each.
     active : ndarray of float64, shape (n_units, G)
@@ -98,6 +111,7 @@ class Units:
     """
 
     first: np.ndarray
+    passage: np.ndarray
     cost: np.ndarray
     active: np.ndarray
     value: np.ndarray
@@ -135,13 +149,18 @@ class Frame:
     @property
     def slices(self) -> list[slice]:
         """Where each facet's coordinates are among the R."""
-        ends = np.cumsum([each.shape[2] for each in self.maps]).tolist()
-        return [slice(end - each.shape[2], end) for end, each in zip(ends, self.maps, strict=True)]
+        ends = np.cumsum(self.ranks).tolist()
+        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Number of coordinates of each facet."""
+        return [each.shape[2] for each in self.maps]
 
     @property
     def size(self) -> int:
         """Number of coordinates R."""
-        return sum(each.shape[2] for each in self.maps)
+        return sum(self.ranks)
 
     def tokens(self, where: np.ndarray, fold: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Soft tokens at coordinates (n, R), θ⁰ where not active; float32, shape (n, G, d)."""
@@ -285,13 +304,11 @@ def ascend(
         change = new - table[rows]
         # cached scores differ from our own by rounding, which no short move should be blamed for
         moved = (where[owner[rows]] - visited[rows]) * own[rows, None]
-        for f, part in enumerate(frame.slices):
-            secant[f, 0] -= (moved[:, part] * change[:, part]).sum()
-            secant[f, 1] += (active[rows, f] * (moved[:, part] ** 2).sum(axis=1)).sum()
+        secant += secant_sums(frame, active[rows], moved, change)
         # SAGA: the last gradients of all, and the change of a few scaled to all
-        estimate = _sums(table, owner, len(chosen))
+        estimate = sums_by_owner(table, owner, len(chosen))
         scale = (counts / np.maximum(taken, 1)).astype(np.float32)
-        estimate += scale[:, None] * _sums(change, owner[rows], len(chosen))
+        estimate += scale[:, None] * sums_by_owner(change, owner[rows], len(chosen))
         table[rows], known[rows], visited[rows] = new, values, where[owner[rows]]
         own[rows] = True
         estimate = estimate + posterior()[1]
@@ -310,7 +327,7 @@ def ascend(
         "known": known,
         "visited": visited,
         "own": own,
-        "total": _sums(table, owner, len(chosen)),
+        "total": sums_by_owner(table, owner, len(chosen)),
         "value": np.bincount(owner, known, len(chosen)),
         "curve": np.array(curve),
         "secant": secant,
@@ -353,6 +370,9 @@ class GradientPosterior:
     tokens_ : int
         LM tokens spent, in all processes.
     """
+
+    #: Rounds before the bounds of two can be compared.
+    warm_up = 1
 
     def __init__(
         self,
@@ -431,7 +451,7 @@ class GradientPosterior:
                 self.curves_.append(curve / sum(map(len, learn)))
             self.bounds_.append(self._bound(learn, results, judged, evidence))
             # A bound that falls has stopped rising, too.
-            if self.n_iter_ > 1 and self.bounds_[-1] - self.bounds_[-2] < settings.tol:
+            if self.n_iter_ > self.warm_up and self.bounds_[-1] - self.bounds_[-2] < settings.tol:
                 self.converged_ = True
                 break
         if not self.converged_ and settings.rounds > 1:
@@ -443,9 +463,7 @@ class GradientPosterior:
             )
         rest = self._batches(np.flatnonzero(~fitted & anything))
         for number in range(1, self.n_iter_ + 1):
-            results = self._tune("rest", rest, number)
-        if rest:
-            self._measure(rest, results, evidence)
+            self._measure(rest, self._tune("rest", rest, number), evidence)
         return self
 
     def codes(self, f: int) -> np.ndarray:
@@ -635,7 +653,30 @@ def _by_fold(fold: np.ndarray, maps: np.ndarray) -> Iterator[tuple[np.ndarray, n
         yield np.flatnonzero(fold == number), maps[number]
 
 
-def _sums(rows: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:
+def secant_sums(
+    frame: Frame, active: np.ndarray, moved: np.ndarray, change: np.ndarray
+) -> np.ndarray:
+    """Curvature of each facet and its weight, summed over behaviours: their quotient is c.
+
+    Parameters
+    ----------
+    frame : Frame
+    active : ndarray, shape (n, G)
+    moved, change : ndarray, shape (n, R)
+        Between two visits to each behaviour, of the coordinates and of the gradient.
+
+    Returns
+    -------
+    ndarray of float64, shape (G, 2)
+    """
+    sums = np.zeros((len(frame.maps), 2))
+    for f, part in enumerate(frame.slices):
+        sums[f, 0] = -(moved[:, part] * change[:, part]).sum()
+        sums[f, 1] = (active[:, f] * (moved[:, part] ** 2).sum(axis=1)).sum()
+    return sums
+
+
+def sums_by_owner(rows: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:
     """Sums of rows (m, R) by owner, shape (n, R), in the order of the rows."""
     out = np.zeros((n, rows.shape[1]), dtype=rows.dtype)
     np.add.at(out, owner, rows)

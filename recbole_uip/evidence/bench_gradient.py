@@ -25,6 +25,7 @@ from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge.run import peak_memory
 from recbole_uip.em import collaborative, weights
 from recbole_uip.em.gradient import GradientPosterior, ascend
+from recbole_uip.em.relinearize import RelinearizedPosterior
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
 from recbole_uip.em.states import History, whole_history
 from recbole_uip.evidence.bench import (
@@ -142,8 +143,8 @@ def bench_gradient(
     Returns
     -------
     dict
-        As :func:`~recbole_uip.evidence.bench.bench_profiles`, with ``agreement``, ``likelihood``
-        and ``authors`` besides.
+        As :func:`~recbole_uip.evidence.bench.bench_profiles`, with ``agreement``, ``likelihood``,
+        ``relinearized`` and ``authors`` besides.
 
     Raises
     ------
@@ -171,7 +172,7 @@ def bench_gradient(
         return matmul_ceiling(shapes.layers, tokens, backbone.dtype, backbone.device)
 
     fastest = ceiling()
-    figures, notes, agreement, likelihood = [], [*_NOTES], [], []
+    figures, notes, agreement, likelihood, relinearized = [], [*_NOTES], [], [], []
     seconds, run_tokens, flops = 0.0, 0, 0
     with tempfile.TemporaryDirectory(prefix="uip-bench-") as folder:
         for number, group in enumerate(groups):
@@ -191,7 +192,20 @@ def bench_gradient(
                 f"{fall:.2g} in all"
             )
             agreement += slice_.agreement(posterior, group)
-            likelihood += slice_.likelihood(task, posterior, group)
+            between = slice_.posterior(task, group, RelinearizedPosterior)
+            counted = _Counted(group)
+            work = Work(Path(folder, f"relinearized-{number}"), n_workers(backbone))
+            spent = slice_.fit(between, group, counted, work)
+            relinearized.append(
+                {
+                    "facets": label,
+                    "rounds": between.n_iter_,
+                    "lm_tokens": counted.run,
+                    "seconds": spent,
+                    "curvature": between.curvature_.tolist(),
+                }
+            )
+            likelihood += slice_.likelihood(task, posterior, between, group)
     fastest = max(fastest, ceiling())
     counts = {"users": users, "lm_tokens": run_tokens, "flops": flops}
     figures.append(
@@ -213,6 +227,12 @@ def bench_gradient(
         for each in agreement
     ]
     notes += [
+        "{facets}: scores recomputed at codewords, {rounds} rounds with the closed form's, "
+        "{lm_tokens:,} LM tokens, {seconds:.1f} s; curvature ".format(**each)
+        + ", ".join(f"{c:.3g}" for c in each["curvature"])
+        for each in relinearized
+    ]
+    notes += [
         "{facets}, nats a behaviour, {which} ({behaviours}): ".format(**each)
         + ", ".join(f"{where} {value:.4f}" for where, value in each["at"].items())
         for each in likelihood
@@ -227,6 +247,7 @@ def bench_gradient(
         "figures": [each.to_dict() for each in figures],
         "agreement": agreement,
         "likelihood": likelihood,
+        "relinearized": relinearized,
         "authors": authors,
         "notes": notes,
         "versions": versions(),
@@ -285,12 +306,16 @@ class _Slice:
             self.history, self.snapshots, self.rate, self.fold, {},
         )  # fmt: skip
 
-    def posterior(self, task: Task, group: Group) -> GradientPosterior:
+    def posterior(
+        self, task: Task, group: Group, kind: type[GradientPosterior] = GradientPosterior
+    ) -> GradientPosterior:
         settings = task.settings
-        return GradientPosterior(
+        # The first round of the second kind is the closed form.
+        rounds = 1 if kind is GradientPosterior else 3
+        return kind(
             group.facets,
             group.frame,
-            dataclasses.replace(settings.gradient, rounds=1),
+            dataclasses.replace(settings.gradient, rounds=rounds),
             settings.codebook,
             batch_tokens=settings.lm.batch_tokens,
             seed=settings.seed,
@@ -346,7 +371,11 @@ class _Slice:
         return sums / precision
 
     def likelihood(
-        self, task: Task, posterior: GradientPosterior, group: Group
+        self,
+        task: Task,
+        posterior: GradientPosterior,
+        between: RelinearizedPosterior,
+        group: Group,
     ) -> list[dict[str, Any]]:
         """True log-likelihoods of own and held-out behaviours at what each posterior says."""
         tuned = np.concatenate(posterior.mode_, axis=1)
@@ -354,6 +383,8 @@ class _Slice:
             [self.closed_form(group, f) for f in range(len(group.facets))], axis=1
         )
         places = {"start": np.zeros_like(tuned), "gradient": tuned}
+        means = [between.means(f) for f in range(len(group.facets))]
+        places["relinearized"] = np.concatenate(means, axis=1)
         places |= {f"score x {scale:g}": scale * closed for scale in SCALES}
         results = []
         for which, behaviours in (("own", False), ("held out", True)):

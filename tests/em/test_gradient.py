@@ -63,7 +63,8 @@ def make_world(rng, n=60, per_profile=12, curvature=1.0):
     )
     gradient = frame.pull(slope, np.zeros(len(targets), dtype=int), active)
     first = np.arange(n + 1) * per_profile
-    units = Units(first, np.full(len(targets), 5), active, value, gradient)
+    each = np.arange(len(targets))
+    units = Units(first, each, np.full(len(targets), 5), active, value, gradient)
     return frame, units, likelihood, truth
 
 

@@ -52,7 +52,10 @@ def test_all_of_it(task):
     which = {(each["facets"], each["which"]) for each in results["likelihood"]}
     assert ("taste", "held out") in which and ("interests", "own") in which
     for each in results["likelihood"]:
-        assert set(each["at"]) == {"start", "gradient", "score x 1", "score x 0.1", "score x 0.01"}
+        places = {"start", "gradient", "relinearized", "score x 1", "score x 0.1", "score x 0.01"}
+        assert set(each["at"]) == places
+    assert [each["facets"] for each in results["relinearized"]] == ["interests", "taste"]
+    assert all(each["lm_tokens"] > 0 for each in results["relinearized"])
     ours, theirs = results["authors"]["rows"]
     # 2 users, 3 steps, of which ours puts a few behaviours through the LM and theirs all
     assert ours["lm_tokens"] < theirs["lm_tokens"] or theirs["reached"] >= ours["reached"]

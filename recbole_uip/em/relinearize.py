@@ -1,0 +1,119 @@
+r"""Between closed form and gradient steps: scores recomputed at codewords.
+
+A round linearises each behaviour anew, at the codeword of its profile's code z,
+
+.. math:: \ell_i(a) \approx \ell_i(e_z) + \langle \nabla \ell_i(e_z), a - e_z \rangle
+    - \tfrac{c}{2} |a - e_z|^2,
+
+and measures the profile from there: :math:`y = e_z + \sum_i \nabla \ell_i(e_z) / (c N)`, an
+iterated extended Kalman filter. The first round is at θ⁰, where cached scores say all that there
+is to know: it is the closed form, and costs nothing. Profiles of one code share the LM's passes, so
+that a round costs at most K passes of each distinct behaviour, and never more than one of each
+event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from recbole_uip.em.gradient import GradientPosterior, secant_sums, sums_by_owner
+
+__all__ = ["RelinearizedPosterior"]
+
+
+class RelinearizedPosterior(GradientPosterior):
+    """EM over soft tokens whose behaviours are linearised at codewords, round by round.
+
+    Parameters and attributes are those of :class:`GradientPosterior`. ``mode_`` has the codewords,
+    ``learning_rate_`` is 0, and a curve of ``curves_`` has the one value at the codewords.
+    """
+
+    # The bound at θ⁰ is of an extrapolation, and that at the first codewords of measured values.
+    warm_up = 2
+
+    def _choose_rate(self, profiles: np.ndarray) -> float:
+        return 0.0
+
+    def _batches(self, profiles: np.ndarray) -> list[np.ndarray]:
+        """All at once: what is put through the LM in batches are behaviours, not profiles."""
+        return [profiles] if len(profiles) else []
+
+    def _tune(self, phase: str, batches: list[np.ndarray], number: int) -> list[dict]:
+        return [self._relinearize(phase, profiles, number) for profiles in batches]
+
+    def _relinearize(self, phase: str, profiles: np.ndarray, number: int) -> dict[str, np.ndarray]:
+        """Values and gradients of all behaviours at their profiles' codewords."""
+        units, frame = self._units, self.frame
+        state = self._states.get((phase, 0)) or self.start(units, profiles)
+        counts = np.diff(units.first)[profiles]
+        mine = np.concatenate([np.arange(units.first[u], units.first[u + 1]) for u in profiles])
+        owner = np.repeat(np.arange(len(profiles)), counts)
+        active, fold = units.active[mine], self._fold[profiles][owner]
+        codes, where = self._codewords(profiles)
+        here = where[owner]
+        table, known = state["table"].copy(), state["known"].copy()
+        moved = (here - state["visited"]) * np.repeat(active > 0, frame.ranks, axis=1)
+        fresh = np.flatnonzero(moved.any(axis=1) | np.isnan(known))
+        # One pass for all that read the same under the same soft tokens.
+        same = np.column_stack([units.passage[mine], fold, np.where(active > 0, codes[owner], -1)])
+        _, chosen, place = np.unique(same[fresh], axis=0, return_index=True, return_inverse=True)
+        chosen = fresh[chosen]
+        batches = list(self._unit_batches(units.cost[mine[chosen]]))
+
+        def visit(index: int) -> dict[str, np.ndarray]:
+            rows = chosen[batches[index]]
+            theta = frame.tokens(here[rows], fold[rows], active[rows])
+            values, gradients = self._likelihood(mine[rows], theta)
+            return {"value": values, "gradient": frame.pull(gradients, fold[rows], active[rows])}
+
+        found = self._run(f"{phase}-{number}", visit, len(batches), ("value", "gradient"))
+        values = np.empty(len(chosen))
+        gradients = np.empty((len(chosen), frame.size), np.float32)
+        for batch, result in zip(batches, found, strict=True):
+            values[batch], gradients[batch] = result["value"], result["gradient"]
+        place = place.ravel()
+        measured = np.isfinite(known[fresh])  # at where they were before, too
+        change = gradients[place] - table[fresh]
+        secant = secant_sums(
+            frame, active[fresh][measured], moved[fresh][measured], change[measured]
+        )
+        table[fresh], known[fresh] = gradients[place], values[place]
+        tokens = int(units.cost[mine[chosen]].sum())
+        self.tokens_ += tokens
+        value = np.bincount(owner, known, len(profiles))
+        self._states[phase, 0] = {"table": table, "known": known, "visited": here}
+        log_priors = [
+            prior.value_and_gradient(where[:, part])[0]
+            for part, prior in zip(frame.slices, self.priors() or (), strict=False)
+        ]
+        return {
+            "where": where,
+            "total": sums_by_owner(table, owner, len(profiles)),
+            "value": value,
+            "curve": np.array([value.sum() + np.sum(log_priors)]),
+            "secant": secant,
+        }
+
+    def _codewords(self, profiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (n, G), -1 for none yet, and soft tokens' coordinates (n, R), then zeros."""
+        codes = np.full((len(profiles), len(self.facets)), -1)
+        where = np.zeros((len(profiles), self.frame.size), np.float32)
+        for f, (part, codebook) in enumerate(zip(self.frame.slices, self.codebooks_, strict=True)):
+            known = np.isfinite(self.noise_[profiles, f])
+            if codebook is None or not known.any():
+                continue
+            level, chosen = codebook.levels_[0], profiles[known]
+            codes[known, f] = level.predict(self.offset_[f][chosen], self.noise_[chosen, f])
+            where[known, part] = level.codewords_[codes[known, f]]
+        return codes, where
+
+    def _unit_batches(self, cost: np.ndarray) -> Iterator[np.ndarray]:
+        """Units in batches of like cost within the budget, the costliest first."""
+        order = np.argsort(-cost, kind="stable")
+        start = 0
+        while start < len(order):
+            size = max(1, self.batch_tokens // max(1, int(cost[order[start]])))
+            yield order[start : start + size]
+            start += size

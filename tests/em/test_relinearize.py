@@ -1,0 +1,164 @@
+"""EM with scores recomputed at codewords, on likelihoods whose optimum is known."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.exceptions import ConvergenceWarning
+
+from recbole_uip.em.gradient import GradientPosterior
+from recbole_uip.em.relinearize import RelinearizedPosterior
+from recbole_uip.settings import CodebookSettings, GradientSettings
+
+from .test_gradient import FACETS, RANK, make_world
+
+
+class Bent:
+    """ℓ of a quadratic likelihood whose coordinates are bent, so that its curvature changes."""
+
+    def __init__(self, quadratic):
+        self.quadratic, self.read = quadratic, []
+
+    def __call__(self, units, theta):
+        self.read.append((units, theta))
+        frame, active = self.quadratic.frame, self.quadratic.active[units]
+        at = self.quadratic.coordinates(theta.astype(np.float64))
+        gap = (self.quadratic.targets[units] - at) * np.repeat(active > 0, RANK, axis=1)
+        # −log cosh: as a square near its top, as an absolute value far from it
+        slope = np.tanh(gap)
+        slopes = [
+            slope[:, part] @ inverse
+            for part, inverse in zip(frame.slices, self.quadratic.inverse, strict=True)
+        ]
+        return -np.log(np.cosh(gap)).sum(axis=1), np.stack(slopes, axis=1)
+
+
+def fit(kind, frame, units, likelihood, **changes):
+    n = len(units.first) - 1
+    settings = GradientSettings(**{"e_step": "relinearize", **changes})
+    posterior = kind(FACETS, frame, settings, CodebookSettings(), batch_tokens=200)
+    everyone = np.ones(n, dtype=bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fold = np.zeros(n, dtype=int)
+        return posterior.fit(units, fold, everyone, np.arange(n) % 10 == 0, likelihood)
+
+
+def at_start(units, frame, likelihood):
+    """Units with values and gradients of ``likelihood`` at θ⁰."""
+    every = np.arange(len(units.value))
+    value, slope = likelihood(every, np.repeat(frame.theta0[None], len(every), axis=0))
+    gradient = frame.pull(slope, np.zeros(len(every), dtype=int), units.active)
+    return dataclasses.replace(units, value=value, gradient=gradient)
+
+
+def test_the_first_round_is_the_closed_form_and_costs_nothing(rng):
+    frame, units, likelihood, _ = make_world(rng)
+    before = likelihood.calls
+    posterior = fit(RelinearizedPosterior, frame, units, likelihood, rounds=1)
+    assert posterior.tokens_ == likelihood.calls - before == 0
+    counts = np.add.reduceat(np.repeat(units.active, RANK, axis=1), units.first[:-1])
+    closed = np.add.reduceat(units.gradient, units.first[:-1]) / counts
+    np.testing.assert_allclose(np.concatenate(posterior.offset_, axis=1), closed, atol=1e-5)
+    np.testing.assert_allclose(posterior.noise_, 1.0 / counts[:, [0, RANK]])
+
+
+def test_where_scores_are_linear_nothing_changes(rng):
+    frame, units, likelihood, _ = make_world(rng)
+    once = fit(RelinearizedPosterior, frame, units, likelihood, rounds=1)
+    thrice = fit(RelinearizedPosterior, frame, units, likelihood, rounds=3)
+    np.testing.assert_allclose(thrice.offset_[0], once.offset_[0], atol=3e-3)
+    np.testing.assert_allclose(thrice.curvature_, 1.0, atol=1e-3)
+    # a behaviour is evidence of one facet or of both, and is read once a round
+    assert thrice.tokens_ == 2 * units.cost.sum()
+
+
+def test_curvature_is_measured_between_start_and_codeword(rng):
+    frame, units, likelihood, _ = make_world(rng, curvature=4.0)
+    posterior = fit(RelinearizedPosterior, frame, units, likelihood, rounds=2)
+    np.testing.assert_allclose(posterior.curvature_, 4.0, rtol=1e-3)
+    weight = np.repeat(units.active, RANK, axis=1)
+    counts = np.add.reduceat(weight, units.first[:-1])
+    mean = np.add.reduceat(weight * likelihood.targets, units.first[:-1]) / counts
+    np.testing.assert_allclose(np.concatenate(posterior.offset_, axis=1), mean, atol=3e-3)
+
+
+def test_it_comes_nearer_to_the_truth_than_scores_at_the_start(rng):
+    frame, units, quadratic, truth = make_world(rng, n=120)
+    likelihood = Bent(quadratic)
+    units = at_start(units, frame, likelihood)
+    errors = {}
+    for rounds in (1, 3):
+        posterior = fit(RelinearizedPosterior, frame, units, likelihood, rounds=rounds)
+        means = np.concatenate([posterior.means(f) for f in range(2)], axis=1)
+        errors[rounds] = np.sqrt(((means - truth) ** 2).mean())
+    assert errors[3] < 0.7 * errors[1]
+
+
+def test_gradient_steps_find_what_it_finds(rng):
+    frame, units, quadratic, _ = make_world(rng, n=120)
+    likelihood = Bent(quadratic)
+    units = at_start(units, frame, likelihood)
+    ours = fit(RelinearizedPosterior, frame, units, likelihood, rounds=4, tol=0.0)
+    steps = fit(
+        GradientPosterior, frame, units, likelihood,
+        e_step="adam", rounds=1, steps=60, batch=12, learning_rate=0.1,
+    )  # fmt: skip
+    for f in range(2):
+        correlation = np.corrcoef(ours.means(f).ravel(), steps.means(f).ravel())[0, 1]
+        assert correlation > 0.95
+
+
+def test_profiles_of_one_code_share_what_the_lm_reads(rng):
+    frame, units, quadratic, _ = make_world(rng)
+    # all profiles did the same twelve things
+    n = len(units.first) - 1
+    quadratic.targets[:] = np.tile(quadratic.targets[:12], (n, 1))
+    quadratic.active[:] = np.tile(quadratic.active[:12], (n, 1))
+    likelihood = Bent(quadratic)
+    units = dataclasses.replace(units, passage=np.tile(np.arange(12), n), active=quadratic.active)
+    units = at_start(units, frame, likelihood)
+    likelihood.read.clear()
+    posterior = fit(RelinearizedPosterior, frame, units, likelihood, rounds=2)
+    read = np.concatenate([chosen for chosen, _ in likelihood.read])
+    assert all(len(np.unique(posterior.codes(f))) == 1 for f in range(2)) and len(read) == 12
+    assert posterior.tokens_ == units.cost[:12].sum()
+    every = np.concatenate(posterior.offset_, axis=1)
+    np.testing.assert_array_equal(every, np.broadcast_to(every[:1], every.shape))
+
+
+def test_batches_keep_the_budget(rng):
+    frame, units, quadratic, _ = make_world(rng)
+    likelihood = Bent(quadratic)
+    fit(RelinearizedPosterior, frame, at_start(units, frame, likelihood), likelihood, rounds=2)
+    sizes = [len(chosen) for chosen, _ in likelihood.read[1:]]
+    assert max(sizes) == 200 // 5 and sum(sizes) == len(units.cost)
+
+
+@pytest.mark.parametrize("last", [10, 30])
+def test_profiles_not_fitted_on_touch_no_parameter(rng, last):
+    frame, units, quadratic, truth = make_world(rng)
+    n = len(truth)
+    fitted = np.arange(n) < n - last
+    found = []
+    for shift in (0.0, 3.0):
+        quadratic.targets[units.first[n - last] :] += shift
+        likelihood = Bent(quadratic)
+        posterior = RelinearizedPosterior(
+            FACETS, frame, GradientSettings(e_step="relinearize"), CodebookSettings()
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            posterior.fit(
+                at_start(units, frame, likelihood), np.zeros(n, dtype=int), fitted,
+                np.arange(n) % 10 == 0, likelihood,
+            )  # fmt: skip
+        found.append(posterior)
+    before, after = found
+    for old, new in zip(before.codebooks_, after.codebooks_, strict=True):
+        np.testing.assert_array_equal(old.numbers, new.numbers)
+    assert (before.offset_[0][: n - last] == after.offset_[0][: n - last]).all()
+    assert (before.offset_[0][n - last :] != after.offset_[0][n - last :]).any()
+    # those are measured at codewords as well
+    assert (np.abs(after.mode_[0][n - last :]) > 0).any()

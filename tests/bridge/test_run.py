@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import LENIENCY
 
 import recbole_uip
@@ -108,6 +109,33 @@ def test_arms_and_runs_are_reproducible(go):
     assert models["plain"]["test"] == models["again"]["test"]
     assert models["leniency"]["test"] != models["plain"]["test"]
     assert go(uip_arms=arms)["models"]["FM"]["leniency"]["test"] == models["leniency"]["test"]
+
+
+def test_training_does_not_dwell_on_subnormal_numbers(go, monkeypatch):
+    """What weight decay has made of dead weights: slow on CPUs, and nothing else."""
+    original = run_module.make_trainer
+    products = []
+
+    def product():
+        return float(torch.full((16,), 1e-30).mul(1e-10).sum())
+
+    def make_trainer(*arguments):
+        trainer = original(*arguments)
+        fit = trainer.fit
+
+        def watched(*arguments, **keywords):
+            products.append(product())
+            return fit(*arguments, **keywords)
+
+        trainer.fit = watched
+        return trainer
+
+    before = product()
+    assert before > 0
+    monkeypatch.setattr(run_module, "make_trainer", make_trainer)
+    go()
+    assert products and set(products) == {0.0}
+    assert product() == before
 
 
 def test_arms_meet_the_same_sampled_candidates(go, monkeypatch):

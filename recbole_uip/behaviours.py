@@ -50,7 +50,7 @@ class Behaviours:
             row = int(np.flatnonzero(~np.isfinite(self.time))[0])
             raise ValueError(
                 f"time is {self.time[row]} in row {row}: every event needs a finite timestamp; "
-                "drop the row, or leave the timestamp column out for uip_time=static"
+                "drop the row, or leave the timestamp column out for cross-fitted profiles"
             )
         if self.liked is not None and not np.isin(self.liked, (0, 1)).all():
             row = int(np.flatnonzero(~np.isin(self.liked, (0, 1)))[0])

@@ -29,7 +29,7 @@ from recbole_uip.settings import (
     UIPSettings,
     default_time,
 )
-from recbole_uip.texts import bag_of_words
+from recbole_uip.texts import bag_of_words, rated_texts
 
 if TYPE_CHECKING:
     from recbole_uip.lm import Scores
@@ -327,13 +327,12 @@ def _item_vectors(
     if facet.source in TEXT_SOURCES:
         # Texts know nobody's labels, but the basis that a facet makes of their vectors does.
         return [of_texts[facet.source]] * settings.folds, []
-    rank = max(facet.rank if facet.codes else 0, facet.match.rank if facet.match else 0)
     texts = None
     if facet.texts:
         leading = [of_texts[source][:, :READ_DIRECTIONS] for source in facet.texts]
         texts = np.concatenate(leading, axis=1)
     return collaborative_vectors(
-        facet.weight, rank, observed, settings.folds, settings.seed, texts=texts
+        facet.weight, facet.n_directions, observed, settings.folds, settings.seed, texts=texts
     )
 
 
@@ -398,19 +397,9 @@ def _text_vectors(
 
     Items without text have the mean vector, and so say nothing.
     """
-    rows = [row for row, text in enumerate(item_texts or ()) if text]
-    if not rows:
-        raise SettingsError(
-            f"no item has a text, so source: {source} facets cannot be inferred: check "
-            "uip_item_text, or take source: collaborative or constant"
-        )
-    train_items = behaviours.item[behaviours.train]
-    counts = np.bincount(train_items, minlength=behaviours.n_items)[rows]
-    if not counts.any():
-        raise SettingsError(
-            f"no item of the training rows has a text, so source: {source} facets cannot be "
-            "inferred: check uip_item_text and the .item file"
-        )
+    if item_texts is None:
+        item_texts = [None] * behaviours.n_items
+    rows, counts = rated_texts(item_texts, behaviours.item[behaviours.train], source)
     texts = [item_texts[row] for row in rows]
     vectors, about = _raw_vectors(source, texts, behaviours.liked is None, settings, result.cost)
     whitening = basis.whiten(vectors, counts, keep=LM_DIRECTIONS)

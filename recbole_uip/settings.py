@@ -40,6 +40,8 @@ DIRECTIONS = ("between", "fisher")
 CONTROLS = ("none", "random", "shuffled")
 VALUES = ("tokens", "means")
 METHODS = ("em", "kmeans", "vq", "fsq", "sinkhorn", "random")
+# Settings of a facet that one direction has no use for.
+OF_DIRECTIONS = ("codes", "rank", "directions", "levels")
 DEFAULT_LM = "SmolLM2-135M"
 
 
@@ -118,6 +120,41 @@ class FacetSettings:
     bins: int = 24
     match: MatchSettings | None = None
     texts: tuple[str, ...] = ()
+
+    @property
+    def n_directions(self) -> int:
+        """Number of directions that codes and match field take."""
+        return max(self.rank if self.codes else 0, self.match.rank if self.match else 0)
+
+    @property
+    def fields(self) -> list[tuple[str, float]]:
+        """Name of each field of codes or bins, further levels left out, and its half-life."""
+        if self.source != "constant" and not self.codes:
+            return []
+        return self._by_half_life("", self.half_life)
+
+    @property
+    def match_fields(self) -> list[tuple[str, float]]:
+        """Name of each match field, and its half-life."""
+        return self._by_half_life("_match", self.match.half_life) if self.match else []
+
+    @property
+    def field_names(self) -> list[str]:
+        """Names of all token fields."""
+        names = [level for name, _ in self.fields for level in self.level_names(name)]
+        return names + [name for name, _ in self.match_fields]
+
+    def level_names(self, name: str) -> list[str]:
+        """Names of the levels of field ``name``, the first of which is its own."""
+        return [name, *(f"{name}_level{level}" for level in range(2, self.levels + 1))]
+
+    def _by_half_life(self, kind: str, half_lives: tuple[float, ...]) -> list[tuple[str, float]]:
+        # Where there are several, a field's name ends in its half-life.
+        several = len(half_lives) > 1
+        return [
+            (f"uip_{self.name}{kind}" + (f"_{half_life:g}" if several else ""), half_life)
+            for half_life in half_lives
+        ]
 
     @property
     def has_filter(self) -> bool:
@@ -339,9 +376,9 @@ class UIPSettings:
             empty=_choice("uip_empty", given.get("uip_empty", "pad"), ("pad", "prior")),
             folds=_positive("uip_folds", given.get("uip_folds", 4), minimum=2),
             arms=_parse_arms(given.get("uip_arms"), facets, user_id),
-            seed=int(config.get("seed", 2020)),
-            cache=Path(given.get("uip_cache") or default_cache_dir()).expanduser(),
-            output=Path(given["uip_output"]).expanduser() if "uip_output" in given else None,
+            seed=_positive("seed", config.get("seed", 2020), minimum=0),
+            cache=_parse_path("uip_cache", given.get("uip_cache") or default_cache_dir()),
+            output=_parse_path("uip_output", given.get("uip_output")),
         )
         settings._check()
         return settings
@@ -374,6 +411,7 @@ class UIPSettings:
         }
 
     def _check(self) -> None:
+        self._check_fields()
         if self.text_facets and self.item_text is None:
             raise SettingsError(
                 f"uip_item_text is not set, and the facets {self.text_facets} read the items' "
@@ -392,6 +430,17 @@ class UIPSettings:
                 f"uip_likelihood={self.likelihood} has no meaning with uip_posterior=score, whose "
                 "scores are of single items: set uip_posterior=gradient or drop uip_likelihood"
             )
+
+    def _check_fields(self) -> None:
+        owner = {"uip_row": "the number of each row"}
+        for facet in self.facets:
+            for name in facet.field_names:
+                if name in owner:
+                    raise SettingsError(
+                        f"uip_facets.{facet.name} gives the field {name}, which is that of "
+                        f"{owner[name]} as well: choose another name or half_life"
+                    )
+                owner[name] = f"uip_facets.{facet.name}"
 
     def _check_gradient(self) -> None:
         tuned = self.tuned_facets
@@ -487,9 +536,11 @@ def _nearest(word: str, words: tuple[str, ...]) -> str:
     return f"; did you mean {found[0]!r}?" if found else f"; known are {', '.join(words)}"
 
 
-def _typed(key: str, value: Any, kind: type) -> Any:
+def _typed(key: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise SettingsError(f"{key}={value!r} must be of type {kind.__name__}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(each.__name__ for each in kinds)
+        raise SettingsError(f"{key}={value!r} must be of type {names}")
     return value
 
 
@@ -507,6 +558,10 @@ def _positive(key: str, value: Any, minimum: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise SettingsError(f"{key}={value!r} must be an integer of at least {minimum}")
     return value
+
+
+def _parse_path(key: str, value: Any) -> Path | None:
+    return None if value is None else Path(_typed(key, value, (str, os.PathLike))).expanduser()
 
 
 def _parse_text(key: str, value: Any) -> str | None:
@@ -595,6 +650,8 @@ def _parse_section(kind: type, key: str, value: Any, **fixed: Any) -> Any:
             _positive(path, item, minimum=0 if name == "codes" else 1)
         elif isinstance(defaults[name], float):
             item = float(_typed(path, item, (int, float)))
+            if not 0 <= item < math.inf:
+                raise SettingsError(f"{path}={item!r} must be at least 0")
         else:
             _typed(path, item, str)
         parsed[name] = item
@@ -673,11 +730,14 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
             raise SettingsError(
                 f"{key}.prompt={facet.prompt!r} has no meaning with source: {facet.source}"
             )
-        if facet.source == "constant" and facet.directions == "fisher":
-            raise SettingsError(
-                f"{key}.directions=fisher has no meaning with source: constant, which has one "
-                "direction: leave it out"
-            )
+        unread = OF_DIRECTIONS if facet.source == "constant" else ("bins",)
+        for option in unread:
+            if getattr(facet, option) != getattr(FacetSettings, option):
+                why = "has one direction, in bins" if facet.source == "constant" else "has codes"
+                raise SettingsError(
+                    f"{key}.{option}={getattr(facet, option)} has no meaning with source: "
+                    f"{facet.source}, which {why}: leave it out"
+                )
         if facet.match and facet.weight != "contrast" and facet.match.posterior == "filter":
             raise SettingsError(
                 f"{key}.match.posterior=filter needs weight: contrast, but weight is "
@@ -717,11 +777,15 @@ def _parse_arms(
     names = tuple(facet.name for facet in facets)
     if value is None:
         return (ArmSettings("plain"), ArmSettings("uip", names, user_id))
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not value:
         raise SettingsError(f"uip_arms={value!r} must map arm names to their settings")
     arms = []
     for name, section in value.items():
         key = f"uip_arms.{name}"
+        if not str(name).strip() or "/" in str(name):
+            raise SettingsError(f"{key}: an arm's name is part of file names, and has no /")
+        if not isinstance(section or {}, Mapping):
+            raise SettingsError(f"{key}={section!r} must be a mapping, such as {{facets: all}}")
         section = dict(section or {})
         wanted = section.pop("facets", "all")
         chosen = {
@@ -738,7 +802,11 @@ def _parse_arms(
                 f"unknown setting {f'{key}.{unknown}'!r}"
                 f"{_nearest(str(unknown), ('facets', *chosen))}"
             )
-        wanted = names if wanted == "all" else tuple(wanted or ())
+        if not isinstance(wanted or (), (str, list, tuple)):
+            raise SettingsError(f"{key}.facets={wanted!r} must be all, or a list of facets")
+        if isinstance(wanted, str):
+            wanted = names if wanted == "all" else (wanted,)
+        wanted = tuple(map(str, wanted or ()))
         for facet in wanted:
             if facet not in names:
                 raise SettingsError(f"{key}.facets: no facet {facet!r}{_nearest(facet, names)}")

@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from recbole_uip.settings import SettingsError
 
-__all__ = ["bag_of_words", "fill", "item_texts"]
+__all__ = ["bag_of_words", "fill", "item_texts", "rated_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,48 @@ def fill(template: str, values: Mapping[str, str]) -> str | None:
     text = template.format_map(values)
     text = re.sub(r"\(\s*\)|\[\s*\]", "", text)
     return re.sub(r"\s+", " ", text).strip() or None
+
+
+def rated_texts(
+    texts: Sequence[str | None], item: np.ndarray, source: str
+) -> tuple[list[int], np.ndarray]:
+    """The items that have a text, as long as there is something to learn of texts.
+
+    Parameters
+    ----------
+    texts : sequence of str or None, length n_items
+    item : ndarray of int64
+        Items of the training rows.
+    source : str
+        What the texts are for, to be named in an error.
+
+    Returns
+    -------
+    rows : list of int
+        The items.
+    counts : ndarray of int64, shape (len(rows),)
+        Training rows of each.
+
+    Raises
+    ------
+    SettingsError
+        If no item of the training rows has a text, or all have the same.
+    """
+    rows = [row for row, text in enumerate(texts) if text]
+    counts = np.bincount(item, minlength=len(texts))[rows]
+    distinct = {texts[row] for row, count in zip(rows, counts, strict=True) if count}
+    if len(distinct) > 1:
+        return rows, counts
+    if not rows:
+        what = "no item has a text"
+    elif not distinct:
+        what = "no item of the training rows has a text"
+    else:
+        what = f"all items of the training rows have the text {distinct.pop()!r}"
+    raise SettingsError(
+        f"{what}, so source: {source} facets cannot be inferred: check uip_item_text and the "
+        ".item file, or take source: collaborative or constant"
+    )
 
 
 def item_texts(

@@ -45,6 +45,7 @@ from recbole_uip.lm.likelihood import (
 )
 from recbole_uip.lm.scoring import n_workers
 from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
+from recbole_uip.texts import rated_texts
 from recbole_uip.work import Work, n_processes
 
 __all__ = ["Group", "Tuned", "groups", "tune"]
@@ -89,8 +90,8 @@ class Tuned:
     @property
     def names(self) -> list[str]:
         """Names of the token fields, one a level."""
-        name = f"uip_{self.settings.name}"
-        return [name, *(f"{name}_level{level + 1}" for level in range(1, self.settings.levels))]
+        ((name, _),) = self.settings.fields
+        return self.settings.level_names(name)
 
     @property
     def size(self) -> int:
@@ -332,15 +333,7 @@ class _Texts:
         endings: tuple[str, str] | None,
         cost: dict[str, float],
     ) -> _Texts:
-        rows = [row for row, text in enumerate(item_texts) if text]
-        train_items = behaviours.item[behaviours.train]
-        counts = np.bincount(train_items, minlength=behaviours.n_items)[rows]
-        if not counts.any():
-            raise SettingsError(
-                "no item of the training rows has a text, so source: lm facets cannot be "
-                "inferred: check uip_item_text and the .item file, or take source: collaborative "
-                "or constant"
-            )
+        rows, counts = rated_texts(item_texts, behaviours.item[behaviours.train], "lm")
         texts = [item_texts[row] for row in rows]
         lm_settings = _on_own_device(settings)
         scored = lm.score(texts, settings.prompts, endings, lm_settings, settings.cache)
@@ -514,15 +507,8 @@ def _report(posterior: GradientPosterior, f: int) -> dict[str, Any]:
         "converged": posterior.converged_,
         "lm_tokens": posterior.tokens_,
     }
-    for level in codebook.levels_ if codebook is not None else ():
-        report.setdefault("levels", []).append(
-            {
-                "converged": level.converged_,
-                "lower_bound": round(level.lower_bound_, 5),
-                "perplexity": round(level.perplexity_, 2),
-                "usage": np.round(level.usage_, 5).tolist(),
-            }
-        )
+    if codebook is not None:
+        report["levels"] = codebook.report()
     return report
 
 

@@ -111,6 +111,6 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         logger.warning("%s is damaged (%s): the batch is done again", path, error)
         return None

@@ -22,6 +22,8 @@ def random_tokens(field: ProfileField, behaviours: Behaviours, seed: int) -> np.
     """
     # Each field its own draw, whichever others are drawn beside it.
     generator = np.random.default_rng([seed, *field.name.encode()])
+    if field.size == 0:  # nobody has a history
+        return np.zeros(len(behaviours), dtype=np.int32)
     if field.kind == "match":
         drawn = generator.integers(1, field.size + 1, len(behaviours))
     else:
@@ -53,8 +55,8 @@ def shuffled_tokens(field: ProfileField, behaviours: Behaviours, seed: int) -> n
 def _partners(count: np.ndarray, seed: int) -> np.ndarray:
     """Another user for each one with rows, from among those with about as many, shape (n_users,).
 
-    Users stand in a circle by number of rows, ties at random, and each takes the one some places
-    on: nobody has itself, and everybody is somebody's.
+    Users stand in a circle by number of rows, ties at random, and each takes the next: nobody has
+    itself, and everybody is somebody's. (So the user of most rows takes that of fewest.)
     """
     generator = np.random.default_rng(seed)
     users = np.flatnonzero(count)

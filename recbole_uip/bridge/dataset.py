@@ -579,7 +579,10 @@ def _take(feat: Interaction, index: Any) -> Interaction:
 
 
 def create_dataset(config: UIPConfig) -> UIPDataset:
-    """The dataset of ``config``: a saved one, where nothing it depends on has changed."""
+    """The dataset of ``config``: a saved one, where no setting it depends on has changed.
+
+    As in RecBole, files are not looked at: after a change to them, delete what was saved.
+    """
     path = config["dataset_save_path"] or _saved_dataset(config)
     if os.path.isfile(path):
         dataset = load_pickle(path)

@@ -159,7 +159,7 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     data_preparation(config, dataset)
     inferred = time.perf_counter()
     if not is_main_process():
-        # Processes of accelerate share the LM's work alone; the first goes on by itself.
+        # Processes of accelerate share the tuning of soft tokens; the first goes on by itself.
         return {}
     path = output / "profiles.parquet"
     field_bytes = write_profiles(path, dataset)
@@ -253,7 +253,7 @@ def train_arm(
 
 @contextlib.contextmanager
 def _subnormals_as_zero() -> Iterator[None]:
-    """Numbers below 1e-38 count as 0 in this thread, as they do on a GPU.
+    """Numbers below 1e-38 count as 0 in this thread and those that it starts meanwhile.
 
     Weight decay takes weights without use there (AutoInt's attention on MovieLens is such), and
     CPUs are many times slower with them: an epoch took two to three times as long (measured).

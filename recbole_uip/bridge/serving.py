@@ -440,7 +440,7 @@ class Scorer:
 
 def _spread(name: str, value: Any, n: int) -> list:
     """``n`` values of one, of a sequence of one, or of a sequence of ``n``."""
-    values = [value] if isinstance(value, (str, int, float)) else list(value)
+    values = [value] if isinstance(value, str) or np.ndim(value) == 0 else list(value)
     if len(values) not in (1, n):
         raise SettingsError(f"context[{name!r}] has {len(values)} values: give 1, or {n}")
     return values * n if len(values) == 1 else values

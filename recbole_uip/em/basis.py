@@ -160,7 +160,8 @@ def fit(
     """
     if not evidence.weight.any():
         raise ValueError(
-            "no training event is evidence for it: there is none of its kind (liked, disliked)"
+            "no training event is evidence by the facet's weight: there is none of its kind "
+            "(liked, disliked)"
         )
     half_a, half_b, user_weight = half_means(whitened, user, item, evidence, n_users)
     mean = user_weight @ (half_a + half_b) / (2 * user_weight.sum())
@@ -277,7 +278,7 @@ def half_means(
     if both.sum() < 2:
         raise ValueError(
             f"only {int(both.sum())} users have two training events that count as evidence: "
-            "a basis of between-user directions needs at least 2; take source: constant facets"
+            "a basis of between-user directions needs at least 2; leave the facet out"
         )
     return means[0][both], means[1][both], np.minimum(smaller[both], 20.0)
 

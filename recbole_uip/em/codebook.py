@@ -19,7 +19,14 @@ from sklearn.utils import check_random_state
 
 from recbole_uip.em.kernels import nearest_codes
 
-__all__ = ["Codebook", "check_samples", "component_log_densities", "moments", "perplexity"]
+__all__ = [
+    "Codebook",
+    "check_samples",
+    "component_log_densities",
+    "moments",
+    "n_distinct",
+    "perplexity",
+]
 
 
 def component_log_densities(
@@ -61,6 +68,11 @@ def moments(offsets: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndar
     spread = (offsets - mean) ** 2
     variance = np.maximum(np.average(spread, axis=0, weights=1.0 / (1.0 + noise)), 1e-12)
     return mean, np.maximum(variance - np.median(noise), 0.1 * variance)
+
+
+def n_distinct(samples: np.ndarray) -> int:
+    """Number of distinct rows."""
+    return len(np.unique(samples, axis=0))
 
 
 class Codebook:
@@ -146,7 +158,7 @@ class Codebook:
         if len(offsets) < self.n_codes:
             raise ValueError(
                 f"n_codes={self.n_codes} needs at least as many samples, but got {len(offsets)}: "
-                "lower codes"
+                "lower codes, or raise uip_codebook.sample if that is lower"
             )
         random_state = check_random_state(self.random_state)
         best = None

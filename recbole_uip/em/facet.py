@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,7 +135,7 @@ class Facet:
         By field name; None where no training row has any history.
     prior_scales_ : tuple of float
         (lambda_0, factor of the basis's variances, factors of those beside) of the filter; only
-        with a match field.
+        with a match field that it makes.
     edges_ : dict of str to ndarray
         Inner bin edges, by field name.
     """
@@ -181,17 +181,16 @@ class Facet:
         self.codebooks_: dict[str, ResidualCodebook | None] = {}
         self.edges_: dict[str, np.ndarray] = {}
         sample = self._sample_rows(observed)
-        if self.settings.source == "constant":
-            for name, half_life in self._names("", self.settings.half_life):
+        for name, half_life in self.settings.fields:
+            if self.settings.source == "constant":
                 values = self._known_values(self._sums(1, half_life), observed, sample)
                 self.edges_[name] = quantile_edges(values, self.settings.bins)
-        elif self.settings.codes:
-            for name, half_life in self._names("", self.settings.half_life):
+            else:
                 self.codebooks_[name] = self._fit_codebook(half_life, observed, sample)
         if match := self.settings.match:
             if self.settings.has_filter:
                 self.prior_scales_ = self._fit_prior(observed, sample)
-            for name, half_life in self._names("_match", match.half_life):
+            for name, half_life in self.settings.match_fields:
                 values = self._known_values(self._match_kernel(half_life), observed, sample)
                 self.edges_[name] = quantile_edges(values, match.bins)
         return self
@@ -199,15 +198,12 @@ class Facet:
     def fields(self) -> list[FieldRecipe]:
         """The facet's token fields."""
         recipes = []
-        if self.settings.source == "constant":
-            for name, half_life in self._names("", self.settings.half_life):
+        for name, half_life in self.settings.fields:
+            if self.settings.source == "constant":
                 recipes.append(self._bins(name, "bin", self._sums(1, half_life)))
-        elif self.settings.codes:
-            for name, half_life in self._names("", self.settings.half_life):
+            else:
                 recipes.append(self._codes(name, half_life))
-        for name, half_life in self._names(
-            "_match", self.settings.match.half_life if self.settings.match else ()
-        ):
+        for name, half_life in self.settings.match_fields:
             recipes.append(self._bins(name, "match", self._match_kernel(half_life)))
         return recipes
 
@@ -219,30 +215,15 @@ class Facet:
         for name, codebook in self.codebooks_.items():
             if codebook is None:
                 continue
-            report[name] = [
-                {
-                    "converged": level.converged_,
-                    "iterations": level.n_iter_,
-                    "lower_bound": round(level.lower_bound_, 5),
-                    "lower_bounds": np.round(level.lower_bounds_, 5).tolist(),
-                    "perplexity": round(level.perplexity_, 2),
-                    "usage": np.round(level.usage_, 5).tolist(),
-                    "reseeded": len(level.reseeded_),
-                }
-                for level in codebook.levels_
-            ]
+            report[name] = codebook.report()
         return report
 
     def fit_basis(self, vectors: Sequence[np.ndarray], observed: Observations) -> Basis:
         """The facet's directions, by the training rows; see :meth:`fit`."""
         train, behaviours = observed.train_events, observed.behaviours
         fold_of_event = observed.fold[behaviours.user[train]]
-        rank = max(
-            self.settings.rank if self.settings.codes else 0,
-            self.settings.match.rank if self.settings.match else 0,
-        )
         # In a small catalogue the users of one fold may span less than those of another.
-        rank = min(rank, *(whitened.shape[1] for whitened in vectors))
+        rank = min(self.settings.n_directions, *(whitened.shape[1] for whitened in vectors))
         bases = []
         for fold, whitened in enumerate(vectors):
             # What a user meets is shaped by the users of the other folds alone.
@@ -316,15 +297,7 @@ class Facet:
         if len(noise) == 0:
             logger.warning("no training row has any history: every code is [PAD]")
             return None
-        codebook = ResidualCodebook(
-            self.settings.codes,
-            self.settings.levels,
-            method=self.codebook.method,
-            max_iter=self.codebook.max_iter,
-            tol=self.codebook.tol,
-            n_init=self.codebook.n_init,
-            random_state=self.seed,
-        )
+        codebook = ResidualCodebook.of(self.settings, self.codebook, self.seed)
         return codebook.fit(offset[:wanted], noise[:wanted])
 
     def _offsets(
@@ -339,12 +312,12 @@ class Facet:
         return offset[known], noise[known]
 
     def _codes(self, name: str, half_life: float) -> FieldRecipe:
-        levels, codebook = self.settings.levels, self.codebooks_[name]
-        unknown = np.zeros(levels, dtype=np.int64)
+        codebook = self.codebooks_[name]
+        unknown = np.zeros(self.settings.levels, dtype=np.int64)
         if codebook is not None and self.empty == "prior":
             unknown = codebook.prior_codes() + 1
         return FieldRecipe(
-            tuple(name if level == 0 else f"{name}_level{level + 1}" for level in range(levels)),
+            tuple(self.settings.level_names(name)),
             "code",
             self._sums(self.settings.rank, half_life),
             0 if codebook is None else self.settings.codes,
@@ -357,12 +330,6 @@ class Facet:
         unknown = -1 if self.empty == "prior" else 0
         edges = self.edges_[name]
         return FieldRecipe((name,), kind, kernel, len(edges), edges, (unknown,))
-
-    def _names(self, kind: str, half_lives: tuple[float, ...]) -> Iterator[tuple[str, float]]:
-        """Field name of each half-life, which it ends in where there are several."""
-        for half_life in half_lives:
-            suffix = "" if len(half_lives) == 1 else f"_{half_life:g}"
-            yield f"uip_{self.settings.name}{kind}{suffix}", half_life
 
     def _fit_prior(self, observed: Observations, sample: np.ndarray) -> tuple[float, ...]:
         """Prior variances of the filter by empirical Bayes on the training rows."""

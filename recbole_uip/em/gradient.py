@@ -454,7 +454,8 @@ class GradientPosterior:
             if self.n_iter_ > self.warm_up and self.bounds_[-1] - self.bounds_[-2] < settings.tol:
                 self.converged_ = True
                 break
-        if not self.converged_ and settings.rounds > 1:
+        # Without bounds of two rounds there is nothing to judge by.
+        if not self.converged_ and self.n_iter_ > self.warm_up and np.isfinite(self.bounds_[-1]):
             warnings.warn(
                 f"the gradient posterior did not converge in rounds={settings.rounds} rounds; "
                 "raise uip_gradient.rounds or uip_gradient.tol",
@@ -603,15 +604,7 @@ class GradientPosterior:
             return None
         chosen = np.random.default_rng(self.seed).permutation(chosen)[: self.codebook.sample]
         old = self.codebooks_[f]
-        codebook = ResidualCodebook(
-            self.facets[f].codes,
-            self.facets[f].levels,
-            method=self.codebook.method,
-            max_iter=self.codebook.max_iter,
-            tol=self.codebook.tol,
-            n_init=self.codebook.n_init,
-            random_state=self.seed,
-        )
+        codebook = ResidualCodebook.of(self.facets[f], self.codebook, self.seed)
         start = None if old is None else [level.numbers for level in old.levels_]
         return codebook.fit(self.offset_[f][chosen], self.noise_[chosen, f], start)
 

@@ -62,6 +62,8 @@ __all__ = [
 
 SUMS, FILTER = 0, 1
 CODE, VALUE = 0, 1
+#: Evidence N of running sums that counts as none.
+FORGOTTEN = 1e-12
 POSITIVE, NEGATIVE, ALL = (WEIGHTS.index(name) for name in ("positive", "negative", "all"))
 
 _NO_VECTORS = np.empty(0, dtype=np.float32)
@@ -323,6 +325,10 @@ def _add(state, kernels, k, row, item, liked):
         state[at + d] = keep * state[at + d] + weight * kernels.vectors[row + d]
     state[at + rank] = keep * state[at + rank] + count
     state[at + rank + 1] = keep * keep * state[at + rank + 1] + count * count
+    if state[at + rank] < FORGOTTEN:
+        # the squares would leave the range of float32 before the evidence does
+        for d in range(rank + 2):
+            state[at + d] = 0.0
 
 
 @_inlined

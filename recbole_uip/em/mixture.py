@@ -7,22 +7,24 @@ a user.
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip.em.codebook import (
     Codebook,
     check_samples,
     component_log_densities,
     moments,
+    n_distinct,
     perplexity,
 )
 from recbole_uip.em.kernels import nearest_codes
 from recbole_uip.em.quantizers import QUANTIZERS
+from recbole_uip.settings import CodebookSettings, FacetSettings
 
 __all__ = [
     "CODEBOOKS",
@@ -92,12 +94,11 @@ class CodebookMixture(Codebook):
             self.weights_ = np.exp(log_weights)
             return
         # A few steps of k-means spare EM a third of its iterations.
-        kmeans = KMeans(self.n_codes, n_init=1, max_iter=KMEANS_STEPS, random_state=random_state)
-        with warnings.catch_warnings():
-            # Fewer distinct samples than codes: EM re-seeds the empty codes.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            labels = kmeans.fit_predict(shrunk)
-        self.codewords_ = kmeans.cluster_centers_
+        n_clusters = min(self.n_codes, n_distinct(shrunk))
+        kmeans = KMeans(n_clusters, n_init=1, max_iter=KMEANS_STEPS, random_state=random_state)
+        labels = kmeans.fit_predict(shrunk)
+        # With fewer distinct samples than codes, some codes are the same.
+        self.codewords_ = np.resize(kmeans.cluster_centers_, (self.n_codes, shrunk.shape[1]))
         shares = np.bincount(labels, minlength=self.n_codes) + 1.0
         self.weights_ = shares / shares.sum()
 
@@ -177,6 +178,13 @@ class ResidualCodebook:
         self.method = method
         self.parameters = parameters
 
+    @classmethod
+    def of(cls, facet: FacetSettings, codebook: CodebookSettings, seed: int) -> ResidualCodebook:
+        """As ``uip_facets`` and ``uip_codebook`` say, to be fitted."""
+        parameters = dataclasses.asdict(codebook)
+        del parameters["sample"]
+        return cls(facet.codes, facet.levels, random_state=seed, **parameters)
+
     def fit(
         self, offsets: np.ndarray, noise: np.ndarray, start: Sequence[np.ndarray] | None = None
     ) -> ResidualCodebook:
@@ -210,6 +218,21 @@ class ResidualCodebook:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Sum of the levels' codewords, shape (n, r)."""
         return sum(level.codewords_[codes[:, i]] for i, level in enumerate(self.levels_))
+
+    def report(self) -> list[dict[str, Any]]:
+        """What the fit of each level has to say, as plain values."""
+        return [
+            {
+                "converged": level.converged_,
+                "iterations": level.n_iter_,
+                "lower_bound": round(level.lower_bound_, 5),
+                "lower_bounds": np.round(level.lower_bounds_, 5).tolist(),
+                "perplexity": round(level.perplexity_, 2),
+                "usage": np.round(level.usage_, 5).tolist(),
+                "reseeded": len(level.reseeded_),
+            }
+            for level in self.levels_
+        ]
 
     def prior_codes(self) -> np.ndarray:
         """The prior's mode at every level, shape (levels,)."""

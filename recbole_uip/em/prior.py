@@ -15,10 +15,11 @@ __all__ = ["climb", "log_evidence"]
 def log_evidence(
     kernel: TasteFilter, rate: np.ndarray, history: History, events: Events, rows: np.ndarray
 ) -> float:
-    """Mean log p(label | the user's strictly earlier events) over ``rows``, in nats.
+    """Mean log p(label | the events that its row may see) over ``rows``, in nats.
 
-    This prequential likelihood is honest on the training rows, for every label is predicted
-    before it is used.
+    Point in time this prequential likelihood is honest on the training rows, for every label is
+    predicted before it is used; and so it is cross-fitted, for a row does not see itself. Static
+    profiles do see it, and the prior variances that suit them best are then too large.
 
     Parameters
     ----------

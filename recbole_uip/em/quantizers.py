@@ -33,7 +33,6 @@ codebooks and has no part in the rule.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -41,9 +40,8 @@ import scipy.special
 import scipy.stats
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans, kmeans_plusplus
-from sklearn.exceptions import ConvergenceWarning
 
-from recbole_uip.em.codebook import Codebook, moments
+from recbole_uip.em.codebook import Codebook, moments, n_distinct
 
 __all__ = [
     "QUANTIZERS",
@@ -127,6 +125,7 @@ class Quantizer(Codebook):
 
     def _fit_single(self, offsets: np.ndarray, noise: np.ndarray) -> dict:
         self._fit_codewords(offsets, noise)
+        del self._random_state  # of no more use, and no part of what a saved codebook is
         lower_bounds = self._fit_density(offsets, noise)
         return {
             "weights_": self.weights_,
@@ -169,13 +168,14 @@ class HardEM(Quantizer):
 
     def _fit_codewords(self, offsets: np.ndarray, noise: np.ndarray) -> None:
         self._seed(offsets, noise)
+        if n_distinct(offsets) < self.n_codes:
+            # Every offset is a codeword, and some codes are the same.
+            self.codewords_ = np.resize(np.unique(offsets, axis=0), self.codewords_.shape)
+            return
         kmeans = KMeans(
             self.n_codes, init=self.codewords_, n_init=1, max_iter=self.max_iter, tol=self.tol
         )
-        with warnings.catch_warnings():
-            # Fewer distinct samples than codes: some codes are then the same.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            kmeans.fit(offsets, sample_weight=self._precision(noise))
+        kmeans.fit(offsets, sample_weight=self._precision(noise))
         self.codewords_ = kmeans.cluster_centers_
         self.n_iter_ = kmeans.n_iter_
         self.converged_ = kmeans.n_iter_ < self.max_iter

@@ -14,6 +14,7 @@ event.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,10 +58,16 @@ class RelinearizedPosterior(GradientPosterior):
         moved = (here - state["visited"]) * np.repeat(active > 0, frame.ranks, axis=1)
         fresh = np.flatnonzero(moved.any(axis=1) | np.isnan(known))
         # One pass for all that read the same under the same soft tokens.
-        same = np.column_stack([units.passage[mine], fold, np.where(active > 0, codes[owner], -1)])
+        moves = active > 0
+        code = np.where(moves, codes[owner], -1)
+        same = np.column_stack([units.passage[mine], fold, moves, code])
         _, chosen, place = np.unique(same[fresh], axis=0, return_index=True, return_inverse=True)
         chosen = fresh[chosen]
         batches = list(self._unit_batches(units.cost[mine[chosen]]))
+        # Kept results are of these units at these places, and of no others.
+        digest = hashlib.sha256(np.ascontiguousarray(mine[chosen]).tobytes())
+        digest.update(np.ascontiguousarray(here[chosen]).tobytes())
+        phase_key = f"{phase}-{number}-{digest.hexdigest()[:16]}"
 
         def visit(index: int) -> dict[str, np.ndarray]:
             rows = chosen[batches[index]]
@@ -68,7 +75,7 @@ class RelinearizedPosterior(GradientPosterior):
             values, gradients = self._likelihood(mine[rows], theta)
             return {"value": values, "gradient": frame.pull(gradients, fold[rows], active[rows])}
 
-        found = self._run(f"{phase}-{number}", visit, len(batches), ("value", "gradient"))
+        found = self._run(phase_key, visit, len(batches), ("value", "gradient"))
         values = np.empty(len(chosen))
         gradients = np.empty((len(chosen), frame.size), np.float32)
         for batch, result in zip(batches, found, strict=True):

@@ -55,7 +55,8 @@ def take_snapshots(history: History, sizes: Sequence[int], train: np.ndarray) ->
     sizes : sequence of int
         History sizes, at least 1.
     train : ndarray of bool, shape (n_rows,)
-        Training rows. A timeline's end of training is its first event that is none.
+        Training rows. A timeline's end of training is its first event that is
+        not one.
     """
     held_out = np.concatenate([[0], np.cumsum(~train[history.events])])
     first, last = history.first[:-1], history.first[1:]

@@ -78,7 +78,8 @@ def adapt(
     texts : sequence of str
         Behaviour texts, already rendered; duplicates count once.
     facets : sequence of str
-        Facet names in words, which come before a text, as they do when it is scored.
+        Facet names in words, which come before a text (where it is scored, soft tokens stand
+        between them).
     settings : LMSettings
         Without an adapter.
     cache : Path

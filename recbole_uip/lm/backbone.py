@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_uip.files import sha256_of
+from recbole_uip.files import atomic_write, sha256_of
 from recbole_uip.settings import DEFAULT_LM, LMSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -203,15 +203,16 @@ def load(settings: LMSettings, cache: Path, source: ModelSource | None = None) -
     ModelError
         If the files cannot be found, fetched, or read as a causal LM.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cache = Path(cache).expanduser()
     source = source or resolve(settings, cache)
     device, dtype = resolve_dtype(settings)
     folder = source.path
-    if folder.suffix == ".gguf":
-        folder = _convert_gguf(folder, cache / "models")
     try:
+        if folder.suffix == ".gguf":
+            folder = _convert_gguf(folder, cache / "models")
         # eager attention: the only implementation that every model family has and that takes
         # any additive mask; the fast path (llama.py) does not use it
         model = AutoModelForCausalLM.from_pretrained(
@@ -223,7 +224,7 @@ def load(settings: LMSettings, cache: Path, source: ModelSource | None = None) -
             model, virtual_ids = _merge_adapter(model, source.adapter)
     except ModelError:
         raise  # it is a ValueError too, and has said all
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"uip_lm={settings.name!r} (adapter {settings.adapter!r}) at {source.path} does not "
             f"load as a causal LM: {error}"
@@ -418,10 +419,8 @@ def _hash_files(files: Iterable[tuple[str, Path]], memo_path: Path) -> list[tupl
             changed = True
         hashes.append((name, entry[2]))
     if changed:
-        memo_path.parent.mkdir(parents=True, exist_ok=True)
-        part = memo_path.with_name(f".{memo_path.name}.{os.getpid()}")
-        part.write_text(json.dumps(memo, indent=0))
-        os.replace(part, memo_path)
+        with atomic_write(memo_path, "w") as file:
+            json.dump(memo, file, indent=0)
     return hashes
 
 

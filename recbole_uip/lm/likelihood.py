@@ -119,8 +119,8 @@ class SoftTokenLikelihood:
     theta0 : ndarray of float32, shape (G, d)
         θ⁰ of these facets.
     longest : float
-        Length beyond which a soft token is scaled back, that of the mean token embedding or of
-        the longest θ⁰: far outside the embeddings an LM has seen nothing.
+        Length beyond which a soft token is scaled back, the mean length of token embeddings or
+        that of the longest θ⁰: far outside the embeddings an LM has seen nothing.
     """
 
     def __init__(
@@ -135,7 +135,9 @@ class SoftTokenLikelihood:
         self._theta0 = prompt.theta0(backbone)
         self.theta0 = self._theta0[self.facets].float().cpu().numpy()
         lengths = backbone.model.get_input_embeddings().weight.float().norm(dim=1)
-        self.longest = float(torch.maximum(lengths.mean(), self._theta0.norm(dim=1).max()))
+        longest = torch.maximum(lengths.mean(), self._theta0.norm(dim=1).max())
+        # A little more, so that no θ⁰ lies on the edge, where rounding would decide its gradient.
+        self.longest = 1.001 * float(longest)
         self._llama = None
         #: Positions that the LM has; None where there is no limit.
         self.n_positions = getattr(

@@ -13,6 +13,7 @@ SmolLM2-135M (P = 106 M in the layers, 28 M in the head), against 540 without en
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import deque
@@ -185,7 +186,8 @@ def _score_missing(
     n_ending = len(prompt.ending.common) if prompt.ending else 0
     check_lengths(texts, ids, backbone, len(prompt) + n_ending)
     lengths = np.array([len(row) + n_ending for row in ids])
-    run, lm_tokens = _runner(backbone, prompt, store, int(lengths.max()))
+    run, lm_tokens, more = _runner(backbone, prompt, store, int(lengths.max()))
+    lengths += more
     columns = put_through(
         texts, ids, lengths, run, backbone, settings.batch_tokens, store, "scoring texts"
     )
@@ -347,23 +349,24 @@ def in_parallel(
 
 def _runner(
     backbone: Backbone, prompt: Prompt, store: ScoreStore, longest: int
-) -> tuple[Callable[[list[list[int]]], dict[str, torch.Tensor]], int]:
-    """The function that scores a batch, and the LM tokens spent on preparing it."""
+) -> tuple[Callable[[list[list[int]]], dict[str, torch.Tensor]], int, int]:
+    """The function that scores a batch, the LM tokens it took, and those it adds to each text."""
     if not llama.supports(backbone, len(prompt) + longest):
         logger.info("%s goes the general way", type(backbone.model).__name__)
         check_mask(backbone, prompt)
         # every text carries its own copy of the prefix
-        return (lambda texts: score_by_autograd(backbone, prompt, texts)), 2 * len(prompt)
+        run = functools.partial(score_by_autograd, backbone, prompt)
+        return run, 2 * len(prompt), len(prompt)
     kept = store.read_file("prefix")
     if kept is not None:
         prefix = llama.Prefix(**{name: torch.from_numpy(array) for name, array in kept.items()})
-        return llama.LlamaScorer(backbone, prompt, prefix).score, 0
+        return llama.LlamaScorer(backbone, prompt, prefix).score, 0, 0
     scorer = llama.LlamaScorer(backbone, prompt)
     _check_against_model(scorer, backbone)
     arrays = {name: tensor.float().cpu().numpy() for name, tensor in vars(scorer.prefix).items()}
     if sum(array.nbytes for array in arrays.values()) < KEEP_PREFIX_BYTES:
         store.write_file("prefix", arrays)
-    return scorer.score, len(prompt) + prompt.n_facets * backbone.embed_dim
+    return scorer.score, len(prompt) + prompt.n_facets * backbone.embed_dim, 0
 
 
 @torch.no_grad()

@@ -145,7 +145,12 @@ def _read_shard(path: Path, wanted: Mapping[bytes, int] | None) -> dict[str, np.
                 raise ValueError("its checksum does not match its content")
     except FileNotFoundError:
         return None  # merged into another shard by another process: at worst scored again
-    except (SafetensorError, ValueError, OSError) as error:
+    except OSError as error:
+        logger.warning(
+            "score cache: %s cannot be read (%s); its texts are scored again", path, error
+        )
+        return None
+    except (SafetensorError, ValueError) as error:
         logger.warning("score cache: %s is damaged (%s); its texts are scored again", path, error)
         with contextlib.suppress(OSError):  # out of the way, so that it is told once
             path.rename(path.with_suffix(".damaged"))

@@ -12,7 +12,7 @@ from recbole.utils import FeatureSource, FeatureType, init_seed
 from recbole_uip.behaviours import TEST, TRAIN, VALID
 from recbole_uip.bridge import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.dataset import ROW
-from recbole_uip.settings import ArmSettings, SettingsError
+from recbole_uip.settings import METHODS, ArmSettings, SettingsError
 
 SAMPLED = {
     "train_neg_sample_args": {"distribution": "uniform", "sample_num": 2},
@@ -332,6 +332,17 @@ def test_saved_dataloaders(small, sampled, monkeypatch):
     changed = small.config(uip_folds=3, dataloaders_save_path=str(path), **settings)
     with pytest.raises(TypeError):  # infer is called, for the saved file does not fit
         data_preparation(changed, UIPDataset(changed))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dataloaders_are_saved_with_any_codebook(small, method):
+    facets = {"company": {"source": "collaborative", "codes": 3, "rank": 2}}
+    keys = {"uip_facets": facets, "uip_codebook": {"method": method}}
+    config = small.config(save_dataloaders=True, **keys)
+    (first, *_) = data_preparation(config, UIPDataset(config))
+    (again, *_) = data_preparation(small.config(**keys), UIPDataset(small.config(**keys)))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one["uip_company"], other["uip_company"])
 
 
 def test_dataloaders_saved_by_recbole_are_read_by_us(small):

@@ -208,14 +208,19 @@ def test_profiles_not_fitted_on_touch_no_parameter(rng):
 
 
 def test_rounds_that_do_not_suffice_are_warned_about(rng):
-    frame, units, likelihood, truth = make_world(rng, n=40)
+    frame, units, likelihood, truth = make_world(rng, n=40, curvature=4.0)
     posterior = GradientPosterior(
-        FACETS, frame, GradientSettings(learning_rate=0.003, rounds=2, steps=3, tol=0.0),
+        FACETS, frame, GradientSettings(learning_rate=0.1, rounds=2, steps=10, tol=0.0),
         CodebookSettings(),
     )  # fmt: skip
-    nobody = np.zeros(40, dtype=bool)
+    nobody, fold = np.zeros(40, dtype=bool), np.zeros(40, dtype=int)
     with pytest.warns(ConvergenceWarning, match="did not converge in rounds=2"):
-        posterior.fit(units, np.zeros(40, dtype=int), ~nobody, nobody, likelihood)
+        posterior.fit(units, fold, ~nobody, np.arange(40) % 4 == 0, likelihood)
+    assert not posterior.converged_ and len(posterior.bounds_) == 2
+    # without users held out, there is no bound to be judged by
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        posterior.fit(units, fold, ~nobody, nobody, likelihood)
     assert not posterior.converged_ and np.isnan(posterior.bounds_).all()
 
 

@@ -162,3 +162,27 @@ def test_profiles_not_fitted_on_touch_no_parameter(rng, last):
     assert (before.offset_[0][n - last :] != after.offset_[0][n - last :]).any()
     # those are measured at codewords as well
     assert (np.abs(after.mode_[0][n - last :]) > 0).any()
+
+
+def test_what_is_evidence_of_one_facet_is_not_taken_for_that_of_another(rng):
+    """All profiles read the same, but it speaks for the first facet alone, or for both."""
+    frame, units, quadratic, _ = make_world(rng, n=20)
+    quadratic.active[:, 1] = np.repeat(np.arange(20) % 2, 12)
+    quadratic.targets[:] = np.tile(quadratic.targets[:12], (20, 1))
+    every = np.full((len(units.value), frame.size), np.float32(0))
+    # as sequences are, with nothing known of them at the start
+    unknown = dataclasses.replace(
+        units,
+        passage=np.tile(np.arange(12), 20),
+        active=quadratic.active,
+        value=np.full(len(units.value), np.nan),
+        gradient=every,
+    )
+    likelihood = Bent(quadratic)
+    found = fit(RelinearizedPosterior, frame, unknown, likelihood, rounds=1)
+    known = dataclasses.replace(unknown, passage=units.passage)
+    expected = fit(RelinearizedPosterior, frame, known, likelihood, rounds=1)
+    for f in range(2):
+        np.testing.assert_allclose(found.offset_[f], expected.offset_[f], atol=1e-5)
+    assert np.abs(found.offset_[1][1::2]).max() > 0.1
+    assert found.tokens_ == 2 * 12 * 5

@@ -149,6 +149,21 @@ def test_sums_forget_with_their_half_life():
     assert known.all()
 
 
+def test_what_is_all_but_forgotten_is_no_evidence():
+    """Else the squares leave the range of float32 first, and one old event has no noise at all."""
+    vectors = np.full((1, 1, 1), 3.0, dtype=np.float32)
+    kernels = pack([RunningSums(vectors, np.zeros(1), np.ones(1), "negative", 1.0)], np.zeros(1))
+    state = kernels.initial.copy()
+    advance(state, kernels, 0, 0, 0.0)
+    noises = []
+    for _ in range(100):
+        _, noise, known = states.offsets(state[None])
+        assert (noise[0] == 1.0) if known[0] else np.isinf(noise[0])
+        noises.append(noise[0])
+        advance(state, kernels, 0, 0, 1.0)
+    assert noises[0] == 1.0 and np.isinf(noises[-1]) and not state.any()
+
+
 def test_static_history_sees_all_training_events():
     user = np.array([1, 0, 1, 1])
     history = states.index_history(user, None, np.array([True, True, True, False]), 2)

@@ -48,7 +48,6 @@ _INERT = {
 
 
 # Settings of a facet that only a codebook reads.
-_OF_CODEBOOKS = ("codes", "rank", "levels", "directions")
 
 # What an arm of a model that reads events may say.
 _READS_EVENTS = {"facets": [], "user_id": "keep", "control": "none", "values": "tokens"}
@@ -363,13 +362,11 @@ def _facet_essence(facet: FacetSettings) -> dict[str, Any]:
     values, defaults = (
         UIPSettings(facets=(each,)).to_dict()["uip_facets"][facet.name] for each in (facet, default)
     )
-    # One dimension is not quantised by a codebook, and more than one not by bins.
-    unread = _OF_CODEBOOKS if facet.source == "constant" else ("bins",)
     return {
         key: value
         for key, value in values.items()
         # Source and weight tell facets apart, so they always stand.
-        if key in ("source", "weight") or (value != defaults[key] and key not in unread)
+        if key in ("source", "weight") or value != defaults[key]
     }
 
 

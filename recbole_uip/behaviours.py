@@ -6,9 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["TEST", "TRAIN", "VALID", "Behaviours"]
+__all__ = ["TEST", "TRAIN", "VALID", "Behaviours", "in_seconds"]
 
 TRAIN, VALID, TEST = 0, 1, 2
+
+# Seconds since 1970 are smaller, until the year 5138; milliseconds are larger, from 1973 on.
+_SECONDS = 1e11
+
+
+def in_seconds(time: np.ndarray) -> bool:
+    """Whether timestamps can be seconds since 1970, rather than milliseconds or less."""
+    return len(time) == 0 or abs(float(np.median(time))) < _SECONDS
 
 
 @dataclass(frozen=True)

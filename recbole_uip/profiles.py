@@ -17,7 +17,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from recbole_uip.behaviours import Behaviours
+from recbole_uip.behaviours import Behaviours, in_seconds
 from recbole_uip.em import basis, collaborative, states, weights
 from recbole_uip.em.collaborative import Reading
 from recbole_uip.em.encoder import Encoder, FieldInfo
@@ -287,6 +287,12 @@ def _time_rule(behaviours: Behaviours, settings: UIPSettings) -> str:
 
 def _history(behaviours: Behaviours, settings: UIPSettings, rule: str) -> states.History:
     """What each row may see. A training row never sees a held-out event."""
+    if settings.refresh and behaviours.time is not None and not in_seconds(behaviours.time):
+        raise SettingsError(
+            f"uip_refresh={settings.refresh:g}s: the data's timestamps, of about "
+            f"{np.median(behaviours.time):.3g}, are no seconds: give them in seconds, or drop "
+            "uip_refresh"
+        )
     if rule == "cross_fitted":
         return states.cross_fitted_history(
             behaviours.user,

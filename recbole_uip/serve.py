@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from argparse import _SubParsersAction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +51,8 @@ def serve(
     Raises
     ------
     SettingsError
-        If the bank or the run cannot be opened, or the extra ``serve`` is not installed.
+        If the bank or the run cannot be opened, the address cannot be listened to, or the extra
+        ``serve`` is not installed.
     """
     try:
         import uvicorn
@@ -60,10 +62,11 @@ def serve(
         if error.name and error.name.startswith("recbole_uip"):
             raise
         raise SettingsError(
-            f"serving needs {error.name}: pip install 'recbole-uip[serve]'"
+            f"serving needs {error.name}, of the extra serve: pip install '.[serve]'"
         ) from error
     from recbole_uip.bank.bank import FeatureBank
 
+    _check_address(host, port)
     with FeatureBank.open(folder, write=write) as bank:
         scorer = None
         if run is not None:
@@ -72,6 +75,18 @@ def serve(
             scorer = Scorer.load(run, model, arm, bank=bank)
         app = create_app(lambda: BankService(bank, scorer, settings))
         uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=MAX_REQUESTS)
+
+
+def _check_address(host: str, port: int) -> None:
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(family) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
+            trial.bind(address)
+    except (OSError, OverflowError) as error:
+        raise SettingsError(
+            f"--host={host} --port={port} cannot be listened to ({error}): give others"
+        ) from error
 
 
 def add_serve(actions: _SubParsersAction) -> None:

@@ -381,6 +381,7 @@ class FeatureBank:
 
     def _load(self, snapshot: Snapshot) -> None:
         self.folder, self.generation = snapshot.folder, snapshot.generation
+        self._sha256 = snapshot.sha256
         self.model = ProfileModel.from_parts(snapshot.metadata, snapshot.tables, snapshot.items)
         self._set_unknown()
         self._base = _Base(snapshot.users[0])
@@ -416,9 +417,9 @@ class FeatureBank:
         """Codes of a user, shape (n_fields,); those of an empty history for an unknown one."""
         number = self._users.get(user)
         if number < 0:
-            return self._unknown_codes
+            return self._unknown_codes.copy()
         if row := self._moved.item(number):
-            return self._own.codes[row - 1]
+            return self._own.codes[row - 1].copy()  # which the next event changes
         # As _Base.place, in line: a call would take as long as all of this.
         base = self._base
         chunk = bisect.bisect_right(base.starts, number) - 1
@@ -534,7 +535,7 @@ class FeatureBank:
             own.states[one], own.seen[one], encoder.kernels, encoder.profile_fields, own.codes[one]
         )
         own.dirty[row] = True
-        return own.codes[row]
+        return own.codes[row].copy()
 
     def update_many(
         self,
@@ -702,10 +703,19 @@ class FeatureBank:
 
     def refresh(self) -> bool:
         """Read what has been committed since, if anything; whether there was."""
-        if self._writer is not None or store.generation_of(self.folder) == self.generation:
+        if self._writer is not None or self.is_current():
             return False
         self._load(store.read(self.folder))
         return True
+
+    def is_current(self) -> bool:
+        """Whether this is, events not yet committed aside, what the folder holds.
+
+        It is not after another process's commit, nor where another bank has taken its place.
+        """
+        if self._writer is not None:
+            return True  # nobody else may write
+        return store.digest_of(self.folder) == self._sha256
 
     def close(self) -> None:
         """Let others write. Updates that are not committed are lost."""

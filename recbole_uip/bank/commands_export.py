@@ -158,7 +158,7 @@ def _redis(namespace: Namespace, overrides: list[str], command: str) -> None:
         import redis
     except ImportError:
         raise SettingsError(
-            "export to Redis needs its client: pip install 'recbole-uip[redis]'"
+            "export to Redis needs its client, the extra redis: pip install '.[redis]'"
         ) from None
     with FeatureBank.open(namespace.bank) as bank:
         try:

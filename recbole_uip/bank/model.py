@@ -39,6 +39,11 @@ def fold_of(user: str, n_folds: int) -> int:
     return zlib.crc32(user.encode()) % n_folds
 
 
+def _check_token(item: str) -> None:
+    if not isinstance(item, str):
+        raise BankError(f"item {item!r} is no string: give strings")
+
+
 @dataclass
 class ProfileModel:
     """Fitted facets over a catalogue of items.
@@ -192,13 +197,26 @@ class ProfileModel:
         return {item: number for number, item in enumerate(self.items) if number != UNKNOWN_ITEM}
 
     def number(self, item: str) -> int:
-        """Item number of a token; :data:`UNKNOWN_ITEM` if the catalogue lacks it."""
-        return self._number_of.get(item, UNKNOWN_ITEM)
+        """Item number of a token; :data:`UNKNOWN_ITEM` if the catalogue lacks it.
+
+        Raises
+        ------
+        BankError
+            If it is no string.
+        """
+        number = self._number_of.get(item, UNKNOWN_ITEM)
+        if number == UNKNOWN_ITEM:
+            _check_token(item)
+        return number
 
     def numbers(self, items: Sequence[str]) -> np.ndarray:
-        """Item numbers of tokens, shape (n,), int64."""
+        """Item numbers of tokens, shape (n,), int64; see :meth:`number`."""
         found = map(self._number_of.get, items, itertools.repeat(UNKNOWN_ITEM))
-        return np.fromiter(found, dtype=np.int64, count=len(items))
+        numbers = np.fromiter(found, dtype=np.int64, count=len(items))
+        if not numbers.all():
+            for item in items:
+                _check_token(item)
+        return numbers
 
     def with_items(self, items: Sequence[str], texts: Sequence[str | None]) -> ProfileModel:
         """A model with more items: the LM sees their texts, and theirs alone.

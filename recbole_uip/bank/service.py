@@ -30,7 +30,6 @@ from pydantic_core import ErrorDetails, to_json
 from starlette.exceptions import HTTPException
 
 from recbole_uip import __version__
-from recbole_uip.bank import store
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.limits import ServiceSettings
 from recbole_uip.em.kernels import advance, advance_many
@@ -224,7 +223,7 @@ class BankService:
             )
         async with self._writing:
             if len(events) == 1 and request.late == "refuse":
-                # Microseconds; a batch starts a thread pool, however small it is.
+                # Microseconds: a batch of one takes several times as long.
                 only = events[0]
                 self.bank.update(only.user, only.item, only.liked, only.time)
                 entered = 1
@@ -262,20 +261,20 @@ class BankService:
 
     async def refresh(self) -> bool:
         """As a reader, serve what has been committed since; whether there was anything."""
-        folder, generation = self.bank.folder, self.bank.generation
-        if await self._in_thread(self._files, lambda: store.generation_of(folder)) != generation:
-            fresh = await self._in_thread(self._files, lambda: FeatureBank.open(folder))
+        bank, current = self.bank, await self._in_thread(self._files, self.bank.is_current)
+        if not current:
+            fresh = await self._in_thread(self._files, lambda: FeatureBank.open(bank.folder))
             if self.scorer is not None and self.scorer.bank is not None:
                 self.scorer.bank = fresh
             self.bank = fresh
         self.problem = None
-        return self.bank.generation != generation
+        return not current
 
     async def _keep_fresh(self) -> None:
         writes = self.bank.writable
         seconds = self.settings.commit_seconds if writes else self.settings.refresh_seconds
         while not self._stopping.is_set():
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(asyncio.TimeoutError):  # not the builtin before Python 3.11
                 await asyncio.wait_for(self._stopping.wait(), seconds)
                 return
             try:

@@ -39,7 +39,7 @@ from safetensors.numpy import load_file, save
 from recbole_uip.files import LockedError, atomic_write, lock, sha256_of, unlock
 from recbole_uip.settings import SettingsError
 
-__all__ = ["BankError", "Snapshot", "Writer", "generation_of", "read"]
+__all__ = ["BankError", "Snapshot", "Writer", "digest_of", "read"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -71,6 +71,8 @@ class Snapshot:
         The bank.
     generation : int
         Number of the commit; the first is 1.
+    sha256 : str
+        Of the manifest: another bank in the same folder may have the same generation.
     metadata : dict
         The caller's JSON.
     tables : dict of str to ndarray
@@ -84,6 +86,7 @@ class Snapshot:
 
     folder: Path
     generation: int
+    sha256: str
     metadata: dict[str, Any]
     tables: dict[str, np.ndarray]
     items: pa.Table
@@ -113,6 +116,7 @@ def read(folder: str | os.PathLike, verify: bool = True) -> Snapshot:
             return Snapshot(
                 folder=folder,
                 generation=manifest["generation"],
+                sha256=manifest["sha256"],
                 metadata=manifest["metadata"],
                 tables=_read_tables(folder, manifest, manifest["tables"], verify),
                 items=_read_rows(folder, manifest, manifest["items"], verify),
@@ -122,19 +126,19 @@ def read(folder: str | os.PathLike, verify: bool = True) -> Snapshot:
             )
         except _MissingError:
             # A writer may have replaced the file after its name was read.
-            if generation_of(folder) == manifest["generation"]:
+            if digest_of(folder) == manifest["sha256"]:
                 raise
 
 
-def generation_of(folder: str | os.PathLike) -> int:
-    """Generation that the bank in ``folder`` has committed last; reads the manifest alone.
+def digest_of(folder: str | os.PathLike) -> str:
+    """SHA-256 of what the bank in ``folder`` has committed last; reads the manifest alone.
 
     Raises
     ------
     BankError
         If there is no bank, or its manifest is damaged.
     """
-    return _read_manifest(Path(folder))["generation"]
+    return _read_manifest(Path(folder))["sha256"]
 
 
 class Writer:

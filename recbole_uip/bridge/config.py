@@ -170,13 +170,20 @@ def parse_command_line(arguments: Sequence[str]) -> dict[str, str]:
 def profile_settings(files: Sequence[str], arguments: Sequence[str]) -> UIPSettings:
     """The ``uip_*`` settings of config files and ``--key=value`` arguments, over the defaults.
 
-    For commands that infer profiles without a RecBole dataset; of other keys only ``seed`` counts.
+    For commands that infer profiles without a RecBole dataset: of RecBole's keys only ``seed``
+    counts, and an argument with another is refused.
     """
     defaults = parse_yaml(read_properties("uip.yaml") or "")
     given = {
         key: value if key in _TEXTS else _convert(value)
         for key, value in parse_command_line(arguments).items()
     }
+    for key in given:
+        if key != "seed" and not key.startswith("uip_"):
+            raise SettingsError(
+                f"argument --{key} is not understood: it is no option of this command, nor a uip_* "
+                "key (see --help)"
+            )
     return UIPSettings.from_dict({**defaults, **load_config_files(files), **given})
 
 

@@ -117,22 +117,31 @@ class Reliability:
 # --- seeds --------------------------------------------------------------------------------------
 
 
-def half_width(values: np.ndarray) -> float:
-    """Half the width of the 95% t-interval of the mean; NaN for fewer than two values."""
+def half_width(values: np.ndarray, overlap: float = 0.0) -> float:
+    """Half the width of the 95% t-interval of the mean; NaN for fewer than two values.
+
+    For ``overlap`` see :func:`paired_difference`.
+    """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return float("nan")
     quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+    return float(quantile * values.std(ddof=1) * np.sqrt(1 / len(values) + overlap))
 
 
-def paired_difference(values_a: Sequence[float], values_b: Sequence[float]) -> Difference:
+def paired_difference(
+    values_a: Sequence[float], values_b: Sequence[float], overlap: float = 0.0
+) -> Difference:
     """Mean of a - b over pairs, its t-interval, and the p-value of the paired t-test.
 
     Parameters
     ----------
     values_a, values_b : sequence of float, of one length
         One value a seed. Pairs with a NaN are left out, and not counted in ``n``.
+    overlap : float
+        Test rows over training rows, where each seed splits the same rows anew: splits share
+        rows, so their differences are correlated, and the variance of the mean over n seeds is
+        taken as s^2 (1/n + overlap) (Nadeau and Bengio 2003). 0 where all seeds have one split.
 
     Returns
     -------
@@ -146,10 +155,10 @@ def paired_difference(values_a: Sequence[float], values_b: Sequence[float]) -> D
     change = change[~np.isnan(change)]
     if len(change) == 0:
         return Difference(np.nan, np.nan, np.nan, np.nan, 0)
-    mean, half = float(change.mean()), half_width(change)
+    mean, half = float(change.mean()), half_width(change, overlap)
     p = float("nan")
     if len(change) > 1:
-        error = change.std(ddof=1) / np.sqrt(len(change))
+        error = change.std(ddof=1) * np.sqrt(1 / len(change) + overlap)
         p = _two_sided(mean, error, scipy.stats.t(len(change) - 1))
     return Difference(mean, mean - half, mean + half, p, len(change))
 

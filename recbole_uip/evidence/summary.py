@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from recbole_uip.evidence.statistics import half_width, relative
 from recbole_uip.settings import SettingsError
 
-__all__ = ["Cell", "format_summary", "read_results", "summarise"]
+__all__ = ["Cell", "format_summary", "read_results", "read_results_file", "summarise"]
 
 METRICS = ("auc", "logloss", "gauc")
 BASELINE = "plain"
@@ -56,12 +57,31 @@ def read_results(folders: Sequence[Path]) -> list[dict]:
     if not files:
         names = ", ".join(map(str, folders))
         raise SettingsError(f"no results.json in {names}: name output folders of recbole-uip run")
-    results = [json.loads(file.read_text()) for file in files]
+    results = [read_results_file(file) for file in files]
     datasets = sorted({each["dataset"] for each in results})
     if len(datasets) > 1:
         raise SettingsError(
             f"results of different datasets cannot be summarised together: {', '.join(datasets)}"
         )
+    return results
+
+
+def read_results_file(path: Path) -> dict[str, Any]:
+    """A ``results.json`` of a run.
+
+    Raises
+    ------
+    SettingsError
+        If it is not there, or is none.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"no {path}: name the output folder of recbole-uip run") from None
+    except ValueError as error:
+        raise SettingsError(f"{path} is no results.json of recbole-uip run ({error})") from error
+    if not isinstance(results, dict) or not {"dataset", "seed", "models"} <= set(results):
+        raise SettingsError(f"{path} is no results.json of recbole-uip run")
     return results
 
 
@@ -102,11 +122,14 @@ def summarise(results: Sequence[dict], split: str = "test", by: str | None = Non
         paired = [seed for seed in seeds if seed in plain and arm != BASELINE]
         mean, deviation, difference = {}, {}, {}
         for metric in METRICS:
-            values = np.array([by_seed[seed][metric] for seed in seeds])
+            # Where labels are all alike there is no AUC, and the file has null.
+            values = np.array([by_seed[seed][metric] for seed in seeds], dtype=float)
             mean[metric] = float(values.mean())
             deviation[metric] = float(values.std(ddof=1)) if len(values) > 1 else np.nan
             if paired:
-                changes = np.array([by_seed[s][metric] - plain[s][metric] for s in paired])
+                before = np.array([plain[seed][metric] for seed in paired], dtype=float)
+                after = np.array([by_seed[seed][metric] for seed in paired], dtype=float)
+                changes = after - before
                 difference[metric] = (float(changes.mean()), half_width(changes))
         cells.append(Cell(model, arm, seeds, mean, deviation, difference))
     return cells

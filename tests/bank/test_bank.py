@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,51 @@ def test_a_reader_sees_commits_alone(full_bank, users, items):
         assert not reader.refresh()
         with pytest.raises(BankError, match="open for reading"):
             reader.update(users[0], items[0])
+
+
+def test_a_reader_sees_that_another_bank_took_the_place(full_bank, users, items, tmp_path):
+    """A bank built anew begins with the same generation."""
+    full_bank.commit()
+    full_bank.close()
+    other = tmp_path / "other"
+    shutil.copytree(full_bank.folder, other)
+    with FeatureBank.open(other, write=True) as bank:
+        bank.update(users[0], items[3], 0, 1e9)
+        bank.commit()
+    shutil.copytree(full_bank.folder, tmp_path / "once")
+    with FeatureBank.open(tmp_path / "once", write=True) as bank:
+        bank.update("new", items[3], 1, 1e9)
+        generation = bank.commit()
+    with FeatureBank.open(other) as reader:
+        assert reader.generation == generation and reader.is_current()
+        other.rename(tmp_path / "old")
+        (tmp_path / "once").rename(other)
+        assert not reader.is_current() and reader.refresh() and "new" in reader
+        assert reader.generation == generation
+
+
+def test_what_was_looked_up_stays_as_it_was(full_bank, users, items):
+    first = full_bank.update(users[0], items[0], 1, 1e9)
+    for answer in (first, full_bank.look_up(users[0]), full_bank.look_up("nobody")):
+        answer[:] = -7  # the caller's own
+    before, nobody = full_bank.look_up(users[0]), full_bank.look_up("nobody")
+    assert (before >= 0).all() and (nobody >= 0).all()
+    kept = before.copy()
+    for number in range(40):
+        full_bank.update(users[0], items[number % 7], number % 2, 1e9 + number)
+    np.testing.assert_array_equal(before, kept)
+    assert (full_bank.look_up(users[0]) != kept).any()
+
+
+def test_items_are_given_as_strings(full_bank, users):
+    for call in (
+        lambda: full_bank.update(users[0], 3, 1, 1e9),
+        lambda: full_bank.update_many([users[0]], [3], np.ones(1), np.full(1, 1e9)),
+        lambda: full_bank.match(users[0], ["i1", 3]),
+    ):
+        with pytest.raises(BankError, match="item 3 is no string: give strings"):
+            call()
+    assert full_bank.match(users[0], ["i1", "unheard of"]).shape[0] == 2
 
 
 def test_many_deltas_are_merged(full_bank, users, items, monkeypatch):

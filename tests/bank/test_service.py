@@ -438,6 +438,13 @@ def test_the_command_line(empty_bank):
         namespace.function(namespace, [], "")
     with pytest.raises(SettingsError, match="'--uip_lm=x' is not understood"):
         namespace.function(namespace, ["--uip_lm=x"], "")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for port, why in ((taken.getsockname()[1], "in use"), (99999, "port")):
+            namespace = parser.parse_args(["serve", str(empty_bank.folder), "--port", str(port)])
+            with pytest.raises(SettingsError, match=f"--port={port} cannot be listened to.*{why}"):
+                namespace.function(namespace, [], "")
     namespace = parser.parse_args(["serve", "nowhere", "--max_users", "0"])
     with pytest.raises(SettingsError, match="max_users=0 must be a finite number above 0"):
         namespace.function(namespace, [], "")

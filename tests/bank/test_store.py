@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recbole_uip.bank import store
-from recbole_uip.bank.store import BankError, Writer, generation_of, read
+from recbole_uip.bank.store import BankError, Writer, digest_of, read
 
 WIDTH = 6
 
@@ -113,7 +113,7 @@ def test_all_parts_come_back(tmp_path):
         assert writer.commit(metadata=metadata, **arguments) == 1
         assert writer.generation == 1
     found = read(tmp_path / "a" / "bank")
-    assert found.generation == generation_of(found.folder) == 1
+    assert found.generation == 1
     assert found.metadata == json.loads(json.dumps(metadata))
     assert found.tables.keys() == given_tables.keys()
     for name, array in given_tables.items():
@@ -162,11 +162,17 @@ def test_deltas_are_appended_and_a_base_replaces_them(bank):
     assert {name for name in listing(bank) if name.startswith("users")} == {"users-4.arrow"}
 
 
-def test_generation_of_polls(bank):
+def test_a_digest_tells_commits_and_banks_apart(bank, tmp_path):
+    digests = {digest_of(bank)}
     with Writer(bank) as writer:
         for generation in (2, 3):
             writer.commit(users=users([f"u{generation}"]))
-            assert generation_of(bank) == writer.generation == generation
+            assert read(bank).generation == writer.generation == generation
+            assert read(bank).sha256 == digest_of(bank)
+            digests.add(digest_of(bank))
+    with Writer(tmp_path / "other", create=True) as writer:
+        writer.commit(**parts(7))
+    assert len({*digests, digest_of(tmp_path / "other")}) == 4
 
 
 def test_rows_and_arrays_cost_no_copy(tmp_path):
@@ -282,7 +288,7 @@ def test_an_interrupt_after_the_commit_point_keeps_the_commit(bank, monkeypatch)
         assert writer.generation == 2
         assert numbers(read(bank)) == (2, 2, 2, 2)
         writer.commit(users=users(["u3"]))
-    assert generation_of(bank) == 3
+    assert read(bank).generation == 3
 
 
 # --- damage --------------------------------------------------------------------------------
@@ -333,10 +339,10 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(pristine, rng):
             flipped[position] ^= 1 << rng.integers(8)
             path.write_bytes(flipped)
             with pytest.raises(BankError, match=r"manifest\.json"):
-                generation_of(pristine)
+                digest_of(pristine)
     finally:
         path.write_bytes(content)
-    assert generation_of(pristine) == 2
+    assert read(pristine).generation == 2
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -377,7 +383,7 @@ def test_a_file_of_another_kind_is_named(tmp_path, name):
 
 def test_a_folder_without_a_bank_stays_as_it_is(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        for look in (read, generation_of, Writer):
+        for look in (read, digest_of, Writer):
             with pytest.raises(BankError, match="there is no bank in .*build one"):
                 look(folder)
     assert list(tmp_path.iterdir()) == []
@@ -401,7 +407,7 @@ def test_a_folder_without_a_bank_stays_as_it_is(tmp_path):
 )
 def test_a_manifest_that_is_none_is_refused(bank, content, message):
     (bank / store.MANIFEST).write_bytes(content)
-    for look in (read, generation_of, Writer):
+    for look in (read, digest_of, Writer):
         with pytest.raises(BankError, match=f"manifest.json.*{message}"):
             look(bank)
     assert {"tables-1.safetensors", "items-1.arrow", "users-1.arrow"} <= listing(bank)
@@ -522,7 +528,7 @@ def test_a_bank_restored_under_its_writer_is_not_written(bank, tmp_path):
         (bank / store.MANIFEST).write_bytes(old)
         with pytest.raises(BankError, match="no longer at generation 2"):
             writer.commit(metadata={"number": 3})
-    assert generation_of(bank) == 1
+    assert read(bank).generation == 1
 
 
 # --- a writer that is killed ---------------------------------------------------------------

@@ -23,6 +23,18 @@ from recbole_uip.evidence.statistics import (
 # --- seeds --------------------------------------------------------------------------------------
 
 
+def test_splits_that_share_rows_leave_more_to_chance(rng):
+    a, b = rng.normal(size=(2, 5)) * 0.01 + 0.7
+    plain, corrected = paired_difference(a, b), paired_difference(a, b, overlap=0.125)
+    assert corrected.mean == plain.mean and corrected.p > plain.p
+    # s^2 (1/n + n_test/n_train), Nadeau and Bengio (2003)
+    ratio = (corrected.high - corrected.low) / (plain.high - plain.low)
+    np.testing.assert_allclose(ratio**2, (1 / 5 + 1 / 8) / (1 / 5))
+    error = (a - b).std(ddof=1) * np.sqrt(1 / 5 + 1 / 8)
+    expected = 2 * scipy.stats.t(4).sf(abs((a - b).mean()) / error)
+    np.testing.assert_allclose(corrected.p, expected)
+
+
 def test_paired_difference_is_the_paired_t_test(rng):
     a, b = rng.normal(size=7), rng.normal(size=7)
     found, expected = paired_difference(a, b), scipy.stats.ttest_rel(a, b)

@@ -553,9 +553,13 @@ def _compare(
             empty,
             Relative(np.nan, np.nan),
         )
+    overlap = 0.0
+    if len({each.rows for each in sides[0]}) > 1:
+        rows = case.runs[seeds[0]].record["protocol"]["rows"]
+        overlap = rows["test"] / rows["train"]
     over_seeds = {
         metric: statistics.paired_difference(
-            case.values(metric, seeds), against.values(metric, seeds)
+            case.values(metric, seeds), against.values(metric, seeds), overlap
         )
         for metric in METRICS
     }

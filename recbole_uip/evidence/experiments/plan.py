@@ -46,8 +46,8 @@ _INERT = {
     "world_size", "offset", "ip", "port", "eval_step_log", "encoding",
 }  # fmt: skip
 
-
-# Settings of a facet that only a codebook reads.
+# Raise it when the same settings give other results: finished runs are then made anew.
+RESULTS = 1
 
 # What an arm of a model that reads events may say.
 _READS_EVENTS = {"facets": [], "user_id": "keep", "control": "none", "values": "tokens"}
@@ -299,6 +299,8 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
         for key, value in config.final_config_dict.items()
         if key not in _INERT and not key.startswith("uip_")
     }
+    if RESULTS > 1:
+        essence["results"] = RESULTS
     parts = [f"{part}.inter" for part in config["benchmark_filename"] or ()]
     essence["data_bytes"] = [
         path.stat().st_size if path.is_file() else 0

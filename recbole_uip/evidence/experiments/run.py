@@ -226,6 +226,7 @@ def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[st
             "cost": _cost(dataset, run.arm, profile_seconds),
             "protocol": protocol(run.config, dataset),
             "profiles": {name: dataset.profiles.report[name] for name in run.arm.facets},
+            "lm_fingerprint": _fingerprint(dataset),
             "versions": versions(),
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
@@ -237,6 +238,14 @@ def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[st
             f"{outcome['seconds']:.0f} s"
         )
     return lines
+
+
+def _fingerprint(dataset: UIPDataset) -> str | None:
+    """Content hash of the LM that read the items' texts; None without one."""
+    if isinstance(dataset, SequenceDataset):
+        return None
+    found = {texts.fingerprint for texts in dataset.profiles.texts.values()} - {None}
+    return found.pop() if found else None
 
 
 def _cost(dataset: UIPDataset, arm: ArmSettings, profile_seconds: float) -> dict[str, float]:

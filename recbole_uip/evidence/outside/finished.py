@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recbole_uip.bank.export_atomic import SPLITS, Layout, read_layout
-from recbole_uip.evidence.summary import BASELINE
+from recbole_uip.evidence.summary import BASELINE, read_results_file
 from recbole_uip.settings import ArmSettings, SettingsError
 
 __all__ = ["BUDGET", "MODEL", "FinishedRun", "read_run"]
@@ -128,7 +127,7 @@ def read_run(run_dir: str | os.PathLike, data: str | os.PathLike | None = None) 
         not there.
     """
     run_dir = Path(run_dir)
-    results = _read_results(run_dir / "results.json")
+    results = read_results_file(run_dir / "results.json")
     arms = results["models"].get(MODEL)
     if arms is None:
         raise SettingsError(
@@ -178,18 +177,6 @@ def read_run(run_dir: str | os.PathLike, data: str | os.PathLike | None = None) 
                 f"the {split} split has no rows of one of the two labels, so it has no AUC"
             )
     return run
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"no {path}: name the output folder of recbole-uip run") from None
-    except ValueError as error:
-        raise SettingsError(f"{path} is no results.json of recbole-uip run ({error})") from error
-    if not isinstance(results, dict) or not {"dataset", "seed", "models"} <= set(results):
-        raise SettingsError(f"{path} is no results.json of recbole-uip run")
-    return results
 
 
 def _exported_arms(

@@ -31,13 +31,14 @@ from tqdm import tqdm
 
 from recbole_uip.bank.bank import FeatureBank, user_table
 from recbole_uip.bank.export_atomic import read_layout
+from recbole_uip.behaviours import in_seconds
 from recbole_uip.bridge.run import finite, peak_memory
 from recbole_uip.bridge.serving import Scorer
 from recbole_uip.em.states import Events, run, whole_history
 from recbole_uip.evidence.figures import machine, versions
 from recbole_uip.evidence.replay.ab import SALT, Comparison, compare, in_arm_b, periods, redrawn
 from recbole_uip.evidence.statistics import N_BOOT, auc, logloss
-from recbole_uip.evidence.summary import read_results
+from recbole_uip.evidence.summary import read_results_file
 from recbole_uip.settings import SettingsError
 
 __all__ = ["Stream", "read_stream", "replay", "starting_bank"]
@@ -228,11 +229,7 @@ def read_stream(run_dir: str | os.PathLike) -> Stream:
         held-out events, or other rows lie in its test period.
     """
     folder = Path(run_dir)
-    if not (folder / "results.json").is_file():
-        raise SettingsError(
-            f"no {folder / 'results.json'}: name the output folder of recbole-uip run"
-        )
-    (results,) = read_results([folder])
+    results = read_results_file(folder / "results.json")
     protocol = results["protocol"]
     layout = read_layout(folder / "profiles.parquet")
     if layout.time is None:
@@ -256,6 +253,11 @@ def read_stream(run_dir: str | os.PathLike) -> Stream:
     table = pq.read_table(folder / "profiles.parquet")
     test = table["split"].cast(pa.string()).to_numpy(zero_copy_only=False) == "test"
     when = table[layout.time].to_numpy().astype(np.float64)
+    if not in_seconds(when):
+        raise SettingsError(
+            f"{folder} has timestamps of about {np.median(when):.3g}, which are no seconds since "
+            "1970, and a replay goes by days: give the data's times in seconds, and run again"
+        )
     _check_period(folder, when, test)
     if protocol["history"] != "observed":
         raise SettingsError(

@@ -148,7 +148,9 @@ def _how_to_read(resamples: int, command: str | None) -> Section:
                 "AUC: over all test rows. LogLoss: mean negative log-likelihood in nats. GAUC: "
                 "mean over users of the AUC among a user's own rows, weighted by rows.",
                 "Interval over seeds: paired t-interval of the differences, seed by seed. It tells "
-                "what another training would give on these rows.",
+                "what another training would give on these rows; where every seed splits the rows "
+                "anew, on another such split (with Nadeau and Bengio's correction, for splits "
+                "share rows).",
                 f"Interval over users: users are drawn with replacement {resamples:,} times, with "
                 "all their rows; the AUC difference is the mean over seeds within each draw; "
                 "2.5% and 97.5% quantiles. It tells what other users would give. Its p-value "

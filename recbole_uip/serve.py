@@ -78,12 +78,14 @@ def serve(
 
 
 def _check_address(host: str, port: int) -> None:
+    if not 0 <= port <= 65535:
+        raise SettingsError(f"--port={port} must be from 0 to 65535")
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with socket.socket(family) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
             trial.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise SettingsError(
             f"--host={host} --port={port} cannot be listened to ({error}): give others"
         ) from error

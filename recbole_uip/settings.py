@@ -40,8 +40,6 @@ DIRECTIONS = ("between", "fisher")
 CONTROLS = ("none", "random", "shuffled")
 VALUES = ("tokens", "means")
 METHODS = ("em", "kmeans", "vq", "fsq", "sinkhorn", "random")
-# Settings of a facet that one direction has no use for.
-OF_DIRECTIONS = ("codes", "rank", "directions", "levels")
 DEFAULT_LM = "SmolLM2-135M"
 
 
@@ -123,7 +121,9 @@ class FacetSettings:
 
     @property
     def n_directions(self) -> int:
-        """Number of directions that codes and match field take."""
+        """Number of directions that codes and match field take; leniency has one."""
+        if self.source == "constant":
+            return 1
         return max(self.rank if self.codes else 0, self.match.rank if self.match else 0)
 
     @property
@@ -146,7 +146,8 @@ class FacetSettings:
 
     def level_names(self, name: str) -> list[str]:
         """Names of the levels of field ``name``, the first of which is its own."""
-        return [name, *(f"{name}_level{level}" for level in range(2, self.levels + 1))]
+        levels = 1 if self.source == "constant" else self.levels
+        return [name, *(f"{name}_level{level}" for level in range(2, levels + 1))]
 
     def _by_half_life(self, kind: str, half_lives: tuple[float, ...]) -> list[tuple[str, float]]:
         # Where there are several, a field's name ends in its half-life.
@@ -730,14 +731,11 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
             raise SettingsError(
                 f"{key}.prompt={facet.prompt!r} has no meaning with source: {facet.source}"
             )
-        unread = OF_DIRECTIONS if facet.source == "constant" else ("bins",)
-        for option in unread:
-            if getattr(facet, option) != getattr(FacetSettings, option):
-                why = "has one direction, in bins" if facet.source == "constant" else "has codes"
-                raise SettingsError(
-                    f"{key}.{option}={getattr(facet, option)} has no meaning with source: "
-                    f"{facet.source}, which {why}: leave it out"
-                )
+        if facet.source == "constant" and facet.directions == "fisher":
+            raise SettingsError(
+                f"{key}.directions=fisher has no meaning with source: constant, which has one "
+                "direction: leave it out"
+            )
         if facet.match and facet.weight != "contrast" and facet.match.posterior == "filter":
             raise SettingsError(
                 f"{key}.match.posterior=filter needs weight: contrast, but weight is "

@@ -23,7 +23,7 @@ from .em.conftest import make_world
 from .lm.conftest import WORDS, make_model, make_tokenizer
 
 FACETS = {
-    "leniency": {"source": "constant", "half_life": [5, "inf"], "bins": 8},
+    "leniency": {"source": "constant", "half_life": [5, "inf"], "bins": 8, "codes": 0},
     "company": {
         "source": "collaborative",
         "codes": 4,
@@ -400,7 +400,7 @@ def test_text_facets_need_texts(world, tiny_lm, source):
 
 
 def test_texts_without_words_are_said(world, tiny_lm):
-    dots = ["..."] * world.behaviours.n_items
+    dots = [("...", "?!")[item % 2] for item in range(world.behaviours.n_items)]
     with pytest.raises(SettingsError, match="source: words facets cannot be inferred: empty voc"):
         infer(world.behaviours, dots, of_texts("words", tiny_lm))
 

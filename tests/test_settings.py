@@ -147,11 +147,6 @@ def test_durations(value, seconds):
             {"uip_facets": {"a": {"source": "constant", "half_life": [1000000, 1000001]}}},
             "gives the field uip_a_1e[+]06, which is that of uip_facets.a as well",
         ),
-        (
-            {"uip_facets": {"a": {"source": "constant", "codes": 0}}},
-            "codes=0 has no meaning with source: constant",
-        ),
-        ({"uip_facets": {"a": {"bins": 3}}}, "bins=3 has no meaning with source: lm"),
         ({"uip_codebook": {"tol": -1}}, "uip_codebook.tol=-1.0 must be at least 0"),
         ({"uip_codebook": {"tol": "x"}}, "uip_codebook.tol='x' must be of type int or float"),
         ({"seed": "abc"}, "seed='abc' must be an integer of at least 0"),

@@ -46,6 +46,9 @@ _INERT = {
     "world_size", "offset", "ip", "port", "eval_step_log", "encoding",
 }  # fmt: skip
 
+# Settings of a facet that only a codebook reads.
+_OF_CODEBOOKS = ("codes", "rank", "levels", "directions")
+
 # Raise it when the same settings give other results: finished runs are then made anew.
 RESULTS = 1
 
@@ -364,11 +367,13 @@ def _facet_essence(facet: FacetSettings) -> dict[str, Any]:
     values, defaults = (
         UIPSettings(facets=(each,)).to_dict()["uip_facets"][facet.name] for each in (facet, default)
     )
+    # One dimension is not quantised by a codebook, and more than one not by bins.
+    unread = _OF_CODEBOOKS if facet.source == "constant" else ("bins",)
     return {
         key: value
         for key, value in values.items()
         # Source and weight tell facets apart, so they always stand.
-        if key in ("source", "weight") or value != defaults[key]
+        if key in ("source", "weight") or (value != defaults[key] and key not in unread)
     }
 
 

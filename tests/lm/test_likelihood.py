@@ -160,7 +160,8 @@ def test_long_soft_tokens_are_scaled_back(backbone, prompt, ids):
     tuned = SoftTokenLikelihood(backbone, prompt, [0])
     lengths = backbone.model.get_input_embeddings().weight.norm(dim=1)
     start = prompt.theta0(backbone).norm(dim=1)
-    assert tuned.longest == pytest.approx(max(float(lengths.mean()), float(start.max())))
+    # with room to spare, for on the edge itself rounding decides whether a gradient is cut
+    assert tuned.longest == pytest.approx(1.001 * max(float(lengths.mean()), float(start.max())))
     direction = np.random.default_rng(0).normal(size=(1, 1, backbone.embed_dim))
     direction *= tuned.longest / np.linalg.norm(direction)
     passages = [text_passage([ids[0]])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from recbole_uip.files import atomic_write
 
-__all__ = ["Work", "is_main_process", "n_processes"]
+__all__ = ["Work", "even_batches", "is_main_process", "n_processes"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,19 @@ def n_processes() -> int:
 def is_main_process() -> bool:
     """Whether this is the process that goes on alone where work cannot be shared."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def even_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Rows in batches of like length, longest first, at most ``budget`` padded tokens each.
+
+    Longest first: if memory does not suffice, that shows at once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, budget // max(1, int(lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
 
 
 class Work:

@@ -703,7 +703,7 @@ class FeatureBank:
 
     def refresh(self) -> bool:
         """Read what has been committed since, if anything; whether there was."""
-        if self._writer is not None or self.is_current():
+        if self.is_current():
             return False
         self._load(store.read(self.folder))
         return True

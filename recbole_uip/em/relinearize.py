@@ -7,19 +7,19 @@ A round linearises each behaviour anew, at the codeword of its profile's code z,
 
 and measures the profile from there: :math:`y = e_z + \sum_i \nabla \ell_i(e_z) / (c N)`, an
 iterated extended Kalman filter. The first round is at θ⁰, where cached scores say all that there
-is to know: it is the closed form, and costs nothing. Profiles of one code share the LM's passes, so
-that a round costs at most K passes of each distinct behaviour, and never more than one of each
-event.
+is to know: it is the closed form, and costs nothing. Profiles of one code and fold share the LM's
+passes, so that a round costs at most K passes of each distinct behaviour for a fold of users, and
+never more than one of each event.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import numpy as np
 
 from recbole_uip.em.gradient import GradientPosterior, secant_sums, sums_by_owner
+from recbole_uip.work import even_batches
 
 __all__ = ["RelinearizedPosterior"]
 
@@ -63,7 +63,7 @@ class RelinearizedPosterior(GradientPosterior):
         same = np.column_stack([units.passage[mine], fold, moves, code])
         _, chosen, place = np.unique(same[fresh], axis=0, return_index=True, return_inverse=True)
         chosen = fresh[chosen]
-        batches = list(self._unit_batches(units.cost[mine[chosen]]))
+        batches = list(even_batches(units.cost[mine[chosen]], self.batch_tokens))
         # Kept results are of these units at these places, and of no others.
         digest = hashlib.sha256(np.ascontiguousarray(mine[chosen]).tobytes())
         digest.update(np.ascontiguousarray(here[chosen]).tobytes())
@@ -87,8 +87,7 @@ class RelinearizedPosterior(GradientPosterior):
             frame, active[fresh][measured], moved[fresh][measured], change[measured]
         )
         table[fresh], known[fresh] = gradients[place], values[place]
-        tokens = int(units.cost[mine[chosen]].sum())
-        self.tokens_ += tokens
+        self.tokens_ += int(units.cost[mine[chosen]].sum())
         value = np.bincount(owner, known, len(profiles))
         self._states[phase, 0] = {"table": table, "known": known, "visited": here}
         log_priors = [
@@ -115,12 +114,3 @@ class RelinearizedPosterior(GradientPosterior):
             codes[known, f] = level.predict(self.offset_[f][chosen], self.noise_[chosen, f])
             where[known, part] = level.codewords_[codes[known, f]]
         return codes, where
-
-    def _unit_batches(self, cost: np.ndarray) -> Iterator[np.ndarray]:
-        """Units in batches of like cost within the budget, the costliest first."""
-        order = np.argsort(-cost, kind="stable")
-        start = 0
-        while start < len(order):
-            size = max(1, self.batch_tokens // max(1, int(cost[order[start]])))
-            yield order[start : start + size]
-            start += size

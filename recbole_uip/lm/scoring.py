@@ -32,6 +32,7 @@ from recbole_uip.lm.backbone import Backbone, ModelError, load, resolve, resolve
 from recbole_uip.lm.prompt import Prompt
 from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.settings import LMSettings
+from recbole_uip.work import even_batches
 
 __all__ = ["Scores", "check_lengths", "check_texts", "put_through", "score"]
 
@@ -243,7 +244,7 @@ def put_through(
 
     bar = tqdm(total=int(lengths.sum()), desc=description, unit="tok", leave=False, delay=2)
     try:
-        batches = _batches(lengths, batch_tokens)
+        batches = even_batches(lengths, batch_tokens)
         for batch, result in in_parallel(
             lambda batch: run([ids[row] for row in batch]), batches, n_workers(backbone)
         ):
@@ -298,19 +299,6 @@ def check_lengths(
                 f"text {text[:60]!r}… needs {length} positions in all, but the LM has "
                 f"{limit}: shorten uip_item_text, or choose an LM with a longer context"
             )
-
-
-def _batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Rows in batches of like length, longest first, at most ``budget`` padded tokens each.
-
-    Longest first: if memory does not suffice, that shows at once.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, budget // max(1, int(lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
 
 
 def n_workers(backbone: Backbone) -> int:

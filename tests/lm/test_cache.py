@@ -14,6 +14,7 @@ from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.scoring import score
 from recbole_uip.lm.store import MAX_SHARDS, ScoreStore, digest
 from recbole_uip.settings import LMSettings
+from recbole_uip.work import even_batches
 
 from .conftest import ENDINGS, TEXTS
 
@@ -171,7 +172,7 @@ def test_the_general_way_gives_the_same_scores(settings, tmp_path, monkeypatch):
 
 def test_batches_hold_every_row_once_and_keep_the_budget():
     lengths = np.array([3, 9, 1, 1, 7, 30, 2, 2])
-    batches = list(scoring._batches(lengths, 10))
+    batches = list(even_batches(lengths, 10))
     assert sorted(np.concatenate(batches).tolist()) == list(range(8))
     assert all(len(b) == 1 or len(b) * lengths[b].max() <= 10 for b in batches)
 

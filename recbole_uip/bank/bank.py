@@ -23,6 +23,7 @@ from recbole_uip.bank import store
 from recbole_uip.bank.model import ProfileModel, fold_of
 from recbole_uip.bank.store import BankError, Snapshot, Writer
 from recbole_uip.bank.tokens import TokenIndex, token_array
+from recbole_uip.em.codebook import unpack
 from recbole_uip.em.kernels import CODE, Kernels, advance, advance_many, encode, score_candidates
 from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.em.states import offsets
@@ -898,7 +899,7 @@ def _refit_field(
             f"than its {n_codes} codes: refit when there are more"
         )
     size, first = n_codes * (rank + 1) + rank, int(fields.first[f])
-    old = np.split(numbers[first : first + levels * size].copy(), levels)
+    old = numbers[first : first + levels * size].copy()
     codebook = ResidualCodebook(
         n_codes,
         levels,
@@ -906,10 +907,9 @@ def _refit_field(
         max_iter=settings.codebook.max_iter,
         tol=settings.codebook.tol,
         random_state=settings.seed,
-    ).fit(offset[chosen], noise[chosen], start=old)
-    for start, level in zip(old, codebook.levels_, strict=True):
-        codewords = start[n_codes : n_codes * (rank + 1)].reshape(rank, n_codes).T
-        distance = scipy.spatial.distance.cdist(codewords, level.codewords_, "sqeuclidean")
+    ).fit(offset[chosen], noise[chosen], start=np.split(old, levels))
+    for before, level in zip(unpack(old, n_codes, rank), codebook.levels_, strict=True):
+        distance = scipy.spatial.distance.cdist(before.codewords, level.codewords_, "sqeuclidean")
         _, order = scipy.optimize.linear_sum_assignment(distance)
         level.reorder(order)
     numbers[first : first + levels * size] = codebook.numbers

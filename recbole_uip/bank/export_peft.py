@@ -43,6 +43,7 @@ import numpy as np
 
 from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError
+from recbole_uip.em.codebook import unpack
 from recbole_uip.em.kernels import CODE
 from recbole_uip.files import atomic_write
 
@@ -233,10 +234,10 @@ def _codeword(model: ProfileModel, field: int, codes: Sequence[int]) -> np.ndarr
         )
     if not any(codes):
         return np.zeros(rank)
-    size = n_codes * (rank + 1) + rank
+    first, size = int(fields.first[field]), n_codes * (rank + 1) + rank
+    packed = fields.numbers[first : first + levels * size]
     word = -kernels.priors[kernels.prior[k] :][:rank]
-    for level, code in enumerate(codes):
-        first = int(fields.first[field]) + level * size + n_codes
+    for code, level in zip(codes, unpack(packed, n_codes, rank), strict=False):
         if code:
-            word = word + fields.numbers[first + (code - 1) * rank :][:rank]
+            word = word + level.codewords[code - 1]
     return word

@@ -11,6 +11,7 @@ codewords e_k in other ways, and only :math:`\pi` and :math:`\sigma^2` by EM.
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import scipy.special
@@ -26,6 +27,7 @@ __all__ = [
     "moments",
     "n_distinct",
     "perplexity",
+    "unpack",
 ]
 
 
@@ -75,6 +77,30 @@ def n_distinct(samples: np.ndarray) -> int:
     return len(np.unique(samples, axis=0))
 
 
+class Level(NamedTuple):
+    """What :attr:`Codebook.numbers` hold.
+
+    Attributes
+    ----------
+    log_weights : ndarray, shape (K,)
+    codewords : ndarray, shape (K, r)
+    variance : ndarray, shape (r,)
+    """
+
+    log_weights: np.ndarray
+    codewords: np.ndarray
+    variance: np.ndarray
+
+
+def unpack(numbers: np.ndarray, n_codes: int, rank: int) -> list[Level]:
+    """The levels whose :attr:`Codebook.numbers` lie one after another in ``numbers``."""
+    levels = []
+    for one in np.asarray(numbers).reshape(-1, n_codes * (1 + rank) + rank):
+        log_weights, codewords, variance = np.split(one, [n_codes, n_codes * (1 + rank)])
+        levels.append(Level(log_weights, codewords.reshape(rank, n_codes).T.copy(), variance))
+    return levels
+
+
 class Codebook:
     """Template of a codebook: :meth:`fit`, and all that follows from what was fitted.
 
@@ -92,7 +118,7 @@ class Codebook:
     n_init : int
         Number of restarts; the best lower bound is kept.
     start : ndarray, optional
-        :attr:`numbers` of a fitted codebook to start from.
+        :attr:`numbers` of a fitted codebook to start from, once.
     random_state : int, RandomState or None
 
     Attributes
@@ -162,7 +188,7 @@ class Codebook:
             )
         random_state = check_random_state(self.random_state)
         best = None
-        for _ in range(self.n_init):
+        for _ in range(self.n_init if self.start is None else 1):
             self._initialize(offsets, noise, random_state)
             run = self._fit_single(offsets, noise)
             if best is None or run["lower_bound_"] > best["lower_bound_"]:
@@ -192,7 +218,10 @@ class Codebook:
 
     @property
     def numbers(self) -> np.ndarray:
-        """Log weights, codewords and variance, flat, as compiled code reads them."""
+        """Log weights, codewords (direction by direction) and variance, flat, for compiled code.
+
+        :func:`unpack` takes them apart.
+        """
         with np.errstate(divide="ignore"):
             log_weights = np.log(self.weights_)
         return np.concatenate([log_weights, self.codewords_.T.ravel(), self.variance_])
@@ -221,12 +250,6 @@ class Codebook:
 
     def _fit_single(self, offsets: np.ndarray, noise: np.ndarray) -> dict:
         raise NotImplementedError
-
-    def _start(self, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Log weights, codewords and variance of ``start``."""
-        middle = self.n_codes * (1 + rank)
-        log_weights, codewords, variance = np.split(self.start, [self.n_codes, middle])
-        return log_weights, codewords.reshape(rank, self.n_codes).T.copy(), variance
 
     def _log_joint(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
         densities = component_log_densities(offsets, noise, self.codewords_, self.variance_)

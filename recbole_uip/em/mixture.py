@@ -17,22 +17,15 @@ from sklearn.cluster import KMeans
 from recbole_uip.em.codebook import (
     Codebook,
     check_samples,
-    component_log_densities,
     moments,
     n_distinct,
-    perplexity,
+    unpack,
 )
 from recbole_uip.em.kernels import nearest_codes
 from recbole_uip.em.quantizers import QUANTIZERS
 from recbole_uip.settings import CodebookSettings, FacetSettings
 
-__all__ = [
-    "CODEBOOKS",
-    "CodebookMixture",
-    "ResidualCodebook",
-    "component_log_densities",
-    "perplexity",
-]
+__all__ = ["CODEBOOKS", "CodebookMixture", "ResidualCodebook"]
 
 # An outlier can empty its code again and again; EM has to be let end.
 MAX_RESEEDS = 10
@@ -90,7 +83,9 @@ class CodebookMixture(Codebook):
         self.variance_ = variance
         self._floor = 1e-6 * variance + np.finfo(float).tiny
         if self.start is not None:
-            log_weights, self.codewords_, self.variance_ = self._start(offsets.shape[1])
+            ((log_weights, self.codewords_, self.variance_),) = unpack(
+                self.start, self.n_codes, offsets.shape[1]
+            )
             self.weights_ = np.exp(log_weights)
             return
         # A few steps of k-means spare EM a third of its iterations.

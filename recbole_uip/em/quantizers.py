@@ -41,7 +41,7 @@ import scipy.stats
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans, kmeans_plusplus
 
-from recbole_uip.em.codebook import Codebook, moments, n_distinct
+from recbole_uip.em.codebook import Codebook, moments, n_distinct, unpack
 
 __all__ = [
     "QUANTIZERS",
@@ -107,7 +107,8 @@ class Quantizer(Codebook):
     def _seed(self, offsets: np.ndarray, noise: np.ndarray) -> None:
         """Begin with the codewords of ``start``, or with k-means++."""
         if self.start is not None:
-            _, self.codewords_, _ = self._start(offsets.shape[1])
+            (level,) = unpack(self.start, self.n_codes, offsets.shape[1])
+            self.codewords_ = level.codewords
             return
         self.codewords_, _ = kmeans_plusplus(
             offsets,

@@ -25,7 +25,6 @@ from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge.run import peak_memory
 from recbole_uip.em import collaborative, weights
 from recbole_uip.em.gradient import GradientPosterior, ascend
-from recbole_uip.em.relinearize import RelinearizedPosterior
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
 from recbole_uip.em.states import History, whole_history
 from recbole_uip.evidence.bench import (
@@ -177,7 +176,7 @@ def bench_gradient(
     with tempfile.TemporaryDirectory(prefix="uip-bench-") as folder:
         for number, group in enumerate(groups):
             counted = _Counted(group)
-            posterior = slice_.posterior(task, group)
+            posterior = _posterior(task, group)
             work = Work(Path(folder, str(number)), n_workers(backbone))
             spent = slice_.fit(posterior, group, counted, work)
             seconds, run_tokens = seconds + spent, run_tokens + counted.run
@@ -192,7 +191,7 @@ def bench_gradient(
                 f"{fall:.2g} in all"
             )
             agreement += slice_.agreement(posterior, group)
-            between = slice_.posterior(task, group, RelinearizedPosterior)
+            between = _posterior(task, group, "relinearize")
             counted = _Counted(group)
             work = Work(Path(folder, f"relinearized-{number}"), n_workers(backbone))
             spent = slice_.fit(between, group, counted, work)
@@ -255,6 +254,14 @@ def bench_gradient(
     }
 
 
+def _posterior(task: Task, group: Group, e_step: str = "adam") -> GradientPosterior:
+    # The first round of relinearize is the closed form.
+    gradient = dataclasses.replace(
+        task.settings.gradient, e_step=e_step, rounds=3 if e_step == "relinearize" else 1
+    )
+    return tuning.posterior_of(group, dataclasses.replace(task.settings, gradient=gradient))
+
+
 @dataclass(frozen=True)
 class _Slice:
     """Some users, what they are tuned on, and what is held out."""
@@ -305,21 +312,6 @@ class _Slice:
             self.behaviours, task.texts, dataclasses.replace(task.settings, facets=facets),
             self.history, self.snapshots, self.rate, self.fold, {},
         )  # fmt: skip
-
-    def posterior(
-        self, task: Task, group: Group, kind: type[GradientPosterior] = GradientPosterior
-    ) -> GradientPosterior:
-        settings = task.settings
-        # The first round of the second kind is the closed form.
-        rounds = 1 if kind is GradientPosterior else 3
-        return kind(
-            group.facets,
-            group.frame,
-            dataclasses.replace(settings.gradient, rounds=rounds),
-            settings.codebook,
-            batch_tokens=settings.lm.batch_tokens,
-            seed=settings.seed,
-        )
 
     def fit(
         self, posterior: GradientPosterior, group: Group, likelihood: _Counted, work: Work
@@ -374,7 +366,7 @@ class _Slice:
         self,
         task: Task,
         posterior: GradientPosterior,
-        between: RelinearizedPosterior,
+        between: GradientPosterior,
         group: Group,
     ) -> list[dict[str, Any]]:
         """True log-likelihoods of own and held-out behaviours at what each posterior says."""
@@ -463,7 +455,7 @@ def _against_authors(task: Task, slice_: _Slice, peers: int, backbone: Any) -> d
     ours = Task(task.behaviours, task.texts, settings)
     (group,) = slice_.groups(ours)
     chosen = np.arange(peers)
-    posterior = slice_.posterior(ours, group)
+    posterior = _posterior(ours, group)
     state = posterior.start(group.units, chosen)
     passages, owner, active = slice_._passages(ours, group, True)
     kept = [row for row in range(len(owner)) if owner[row] < peers]

@@ -40,6 +40,7 @@ from recbole_uip.behaviours import TRAIN
 from recbole_uip.bridge import compat
 from recbole_uip.bridge.dataset import create_dataset, data_preparation
 from recbole_uip.bridge.run import write_profiles
+from recbole_uip.em.codebook import unpack
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.profiles import infer, raw_scores
 from recbole_uip.settings import SettingsError, UIPSettings
@@ -487,8 +488,8 @@ def test_moving_along_a_code_raises_the_texts_it_lifts(which, request):
         np.testing.assert_allclose(
             centred @ model.tables["lm_map.taste"][1], vectors[1, : len(texts)], atol=1e-3
         )
-        codeword = encoder.profile_fields.numbers[4:16].reshape(4, 3)[1]
-        deviation = codeword - encoder.kernels.priors[:3]
+        (level,) = unpack(encoder.profile_fields.numbers, 4, 3)
+        deviation = level.codewords[1] - encoder.kernels.priors[:3]
         by_vectors = vectors.mean(axis=0)[:, :3] @ deviation
         highest, lowest = by_vectors.argmax(), by_vectors.argmin()
         assert rise[highest] > rise[lowest]

@@ -10,12 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import multivariate_normal
 from sklearn.exceptions import ConvergenceWarning
 
-from recbole_uip.em.mixture import (
-    CodebookMixture,
-    ResidualCodebook,
-    component_log_densities,
-    perplexity,
-)
+from recbole_uip.em.codebook import component_log_densities, perplexity, unpack
+from recbole_uip.em.mixture import CodebookMixture, ResidualCodebook
 
 
 def planted(seed=0, n=4000, n_codes=5, rank=3):
@@ -159,3 +155,27 @@ def test_residual_levels_come_closer():
 def test_bad_input_is_refused(offsets, noise, message):
     with pytest.raises(ValueError, match=message):
         CodebookMixture(5).fit(offsets, noise)
+
+
+def test_numbers_can_be_taken_apart_again():
+    offsets, noise, *_ = planted(n=500)
+    codebook = ResidualCodebook(5, 2, random_state=0).fit(offsets, noise)
+    levels = unpack(codebook.numbers, 5, 3)
+    assert len(levels) == 2
+    for found, level in zip(levels, codebook.levels_, strict=True):
+        np.testing.assert_array_equal(found.codewords, level.codewords_)
+        np.testing.assert_array_equal(found.variance, level.variance_)
+        np.testing.assert_allclose(np.exp(found.log_weights), level.weights_)
+
+
+def test_a_start_is_tried_once(monkeypatch):
+    offsets, noise, *_ = planted(n=500)
+    codebook = CodebookMixture(5, random_state=0).fit(offsets, noise)
+    fits = []
+    fit_single = CodebookMixture._fit_single
+    monkeypatch.setattr(
+        CodebookMixture, "_fit_single", lambda self, *a: fits.append(1) or fit_single(self, *a)
+    )
+    again = CodebookMixture(5, n_init=3, start=codebook.numbers).fit(offsets, noise)
+    assert len(fits) == 1
+    assert again.lower_bound_ >= codebook.lower_bound_ - 1e-9

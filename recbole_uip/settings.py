@@ -210,8 +210,8 @@ class GradientSettings:
         Of these, how many a step puts through the LM (``uip_likelihood: item``; a sequence goes
         through it whole).
     learning_rate : float or None
-        Move of a soft token's entries at the first step, root mean square; None chooses it by
-        held-out users' likelihood.
+        Move of a soft token's entries at the first step, root mean square; None takes that by
+        which the log posterior of some held-out users climbs highest.
     snapshots : tuple of int
         History sizes at which a user's soft tokens are inferred, besides the end of training.
     rounds : int
@@ -330,7 +330,7 @@ class UIPSettings:
         SettingsError
             If a key is unknown, or a value is not valid.
         """
-        given = {key: value for key, value in config.items() if key.startswith("uip_")}
+        given = {key: value for key, value in config.items() if str(key).startswith("uip_")}
         for key in given:
             if key not in _KEYS:
                 raise SettingsError(f"unknown setting {key!r}{_nearest(key, _KEYS)}")
@@ -570,14 +570,20 @@ def _parse_text(key: str, value: Any) -> str | None:
         return None
     _typed(key, value, str)
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(value) if name is not None]
+        parts = list(string.Formatter().parse(value))
     except ValueError as error:
         raise SettingsError(f"{key}={value!r} is not a template: {error}") from None
-    if not names or not all(name.isidentifier() for name in names):
+    names = [name for _, name, _, _ in parts if name is not None]
+    if not names or not all(names):
         raise SettingsError(
             f"{key}={value!r} must name at least one item field in braces, "
             'such as "{movie_title} ({genre})"'
         )
+    for _, name, spec, conversion in parts:
+        if spec or conversion:
+            raise SettingsError(
+                f"{key}={value!r}: a field is its name in braces and no more, such as {{{name}}}"
+            )
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import logging
 import os
 import re
@@ -36,7 +37,9 @@ def fill(template: str, values: Mapping[str, str]) -> str | None:
     """The filled template, without the brackets that an empty field leaves; None if all are."""
     if not any(values.values()):
         return None
-    text = template.format_map(values)
+    # By hand, for format_map would take a name such as "meta.year" apart.
+    parts = string.Formatter().parse(template)
+    text = "".join(literal + (values[name] if name else "") for literal, name, _, _ in parts)
     text = re.sub(r"\(\s*\)|\[\s*\]", "", text)
     return re.sub(r"\s+", " ", text).strip() or None
 
@@ -66,7 +69,7 @@ def rated_texts(
     SettingsError
         If no item of the training rows has a text, or all have the same.
     """
-    rows = [row for row, text in enumerate(texts) if text]
+    rows = [row for row, text in enumerate(texts) if text and text.strip()]
     counts = np.bincount(item, minlength=len(texts))[rows]
     distinct = {texts[row] for row, count in zip(rows, counts, strict=True) if count}
     if len(distinct) > 1:
@@ -117,48 +120,56 @@ def item_texts(
     Raises
     ------
     SettingsError
-        If the template names a field that the file lacks.
+        If the file cannot be read, or the template names a field that it lacks.
     """
     texts: list[str | None] = [None] * n_items
     if not os.path.isfile(path):
         logger.warning("no file %s: no item has a text", path)
         return texts
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    rows = _rows(Path(path), separator, encoding)
-    columns = [column.split(":")[0] for column in next(rows, [])]
-    for name in (id_field, *names):
-        if name not in columns:
-            raise SettingsError(
-                f"uip_item_text={template!r} needs the field {name!r}, but {path} has only "
-                f"{', '.join(columns)}"
-            )
-    id_column = columns.index(id_field)
-    wanted = {name: columns.index(name) for name in names}
-    for row in rows:
-        index = token_id.get(row[id_column]) if len(row) > id_column else None
-        if index:
-            values = {
-                name: row[column] if column < len(row) else "" for name, column in wanted.items()
-            }
-            texts[index] = fill(template, values)
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    try:
+        for item, *values in _rows(Path(path), (id_field, *names), template, separator, encoding):
+            # RecBole reads a quoted ID without its quotation marks.
+            index = token_id.get(item, token_id.get(_unquote(item)))
+            if index:
+                texts[index] = fill(template, dict(zip(names, map(_unquote, values), strict=True)))
+    except (OSError, UnicodeError, LookupError, csv.Error, pa.ArrowException) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
     return texts
 
 
-def _rows(path: Path, separator: str, encoding: str | None) -> Iterator[list[str]]:
-    """The header, then every row, as text."""
+def _rows(
+    path: Path, names: Sequence[str], template: str, separator: str, encoding: str | None
+) -> Iterator[Sequence[str]]:
+    """The columns ``names`` of each row, as text."""
     if path.suffix == ".parquet":
-        table = pq.read_table(path)
-        yield table.column_names
-        columns = [table[name].cast(pa.string()).to_pylist() for name in table.column_names]
-        for row in zip(*columns, strict=True):
-            yield [value or "" for value in row]
+        _places(pq.read_schema(path).names, names, template, path)
+        table = pq.read_table(path, columns=list(dict.fromkeys(names)))
+        columns = [table[name].cast(pa.string()).fill_null("").to_pylist() for name in names]
+        yield from zip(*columns, strict=True)
         return
-    with open(path, encoding=encoding, newline="") as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    if (encoding or "utf-8").lower() in ("utf-8", "utf8"):
+        encoding = "utf-8-sig"  # a byte order mark is no part of the first name
+    with opened(path, "rt", encoding=encoding, newline="") as file:
         # Between tabs, titles hold quotation marks that quote nothing: one left open must not eat
         # the next rows. Between commas they have to quote.
         quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-        for row in csv.reader(file, delimiter=separator, quoting=quoting):
-            yield [_unquote(value) for value in row]
+        rows = csv.reader(file, delimiter=separator, quoting=quoting)
+        header = [_unquote(column).split(":")[0] for column in next(rows, [])]
+        places = _places(header, names, template, path)
+        for row in rows:
+            yield [row[place] if place < len(row) else "" for place in places]
+
+
+def _places(header: list[str], names: Sequence[str], template: str, path: Path) -> list[int]:
+    for name in names:
+        if name not in header:
+            raise SettingsError(
+                f"uip_item_text={template!r} needs the field {name!r}, but {path} has only "
+                f"{', '.join(header)}"
+            )
+    return [header.index(name) for name in names]
 
 
 def bag_of_words(

@@ -19,6 +19,7 @@ from recbole.utils import ModelType, get_model
 
 import recbole_uip
 from recbole_uip.bridge import compat
+from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.settings import SettingsError, UIPSettings
 
 if TYPE_CHECKING:
@@ -243,15 +244,25 @@ class UIPConfig(Config):
     ) -> None:
         self._command_line = tuple(command_line)
         # RecBole converts the strings of the dict in place; the caller's stays as it is.
-        super().__init__(
-            model, dataset, config_file_list, copy.deepcopy(dict(config_dict or {})) or None
-        )
+        config_dict = copy.deepcopy(dict(config_dict or {})) or None
+        with recbole_refusals():
+            super().__init__(model, dataset, config_file_list, config_dict)
+        self._check_valid_metric()
         modes = set(self.final_config_dict["eval_args"]["mode"].values())
         if self.uip.facets and "full" in modes:
             raise SettingsError(
                 "eval_args.mode=full ranks items for a user outside any interaction, where a "
                 "profile at a point in time has no value: set mode to labeled, or to sampled "
                 "candidates such as uni100"
+            )
+
+    def _check_valid_metric(self) -> None:
+        # RecBole would find out after the first epoch.
+        chosen, metrics = self["valid_metric"], self["metrics"]
+        if str(chosen).partition("@")[0].lower() not in {metric.lower() for metric in metrics}:
+            raise SettingsError(
+                f"valid_metric={chosen!r} is not among metrics={metrics}: take one of them, or add "
+                "it to metrics"
             )
 
     @property

@@ -22,6 +22,7 @@ from recbole_uip import profiles as profile_stage
 from recbole_uip.behaviours import TEST, TRAIN, VALID, Behaviours
 from recbole_uip.bridge import controls
 from recbole_uip.bridge.config import UIPConfig
+from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.bridge.sources import download, missing_files_error
 from recbole_uip.bridge.storage import load_pickle
 from recbole_uip.files import atomic_write
@@ -110,7 +111,8 @@ class UIPDataset(Dataset):
         self.float_ranges: dict[str, tuple[float, float, float]] = {}
         self._hidden: frozenset[str] = frozenset()
         self._match_fields: tuple[str, ...] = ()
-        super().__init__(config)
+        with recbole_refusals():
+            super().__init__(config)
 
     # Loading: what pandas 3 and numpy 2 no longer do as RecBole 1.2.1 expects.
 
@@ -149,9 +151,12 @@ class UIPDataset(Dataset):
         load_col, unload_col = self._get_load_and_unload_col(source)
         if load_col == set():
             return None
-        separator, encoding = self.config["field_separator"], self.config["encoding"]
-        with open(filepath, encoding=encoding) as file:
-            header = file.readline().rstrip("\r\n").split(separator)
+        separator, encoding = self.config["field_separator"], _past_bom(self.config["encoding"])
+        try:
+            with open(filepath, encoding=encoding) as file:
+                header = file.readline().rstrip("\r\n").split(separator)
+        except (UnicodeError, LookupError) as error:
+            raise _unreadable(filepath, encoding, error) from error
         names, types = [], {}
         for column in header:
             name, colon, kind = column.partition(":")
@@ -166,19 +171,23 @@ class UIPDataset(Dataset):
         if not names:
             logger.warning("no column of %s is loaded", filepath)
             return None
-        frame = _Frame(
-            pd.read_csv(
-                filepath,
-                sep=separator,
-                usecols=list(types),
-                dtype={
-                    column: np.float64 if ftype == FeatureType.FLOAT else object
-                    for column, ftype in types.items()
-                },
-                encoding=encoding,
-                engine="c" if len(separator) == 1 else "python",
-            )
-        )[list(types)]
+        floats = [column for column, ftype in types.items() if ftype == FeatureType.FLOAT]
+        options = {
+            "sep": separator,
+            "usecols": list(types),
+            "encoding": encoding,
+            "engine": "c" if len(separator) == 1 else "python",
+        }
+        try:
+            dtype = {column: np.float64 if column in floats else object for column in types}
+            frame = pd.read_csv(filepath, dtype=dtype, **options)
+        except ValueError as error:
+            if not isinstance(error, UnicodeError):
+                text = pd.read_csv(filepath, dtype=object, **options)
+                _check_numbers(filepath, text[floats])
+            raise _unreadable(filepath, encoding, error) from error
+        _check_rows(filepath, len(frame))
+        frame = _Frame(frame)[list(types)]
         frame.columns = names
         for name, ftype in zip(names, types.values(), strict=True):
             if source != "link":
@@ -204,9 +213,73 @@ class UIPDataset(Dataset):
         self.field2seqlen[name] = max(longest, 1)
         return pd.Series(values, index=column.index)
 
+    def _load_inter_feat(self, token: str, dataset_path: str) -> None:
+        super()._load_inter_feat(token, dataset_path)
+        self._check_columns([] if self.inter_feat is None else list(self.inter_feat))
+
+    def _check_columns(self, loaded: list[str]) -> None:
+        """Refuse interactions without IDs, or with columns of which no labels can be made."""
+        for key, field in (("USER_ID_FIELD", self.uid_field), ("ITEM_ID_FIELD", self.iid_field)):
+            if field not in loaded:
+                raise SettingsError(
+                    f"{key}={field!r} is not among the columns loaded of the interactions, "
+                    f"{loaded}: load it by load_col, or name the right column by {key}"
+                )
+            if self.field2type[field] != FeatureType.TOKEN:
+                raise SettingsError(
+                    f"{key}={field!r} is a column of type {self.field2type[field].value}: IDs are "
+                    f"tokens, so call it {field}:token in the file"
+                )
+        threshold = self.config["threshold"]
+        if threshold is not None:
+            self._check_threshold(threshold, loaded)
+        elif self.label_field in loaded:
+            self._check_is_float("LABEL_FIELD", self.label_field)
+        if ROW in loaded:
+            raise SettingsError(
+                f"the interactions have a column {ROW!r}, which is a name of ours: rename it, or "
+                "leave it out by unload_col"
+            )
+
+    def _check_threshold(self, threshold: Any, loaded: list[str]) -> None:
+        example = "such as {rating: 4}"
+        if not isinstance(threshold, dict) or len(threshold) != 1:
+            raise SettingsError(
+                f"threshold={threshold!r} must map one column to a number, {example}"
+            )
+        ((field, lowest),) = threshold.items()
+        if isinstance(lowest, bool) or not isinstance(lowest, (int, float)):
+            raise SettingsError(f"threshold.{field}={lowest!r} must be a number, {example}")
+        if field not in loaded:
+            raise SettingsError(
+                f"threshold names {field!r}, which is not among the columns loaded of the "
+                f"interactions, {loaded}: load it, such as by "
+                f"load_col: {{inter: [{', '.join(map(str, [*loaded, field]))}]}}"
+            )
+        self._check_is_float(f"threshold.{field}", field)
+
+    def _check_is_float(self, key: str, field: str) -> None:
+        if self.field2type[field] != FeatureType.FLOAT:
+            raise SettingsError(
+                f"{key}: the column {field!r} is of type {self.field2type[field].value}, whose "
+                f"values are names and no numbers: call it {field}:float in the file"
+            )
+
+    def _check_missing(self) -> None:
+        """Refuse missing ratings and labels, of which RecBole would make some by their mean."""
+        field = next(iter(self.config["threshold"] or (self.label_field,)))
+        missing = 0 if field not in self.inter_feat else int(self.inter_feat[field].isna().sum())
+        if missing:
+            raise SettingsError(
+                f"{field!r} is missing in {missing} of {len(self.inter_feat)} interactions, and "
+                "without it there is no label: take these rows out of the file, or filter them by "
+                f"val_interval, such as {{{field}: '[0,5]'}}"
+            )
+
     def _remap_ID_all(self) -> None:
         # The first step after filtering, and before RecBole fills, normalises and rounds to
         # float32 what we need exact.
+        self._check_missing()
         if self.time_field in self.inter_feat and (
             self.field2type[self.time_field] == FeatureType.FLOAT
         ):
@@ -273,10 +346,18 @@ class UIPDataset(Dataset):
         """
         if self._splits is None:
             self._check_order()
-            splits = super().build()
+            with recbole_refusals():
+                splits = super().build()
+            if len(splits) != 3:
+                raise SettingsError(
+                    f"eval_args.split={self.config['eval_args']['split']} and benchmark_filename="
+                    f"{self.config['benchmark_filename']} give {len(splits)} splits: there must be "
+                    "three, for training, validation and test"
+                )
             self._check_labels()
             self.behaviours = self._make_behaviours(splits)
             self.profiles = self._infer()
+            self._check_names()
             for split in splits:
                 split.behaviours, split.profiles = self.behaviours, self.profiles
                 split.settings = self.settings
@@ -379,16 +460,29 @@ class UIPDataset(Dataset):
         )
 
     def _check_order(self) -> None:
-        if (
-            self.benchmark_filename_list is None
-            and self.config["eval_args"]["order"] == "TO"
-            and self.time_field not in self.inter_feat
-        ):
+        if self.benchmark_filename_list or self.config["eval_args"]["order"] != "TO":
+            return
+        if self.time_field not in self.inter_feat:
             raise SettingsError(
                 f"eval_args.order=TO needs the time field {self.time_field!r}, which is not "
                 f"among the loaded fields {list(self.inter_feat)}: load it by load_col, name "
                 "it by TIME_FIELD, or set order to RO"
             )
+        if self._raw_time is None:
+            raise SettingsError(
+                f"eval_args.order=TO: the time field {self.time_field!r} is of type "
+                f"{self.field2type[self.time_field].value}, which has no order: call it "
+                f"{self.time_field}:float in the file, or set order to RO"
+            )
+
+    def _check_names(self) -> None:
+        for field in self.profiles.fields:
+            if field.name in self.field2type:
+                raise SettingsError(
+                    f"the data have a column {field.name!r}, which is the name of a field of facet "
+                    f"{field.facet!r}: rename the facet in uip_facets, or leave the column out by "
+                    "unload_col"
+                )
 
     def _check_labels(self) -> None:
         if self.label_field in self.inter_feat:
@@ -572,6 +666,41 @@ class UIPDataset(Dataset):
                 setattr(self, name, _Frame(state[name]["frame"]))
 
 
+def _past_bom(encoding: str | None) -> str | None:
+    """UTF-8 with or without a byte order mark, which would become part of the first column."""
+    plain = (encoding or "utf-8").lower().replace("_", "-")
+    return "utf-8-sig" if plain in ("utf-8", "utf8") else encoding
+
+
+def _unreadable(path: str, encoding: str | None, error: Exception) -> SettingsError:
+    return SettingsError(
+        f"{path} cannot be read: {error} (encoding={encoding!r}): check the file and the settings "
+        "encoding and field_separator"
+    )
+
+
+def _check_numbers(path: str, columns: pd.DataFrame) -> None:
+    """Name the first value of the columns, which are text, that is not a number."""
+    for name, values in columns.items():
+        numbers = pd.to_numeric(values, errors="coerce")
+        for row in np.flatnonzero(numbers.isna() & values.notna())[:1]:
+            raise SettingsError(
+                f"{path}: column {name!r} has {values.iloc[row]!r} in row {row + 1}, which is no "
+                "number: mend the file, or call the column's type token"
+            )
+
+
+def _check_rows(path: str, n_rows: int) -> None:
+    with open(path, "rb") as file:
+        n_lines = sum(1 for line in file if line.strip(b"\r\n ")) - 1
+    if n_lines != n_rows:
+        raise SettingsError(
+            f"{path} has {n_lines} rows, of which {n_rows} would be read: a field that begins with "
+            'a quotation mark (") runs on to the next one, over the ends of lines; take these '
+            "marks out of the file"
+        )
+
+
 def _take(feat: Interaction, index: Any) -> Interaction:
     # Interaction's own indexing makes a Python list of the index, and a tensor of it per field:
     # most of the time of a batch.
@@ -622,13 +751,15 @@ def data_preparation(
 
 
 def _dataloaders(config: UIPConfig, dataset: UIPDataset, splits: list) -> tuple[Any, Any, Any]:
-    samplers = create_samplers(config, dataset, splits)
-    return tuple(
-        get_dataloader(config, phase)(
-            config, split, sampler, shuffle=config["shuffle"] if phase == "train" else False
+    phases = ("train", "valid", "test")
+    with recbole_refusals():
+        samplers = create_samplers(config, dataset, splits)
+        return tuple(
+            get_dataloader(config, phase)(
+                config, split, sampler, shuffle=config["shuffle"] if phase == "train" else False
+            )
+            for phase, split, sampler in zip(phases, splits, samplers, strict=True)
         )
-        for phase, split, sampler in zip(("train", "valid", "test"), splits, samplers, strict=True)
-    )
 
 
 def _saved_dataset(config: UIPConfig) -> str:

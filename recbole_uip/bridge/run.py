@@ -27,6 +27,7 @@ from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.metrics import gauc
+from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.bridge.serving import write_serving
 from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
@@ -126,9 +127,13 @@ def run_recbole_uip(
 @contextlib.contextmanager
 def _sole_writer(output: Path) -> Iterator[None]:
     """Refuse a second run in the same folder: each would train on with the other's checkpoints."""
-    output.mkdir(parents=True, exist_ok=True)
     try:
+        output.mkdir(parents=True, exist_ok=True)
         file = lock(output / LOCK)
+    except OSError as error:
+        raise SettingsError(
+            f"uip_output={str(output)!r} cannot be written to: {error}; choose another folder"
+        ) from error
     except LockedError as error:
         raise SettingsError(
             f"uip_output={str(output)!r}: {error} has a run there; wait for it, or give this one "
@@ -225,16 +230,23 @@ def train_arm(
     train_data, valid_data, test_data = data_preparation(config, dataset, arm)
     seed, reproducibility = config["seed"], config["reproducibility"]
     init_seed(seed + config["local_rank"], reproducibility)
-    model = config.model_class(config, train_data.dataset).to(config["device"])
-    trainer = make_trainer(config, model)
-    trainer.saved_model_file = str(checkpoints / f"{config['model']}-{arm.name}.pth")
+    with recbole_refusals():
+        model = config.model_class(config, train_data.dataset).to(config["device"])
+        trainer = make_trainer(config, model)
+    checkpoint = checkpoints / f"{config['model']}-{arm.name}.pth"
+    # An earlier run's, which would stand where this one finds no best epoch.
+    checkpoint.unlink(missing_ok=True)
+    trainer.saved_model_file = str(checkpoint)
     show_progress = config["show_progress"]
     outcome: dict[str, Any] = {}
     predictions = {}
     with _subnormals_as_zero():
         started = time.perf_counter()
-        trainer.fit(train_data, valid_data, saved=True, show_progress=show_progress)
+        with recbole_refusals():
+            trainer.fit(train_data, valid_data, saved=True, show_progress=show_progress)
         outcome["seconds"] = time.perf_counter() - started
+        if not checkpoint.is_file():
+            raise _no_best_epoch(config, arm, valid_data)
         for name, data in (("valid", valid_data), ("test", test_data)):
             # Where candidates are sampled at evaluation, every arm must meet the same ones.
             init_seed(seed, reproducibility)
@@ -242,13 +254,28 @@ def train_arm(
             predictions[name] = trainer.predictions
             outcome[name] = {**plain(dict(reported)), **_metrics(config, predictions[name])}
     outcome["fields"] = _model_fields(model)
-    outcome["profile_fields"] = [name for name in outcome["fields"] if name.startswith("uip_")]
+    # The dataset itself has the data's own fields, its views for arms the profiles' besides.
+    data = dataset.field2type
+    outcome["profile_fields"] = [name for name in outcome["fields"] if name not in data]
     outcome["user_id"] = arm.user_id
     outcome["config"] = plain(config.final_config_dict)
     outcome["epochs"] = len(trainer.train_loss_dict)
     outcome["score_seconds"] = trainer.score_seconds
     outcome["parameters"] = sum(weights.numel() for weights in model.parameters())
     return outcome, predictions
+
+
+def _no_best_epoch(config: UIPConfig, arm: ArmSettings, valid_data: Any) -> SettingsError:
+    about = ""
+    if config["LABEL_FIELD"] in valid_data.dataset.inter_feat:
+        labels = valid_data.dataset.inter_feat[config["LABEL_FIELD"]]
+        about = f" ({int(labels.sum())} of its {len(labels)} labels are 1)"
+    return SettingsError(
+        f"{config['model']}, arm {arm.name}: valid_metric={config['valid_metric']} of the "
+        f"validation split{about} was a number in no epoch, so none is the best: change "
+        "eval_args.split, threshold or the filters, the learning rate, or choose epochs by another "
+        "metric, such as valid_metric=LogLoss"
+    )
 
 
 @contextlib.contextmanager

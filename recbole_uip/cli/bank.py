@@ -74,7 +74,7 @@ def _build(namespace: Namespace, overrides: list[str], command: str) -> None:
             )
         texts = functools.partial(
             item_texts, namespace.items, settings.item_text, namespace.item,
-            separator="," if namespace.items.suffix == ".csv" else "\t",
+            separator="," if ".csv" in map(str.lower, namespace.items.suffixes) else "\t",
         )  # fmt: skip
     columns = EventColumns(
         namespace.user,

@@ -1,0 +1,185 @@
+"""Settings and files that cannot be used: one clear error each, and never a silent wrong result."""
+
+import gzip
+
+import pytest
+from conftest import BY_TIME, LENIENCY
+
+from recbole_uip import run_recbole_uip
+from recbole_uip.bridge import UIPDataset
+from recbole_uip.bridge.refusals import recbole_refusals
+from recbole_uip.settings import SettingsError
+
+LIST = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"threshold": {"stars": 4}}, "threshold names 'stars'.*load_col: {inter:"),
+        ({"load_col": {"inter": ["user_id", "item_id"]}}, "threshold names 'rating'"),
+        ({"threshold": 4}, "threshold=4 must map one column to a number"),
+        ({"threshold": {"rating": "four"}}, "threshold.rating='four' must be a number"),
+        ({"threshold": {"rating": 4, "timestamp": 4}}, "must map one column"),
+        ({"load_col": {"inter": ["user_id", "rating"]}}, "ITEM_ID_FIELD='item_id' is not among"),
+        ({"load_col": {"inter": ["other"]}}, "USER_ID_FIELD='user_id' is not among"),
+        ({"USER_ID_FIELD": "uid"}, "USER_ID_FIELD='uid' is not among"),
+        ({"USER_ID_FIELD": "rating"}, "rating' is a column of type float: IDs are tokens"),
+        ({"valid_metric": "NDCG@10"}, "valid_metric='NDCG@10' is not among metrics"),
+        ({"eval_args": {**BY_TIME, "split": {"RS": [0.8, 0.2]}}}, "give 2 splits"),
+        ({"eval_args": {**BY_TIME, "split": {"XX": 3}}}, "XX.*NotImplementedError in build"),
+        ({"eval_args": {**BY_TIME, "order": "XX"}}, "XX.*NotImplementedError in build"),
+        ({"eval_args": {**BY_TIME, "mode": "foo"}}, "foo"),
+        ({"eval_args": 3}, "RecBole cannot use a setting"),
+        ({"user_inter_num_interval": "[2000,inf)"}, "Some feat is empty"),
+        ({"val_interval": {"stars": "[1,5]"}}, "stars"),
+        ({"encoding": "foo"}, "unknown encoding: foo"),
+    ],
+)
+def test_settings_that_recbole_cannot_use(settings, words, small):
+    with pytest.raises(SettingsError, match=words):
+        UIPDataset(small.config(**settings)).build()
+
+
+@pytest.mark.parametrize("setting", [{"epochs": "abc"}, {"learning_rate": "fast"}])
+def test_training_settings_that_recbole_cannot_use(setting, small, tmp_path):
+    with pytest.raises(SettingsError, match="RecBole cannot use a setting"):
+        run(small, tmp_path / "out", **setting)
+
+
+def test_our_own_defects_are_not_called_settings():
+    with pytest.raises(ValueError, match="a defect") as caught, recbole_refusals():
+        raise ValueError("a defect")
+    assert not isinstance(caught.value, SettingsError)
+
+
+@pytest.mark.parametrize(
+    "column, words",
+    [
+        ("rating:token", "'rating' is of type token, whose values are names"),
+        ("timestamp:token", "'timestamp' is of type token, which has no order"),
+        ("item_id:float", "could not|no number|IDs are tokens"),
+    ],
+)
+def test_columns_of_the_wrong_type(column, words, atomic):
+    name = column.split(":")[0]
+    atomic.columns = tuple(column if c.startswith(f"{name}:") else c for c in atomic.columns)
+    with pytest.raises(SettingsError, match=words):
+        UIPDataset(atomic.write().config()).build()
+
+
+def test_values_that_are_no_numbers_are_named(atomic):
+    atomic.rows[6][2] = "five"
+    with pytest.raises(SettingsError, match="'rating:float' has 'five' in row 7"):
+        UIPDataset(atomic.write().config())
+
+
+def test_missing_ratings_make_no_labels(atomic):
+    for row in atomic.rows[3:6]:
+        row[2] = ""
+    with pytest.raises(SettingsError, match="'rating' is missing in 3 of 400"):
+        UIPDataset(atomic.write().config())
+    dataset = UIPDataset(atomic.config(val_interval={"rating": "[0,5]"}))
+    dataset.build()
+    assert len(dataset.behaviours) == 397
+
+
+def test_labels_must_be_floats_and_there(atomic):
+    for row in atomic.rows:
+        row[2] = int(row[2] >= 4)
+    settings = {"threshold": None, "LABEL_FIELD": "rating"}
+    UIPDataset(atomic.write().config(**settings)).build()
+    atomic.rows[0][2] = ""
+    with pytest.raises(SettingsError, match="'rating' is missing in 1 of 400"):
+        UIPDataset(atomic.write().config(**settings))
+    atomic.columns = ("user_id:token", "item_id:token", "rating:token", "timestamp:float")
+    with pytest.raises(SettingsError, match="LABEL_FIELD: the column 'rating' is of type token"):
+        UIPDataset(atomic.write().config(**settings))
+
+
+def test_open_quotation_marks_swallow_no_rows(atomic):
+    for row in (10, 200):
+        atomic.rows[row][0] = f'"{atomic.rows[row][0]}'
+    atomic.users = False
+    with pytest.raises(SettingsError, match="has 400 rows, of which 210 would be read"):
+        UIPDataset(atomic.write().config())
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(small):
+    path = small.folder / "small" / "small.inter"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    dataset = UIPDataset(small.config())
+    dataset.build()
+    assert len(dataset.behaviours) == 400
+
+
+def test_another_encoding_is_named(atomic):
+    atomic.rows[0][0] = "Zoë"
+    path = atomic.write().folder / "small" / "small.inter"
+    path.write_bytes(path.read_text(encoding="utf-8").encode("latin-1"))
+    with pytest.raises(SettingsError, match="small.inter cannot be read.*encoding"):
+        UIPDataset(atomic.config())
+
+
+def test_columns_with_our_names(atomic):
+    for name in ("uip_row", "uip_leniency_5"):
+        path = atomic.write().folder / "small" / "small.inter"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [f"{lines[0]}\t{name}:token", *(f"{line}\tx" for line in lines[1:])]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        columns = {"inter": [*LIST["inter"], name]}
+        with pytest.raises(SettingsError, match=f"column '{name}'"):
+            UIPDataset(atomic.config(load_col=columns)).build()
+
+
+def test_one_class_of_validation_labels_does_not_leave_an_earlier_runs_model(atomic, tmp_path):
+    atomic.rows.sort(key=lambda row: row[3])
+    first = run(atomic.write(), tmp_path / "out")
+    assert "plain" in first["models"]["FM"]
+    for row in atomic.rows[320:360]:
+        row[2] = 5
+    # The boundaries of the split are among ties, so that the rows about it are alike as well.
+    for row in atomic.rows[310:370]:
+        row[2] = 5
+    with pytest.raises(SettingsError, match="40 of its 40 labels are 1.*valid_metric=LogLoss"):
+        run(atomic.write(), tmp_path / "out")
+    again = run(atomic, tmp_path / "out", valid_metric="LogLoss")
+    assert again["models"]["FM"]["plain"]["test"]["logloss"] > 0
+
+
+def test_an_output_that_is_a_file(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="uip_output=.*cannot be written to"):
+        run(small, tmp_path / "file")
+
+
+def test_compressed_item_files(tmp_path):
+    from recbole_uip.texts import item_texts
+
+    path = tmp_path / "items.csv.gz"
+    with gzip.open(path, "wt", encoding="utf-8-sig") as file:
+        file.write('item,the title\ni1 ,"A, B"\n"i2",C\n')
+    texts = item_texts(path, "{the title}", "item", {"i1 ": 1, "i2": 2}, 3, ",")
+    assert texts == [None, "A, B", "C"]
+
+
+def run(atomic, output, **settings):
+    config = {
+        "data_path": str(atomic.folder),
+        "checkpoint_dir": str(atomic.folder / "saved"),
+        "load_col": LIST,
+        "threshold": {"rating": 4},
+        "eval_args": BY_TIME,
+        "epochs": 1,
+        "train_batch_size": 256,
+        "show_progress": False,
+        "use_gpu": False,
+        "gpu_id": "",
+        "uip_facets": {"leniency": LENIENCY},
+        "uip_arms": {
+            "plain": {"facets": [], "user_id": "keep"},
+            "uip": {"facets": ["leniency"], "user_id": "drop"},
+        },
+        "uip_output": str(output),
+    }
+    return run_recbole_uip("FM", atomic.name, config={**config, **settings})

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["LockedError", "atomic_write", "lock", "sha256_of", "unlock"]
+__all__ = ["LockedError", "atomic_write", "lock", "sha256_of", "sync", "unlock"]
 
 CHUNK = 1 << 20  # bytes read at a time
 
@@ -43,19 +43,24 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` reach the disk, where the platform can do that."""
-    # Some systems cannot open a folder, some file systems cannot sync one. The file has its
-    # name by now, so an exception would say what is not so.
+    # The file has its name by now, so an exception would say what is not so.
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path.parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Have a file, or the names in a folder, reach the disk.
+
+    Raises
+    ------
+    OSError
+        On systems that cannot open a folder, and file systems that cannot sync one.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def lock(path: str | os.PathLike) -> IO[str]:

@@ -98,7 +98,7 @@ class Profiles:
     static : bool
         Whether a user has the same tokens in all rows.
     cost : dict of str to float
-        ``lm_tokens``, ``lm_seconds``, ``em_seconds``, ``bytes_per_row``.
+        ``lm_tokens``, ``lm_seconds``, ``em_seconds``.
     report : dict of str to dict
         What each facet's fit has to say, by facet.
     facets : dict of str to Facet

@@ -44,7 +44,7 @@ from recbole_uip.lm.likelihood import (
     text_passage,
 )
 from recbole_uip.lm.scoring import n_workers
-from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
+from recbole_uip.settings import FacetSettings, LMSettings, SettingsError, UIPSettings
 from recbole_uip.texts import rated_texts
 from recbole_uip.work import Work, n_processes
 
@@ -491,7 +491,7 @@ def _scored_units(
     return dataclasses.replace(units, value=value, gradient=gradient.astype(np.float32))
 
 
-def _on_own_device(settings: UIPSettings) -> Any:
+def _on_own_device(settings: UIPSettings) -> LMSettings:
     """The LM's settings, with a GPU for each process where there are several of both."""
     import torch
 

@@ -518,6 +518,7 @@ class FeatureBank:
             raise BankError(f"liked={liked!r} of user {user!r}: labels must be 0 or 1")
         if time is not None and not math.isfinite(time):
             raise BankError(f"time={time!r} of user {user!r} must be a finite number")
+        item_number = self.model.number(item)
         number = self._users.get(user)
         row = self._moved.item(number) - 1 if number >= 0 else -1
         if row < 0:
@@ -528,8 +529,7 @@ class FeatureBank:
             if time < own.last_time[row]:
                 raise BankError(_late(user, time, own.last_time[row]))
             own.last_time[row] = time
-        number = self.model.number(item)
-        advance(own.states[row], encoder.kernels, number, own.folds[row], float(liked))
+        advance(own.states[row], encoder.kernels, item_number, own.folds[row], float(liked))
         own.seen[row] += 1
         one = slice(row, row + 1)
         encode(
@@ -646,10 +646,13 @@ class FeatureBank:
         states, seen = self._own.states[rows], self._own.seen[rows]
         sample = sample or self.model.settings.codebook.sample
         encoder = self.model.encoder
-        numbers = encoder.profile_fields.numbers.copy()
-        for f in np.flatnonzero(encoder.profile_fields.kind == CODE):
-            _refit_field(self.model, int(f), states, numbers, sample)
-        fields = encoder.profile_fields._replace(numbers=numbers)
+        fields = encoder.profile_fields
+        numbers, unknown = fields.numbers.copy(), fields.unknown.copy()
+        for f in np.flatnonzero(fields.kind == CODE):
+            codebook = _refit_field(self.model, int(f), states, numbers, sample)
+            if codebook is not None and self.model.settings.empty == "prior":
+                unknown[fields.column[f] : fields.column[f + 1]] = codebook.prior_codes() + 1
+        fields = fields._replace(numbers=numbers, unknown=unknown)
         self.model.encoder = dataclasses.replace(encoder, profile_fields=fields)
         after = self.model.encoder.profiles(states, seen)
         self._own.codes[rows] = after
@@ -883,12 +886,15 @@ def _late(user: str, time: float, last: float) -> str:
 
 def _refit_field(
     model: ProfileModel, f: int, states: np.ndarray, numbers: np.ndarray, sample: int
-) -> None:
-    """Fit the codebook of code field ``f`` on users' states; write it into ``numbers``."""
+) -> ResidualCodebook | None:
+    """Fit the codebook of code field ``f`` on users' states; write it into ``numbers``.
+
+    None where the field has no codes.
+    """
     kernels, fields, settings = model.kernels, model.encoder.profile_fields, model.settings
     k, n_codes = fields.kernel[f], int(fields.size[f])
     if n_codes == 0:
-        return
+        return None
     levels = int(fields.column[f + 1] - fields.column[f])
     rank = int(kernels.rank[k])
     offset, noise, known = offsets(states[:, kernels.start[k] : kernels.start[k + 1]])
@@ -913,3 +919,4 @@ def _refit_field(
         _, order = scipy.optimize.linear_sum_assignment(distance)
         level.reorder(order)
     numbers[first : first + levels * size] = codebook.numbers
+    return codebook

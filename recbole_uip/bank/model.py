@@ -232,10 +232,14 @@ class ProfileModel:
         Raises
         ------
         BankError
-            If an item is in the catalogue already, or the LM is not the one that the catalogue
-            was scored with.
+            If an item is in the catalogue already, there are not as many texts as items, or the
+            LM is not the one that the catalogue was scored with.
         """
         items = [str(item) for item in items]
+        if len(texts) != len(items):
+            raise BankError(
+                f"{len(items)} items have {len(texts)} texts: give one for each, None for no text"
+            )
         known = set(self.items)
         for item in items:
             if item in known:
@@ -252,7 +256,7 @@ class ProfileModel:
         for facet in self.settings.facets:
             if facet.source == "constant":
                 vectors[facet.name][:] = self.encoder.vectors(facet.name)[:, :1]
-        rows = [row for row, text in enumerate(texts) if text]
+        rows = [row for row, text in enumerate(texts) if text and text.strip()]
         for source in TEXT_SOURCES:
             facets = [facet.name for facet in self.settings.facets if source in facet.text_sources]
             if facets and rows:

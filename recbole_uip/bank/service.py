@@ -80,19 +80,27 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Body(BaseModel):
+    """A request, with no keys but its own."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class LookUp(_Body):
+    """Whose profile tokens are asked for."""
+
     users: list[Token]
 
 
 class Match(_Body):
+    """A user, and the items whose match tokens are asked for."""
+
     user: Token
     items: list[Token]
 
 
 class Event(_Body):
+    """A user met an item; ``time`` in the unit of the bank's events."""
+
     user: Token
     item: Token
     liked: Number = 1.0
@@ -100,11 +108,15 @@ class Event(_Body):
 
 
 class Update(_Body):
+    """Events that enter the bank; ``late`` says what becomes of one before its user's last."""
+
     events: list[Event]
     late: Literal["refuse", "drop", "apply"] = "refuse"
 
 
 class Score(_Body):
+    """A user, the items to score, and further fields that the model reads."""
+
     user: Token
     items: list[Token]
     time: Number | None = None

@@ -157,6 +157,11 @@ def fit(
     directions : {"between", "fisher"}
         ``fisher`` takes the leading whitened directions as they are, those of most Fisher
         information; mean, variance and noise along them are estimated the same way.
+
+    Raises
+    ------
+    ValueError
+        If no event is evidence, or no user has evidence in both halves of their events.
     """
     if not evidence.weight.any():
         raise ValueError(
@@ -257,6 +262,23 @@ def half_means(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean weighted scores of two halves of each user's events, and each user's weight.
 
+    Parameters
+    ----------
+    whitened : ndarray, shape (n_items, m)
+    user, item : ndarray of int64, shape (n_events,)
+        Each user's events in the order of time, of which every other one makes a half.
+    evidence : Evidence
+        Of the same events.
+    n_users : int
+
+    Returns
+    -------
+    first, second : ndarray of float64, shape (n, m)
+        Of the n users that both halves know.
+    weight : ndarray of float64, shape (n,)
+
+    Notes
+    -----
     Users with evidence in one half alone are left out. A user's weight is its number of events
     in the smaller half, up to a limit: past it, more events no longer make a user's mean
     offset a better sample of how users differ.

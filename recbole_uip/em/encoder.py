@@ -139,7 +139,7 @@ class Encoder:
             self,
             kernels=kernels._replace(
                 table=np.array([places[facet] for facet in self.facets], dtype=np.int64),
-                vectors=np.concatenate(tables),
+                vectors=np.concatenate([*tables, np.empty(0, np.float32)]),
                 rate=rate,
                 intercept=em_kernels.intercepts(rate),
             ),

@@ -20,10 +20,16 @@ noise variance M / N^2, in units where one event has unit noise.
 a_i the logit of the item's like rate, b_u the user's leniency and :math:`\delta_u` the user's
 taste. Running sums of contrast weights are the score of this model at :math:`b = \delta = 0`;
 here every event is weighed against what is already known of the user, so that one trait is not
-counted twice. The posterior is Gaussian with diagonal covariance (assumed-density filtering,
-one Newton step an event). Between events the profile drifts back to its prior, m <- a m and
-P <- a^2 P + (1 - a^2) lambda: the steady state is the prior, so a user who is long away is a
-new user.
+counted twice. The posterior is kept Gaussian with diagonal covariance. An event with label y, at
+the p that the drifted posterior (m, P) predicts, and with c = p (1 - p) and g_0 = 1 for leniency,
+
+.. math:: m_d \leftarrow m_d + \frac{P_d g_d (y - p)}{1 + c \sum_j P_j g_j^2}, \quad
+          P_d \leftarrow \frac{P_d}{1 + c P_d g_d^2},
+
+is one Newton step (the extended Kalman filter's mean), and the diagonal of the precision, from
+which the correlations that the event brings are left out. Between events the profile drifts back
+to its prior, m <- a m and P <- a^2 P + (1 - a^2) lambda: the steady state is the prior, so a user
+who is long away is a new user.
 
 Either takes O(rank) numbers a user and O(rank) work an event, and no LM. Batches and single
 users go through the same functions, row by row and in one order of operations, so they give the

@@ -102,6 +102,11 @@ def index_history(
     n_users : int
     refresh : float
         A row at time t sees the events before ``t - refresh``, in units of ``time``.
+
+    Returns
+    -------
+    History
+        With one timeline a user; without ``time``, whole for every row.
     """
     whole = whole_history(user, time, is_event, n_users)
     if time is None:

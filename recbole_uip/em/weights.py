@@ -25,10 +25,6 @@ class Evidence(NamedTuple):
     weight: np.ndarray
     count: np.ndarray
 
-    def take(self, events: np.ndarray) -> Evidence:
-        """Evidence of some of the events."""
-        return Evidence(self.weight[events], self.count[events])
-
 
 def like_rate(
     item: np.ndarray, liked: np.ndarray, n_items: int, prior_count: float = PRIOR_COUNT

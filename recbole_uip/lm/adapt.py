@@ -9,9 +9,11 @@ each epoch the adapter is judged on these, and that of the best epoch is kept.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,7 @@ def adapt(
         If the LM cannot be found or loaded, or is too short for a text.
     """
     import peft
-    from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
+    from transformers import ProgressCallback, Trainer
 
     class Bar(ProgressCallback):
         """Trainer's bar, without its lines on the standard output."""
@@ -124,29 +126,19 @@ def adapt(
     order = np.random.default_rng(seed).permutation(len(rows))
     n_held_out = max(1, round(HELD_OUT * len(rows)))
     held_out, train = ([rows[row] for row in part] for part in np.split(order, [n_held_out]))
-    set_seed(seed)
-    model = peft.get_peft_model(backbone.model, _config(method, size))
-    parameters, _ = model.get_nb_trainable_parameters()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+    with (
+        _seeded(seed),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch,
+    ):
+        model = peft.get_peft_model(backbone.model, _config(method, size))
+        parameters, _ = model.get_nb_trainable_parameters()
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=str(Path(scratch) / "trainer"),
+            args=_arguments(
+                Path(scratch) / "trainer",
                 num_train_epochs=epochs,
                 learning_rate=learning_rate or LEARNING_RATES[method],
-                per_device_train_batch_size=BATCH,
-                per_device_eval_batch_size=BATCH,
-                eval_strategy="epoch",
-                save_strategy="epoch",
-                save_total_limit=1,
-                load_best_model_at_end=True,
-                metric_for_best_model="eval_loss",
-                prediction_loss_only=True,
-                label_names=["labels"],
-                remove_unused_columns=False,
-                logging_strategy="no",
-                report_to="none",
                 seed=seed,
                 use_cpu=backbone.device.type == "cpu",
             ),
@@ -173,6 +165,43 @@ def adapt(
         after=after,
         curve=losses[:epochs],
         parameters=parameters,
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators, which PEFT and Trainer draw from, and give them back after."""
+    from transformers import set_seed
+
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _arguments(folder: Path, **chosen: Any) -> Any:
+    """Trainer's arguments: an epoch is judged and kept, the best one wins, nothing is logged."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        prediction_loss_only=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        logging_strategy="no",
+        report_to="none",
+        **chosen,
     )
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_uip.files import atomic_write, sha256_of
+from recbole_uip.files import atomic_write, sha256_of, sync
 from recbole_uip.settings import DEFAULT_LM, LMSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -452,6 +452,8 @@ def _convert_gguf(path: Path, models: Path) -> Path:
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         weights = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for file in folder.iterdir():
+            sync(file)
         try:
             os.replace(folder, target)
         except OSError:

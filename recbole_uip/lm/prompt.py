@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recbole_uip.lm.backbone import Backbone
+from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,7 +153,7 @@ def build(
 
     Raises
     ------
-    ValueError
+    SettingsError
         If a name has no tokens, or no token tells one ending from the other.
     """
     if not names:
@@ -160,15 +161,17 @@ def build(
     name_ids = tokenize(backbone.tokenizer, names)
     for name, ids in zip(names, name_ids, strict=True):
         if not ids:
-            raise ValueError(f"facet name {name!r} has no tokens; give it at least one word")
+            raise SettingsError(
+                f"uip_facets: the prompt {name!r} has no tokens; give it at least one word"
+            )
     ending = None
     if endings is not None:
         liked, disliked = tokenize(backbone.tokenizer, endings)
         shared = min(len(liked), len(disliked))
         n_common = next((i for i in range(shared) if liked[i] != disliked[i]), shared)
         if n_common == shared:
-            raise ValueError(
-                f"endings {endings!r}: no token tells them apart (one begins with the other); "
+            raise SettingsError(
+                f"uip_endings={endings!r}: no token tells them apart (one begins with the other); "
                 "choose two verbs, such as ' and loved it' and ' and hated it'"
             )
         ending = Ending(tuple(liked[:n_common]), liked[n_common], disliked[n_common])

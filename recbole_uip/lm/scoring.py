@@ -16,9 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +29,8 @@ from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelError, load, resolve, resolve_dtype
 from recbole_uip.lm.prompt import Prompt
 from recbole_uip.lm.store import ScoreStore, digest
-from recbole_uip.settings import LMSettings
-from recbole_uip.work import even_batches
+from recbole_uip.settings import LMSettings, SettingsError
+from recbole_uip.work import even_batches, in_parallel
 
 __all__ = ["Scores", "check_lengths", "check_texts", "put_through", "score"]
 
@@ -270,11 +268,13 @@ def check_texts(texts: Sequence[str]) -> None:
 
     Raises
     ------
-    ValueError
+    SettingsError
     """
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"texts[{row}]={text!r} is empty: leave out items that have no text")
+            raise SettingsError(
+                f"texts[{row}]={text!r} is empty: leave out items that have no text"
+            )
 
 
 def check_lengths(
@@ -284,7 +284,7 @@ def check_lengths(
 
     Raises
     ------
-    ValueError
+    SettingsError
         If a text has no tokens.
     ModelError
         If one has too many.
@@ -292,7 +292,7 @@ def check_lengths(
     limit = getattr(backbone.model.config.get_text_config(), "max_position_embeddings", None)
     for text, row in zip(texts, ids, strict=True):
         if not row:
-            raise ValueError(f"text {text!r} has no tokens: leave out items that have no text")
+            raise SettingsError(f"text {text!r} has no tokens: leave out items that have no text")
         length = len(row) + n_more
         if limit is not None and length > limit:
             raise ModelError(
@@ -304,35 +304,6 @@ def check_lengths(
 def n_workers(backbone: Backbone) -> int:
     """Batches to score at once: on CPU one per thread, up to a bound on memory."""
     return min(torch.get_num_threads(), MAX_WORKERS) if backbone.device.type == "cpu" else 1
-
-
-def in_parallel(
-    function: Callable[[np.ndarray], dict[str, torch.Tensor]],
-    batches: Iterable[np.ndarray],
-    n_workers: int,
-) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
-    """``(batch, function(batch))``, in order, ``n_workers`` at a time.
-
-    Threads that each work on a batch of their own never wait for one another; threads that
-    share every matrix product do so thousands of times per batch, and on a machine that has
-    other work, too, that costs most of the speed (measured: a factor of three).
-    """
-    n_threads = torch.get_num_threads()
-    share = max(1, n_threads // n_workers)
-    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(share,))
-    waiting: deque[tuple[np.ndarray, Future]] = deque()
-    try:
-        for batch in batches:
-            waiting.append((batch, pool.submit(function, batch)))
-            if len(waiting) > 2 * n_workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(n_threads)  # part of the workers' setting is the process's
 
 
 def _runner(

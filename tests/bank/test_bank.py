@@ -19,6 +19,7 @@ from recbole_uip.bank.bank import FeatureBank, user_table
 from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bank.model import fold_of
 from recbole_uip.bank.store import BankError
+from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 
 from .conftest import N_ITEMS
@@ -271,6 +272,21 @@ def test_refit_keeps_the_meaning_of_codes(full_bank, users, model):
         assert reader.model.encoder.fields == model.encoder.fields
 
 
+def test_refit_gives_new_users_the_new_priors_mode(world, items, users, bank_settings, tmp_path):
+    settings = dataclasses.replace(bank_settings, empty="prior")
+    inferred = infer(world.behaviours, None, settings)
+    with bank_of_profiles(
+        tmp_path / "prior", inferred, world.behaviours, users, items, settings
+    ) as bank:
+        column = bank.fields.index("uip_company")
+        bank.refit()
+        fields = bank.model.encoder.profile_fields
+        number = int(np.flatnonzero(fields.column[:-1] == column)[0])
+        n_codes, first = int(fields.size[number]), int(fields.first[number])
+        heaviest = np.argmax(fields.numbers[first : first + n_codes]) + 1
+        assert bank.look_up("somebody new")[column] == heaviest
+
+
 def test_new_items_without_an_lm(full_bank, users):
     known = full_bank.match(users[0], ["i1", "i2"])
     full_bank.add_items(["new", "newer"], ["A new film", None])
@@ -285,6 +301,18 @@ def test_new_items_without_an_lm(full_bank, users):
         )
     with pytest.raises(BankError, match="item 'i1' is in the catalogue already"):
         full_bank.add_items(["i1"], ["text"])
+    for texts in ([], ["a", "b"]):
+        with pytest.raises(BankError, match="1 items have [02] texts"):
+            full_bank.add_items(["newest"], texts)
+
+
+def test_an_item_that_is_no_string_leaves_the_bank_as_it_was(full_bank, users):
+    with pytest.raises(BankError, match="1"):
+        full_bank.update("somebody new", 1, 1, time=1e9)
+    assert "somebody new" not in full_bank
+    with pytest.raises(BankError, match="1"):
+        full_bank.update(users[0], 1, 1, time=1e9)
+    full_bank.update(users[0], "i1", 1, time=1e8)  # would be late after the refused event
 
 
 def test_bytes_per_user(full_bank):

@@ -112,7 +112,7 @@ def test_one_set_of_soft_tokens_per_text(backbone, prompt, ids):
 def test_refusals(backbone, prompt, ids):
     with pytest.raises(ValueError, match="facets is empty"):
         prompts.build(backbone, [])
-    with pytest.raises(ValueError, match="facet name '  ' has no tokens"):
+    with pytest.raises(ValueError, match="the prompt '  ' has no tokens"):
         prompts.build(backbone, ["taste", "  "])
     with pytest.raises(ValueError, match="no token tells them apart"):
         prompts.build(backbone, ["taste"], (" and loved", " and loved it"))

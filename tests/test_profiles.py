@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from recbole_uip.behaviours import TEST, TRAIN, VALID
+from recbole_uip.behaviours import TEST, VALID
 from recbole_uip.em import states
 from recbole_uip.em.facet import Facet
 from recbole_uip.lm import embed
@@ -460,4 +460,3 @@ def test_the_core_never_imports_recbole(module):
 def test_facet_attributes_are_learned_only_by_fitting():
     facet = Facet(settings().facets[0])
     assert not [name for name in vars(facet) if name.endswith("_")]
-    assert TRAIN == 0

@@ -58,6 +58,17 @@ _OTHER_TYPES = {
 _TEXTS = ("uip_item_text", "uip_lm", "uip_lm_adapter", "uip_lm_device", "uip_cache", "uip_output")
 
 
+# Numbers that RecBole would stumble over when it trains: what they are, and at least.
+_NUMBERS = {
+    "epochs": (int, 0),
+    "stopping_step": (int, 0),
+    "train_batch_size": (int, 1),
+    "eval_batch_size": (int, 1),
+    "learning_rate": ((int, float), 0),
+    "weight_decay": ((int, float), 0),
+}
+
+
 class _Loader(yaml.FullLoader):
     """RecBole's YAML loader; it adds its resolver to ``yaml.FullLoader`` itself, for everyone."""
 
@@ -175,10 +186,7 @@ def profile_settings(files: Sequence[str], arguments: Sequence[str]) -> UIPSetti
     counts, and an argument with another is refused.
     """
     defaults = parse_yaml(read_properties("uip.yaml") or "")
-    given = {
-        key: value if key in _TEXTS else _convert(value)
-        for key, value in parse_command_line(arguments).items()
-    }
+    given = _converted(parse_command_line(arguments))
     for key in given:
         if key != "seed" and not key.startswith("uip_"):
             raise SettingsError(
@@ -186,6 +194,16 @@ def profile_settings(files: Sequence[str], arguments: Sequence[str]) -> UIPSetti
                 "key (see --help)"
             )
     return UIPSettings.from_dict({**defaults, **load_config_files(files), **given})
+
+
+def _converted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with every string read as a value, but for those that are texts."""
+    converted = dict(settings)
+    for key, value in settings.items():
+        text = key in _TEXTS and value not in ("None", "null", "~")
+        if isinstance(value, str) and not text:
+            converted[key] = _convert(value)
+    return converted
 
 
 def _convert(value: str) -> Any:
@@ -247,6 +265,7 @@ class UIPConfig(Config):
         config_dict = copy.deepcopy(dict(config_dict or {})) or None
         with recbole_refusals():
             super().__init__(model, dataset, config_file_list, config_dict)
+        self._check_numbers()
         self._check_valid_metric()
         modes = set(self.final_config_dict["eval_args"]["mode"].values())
         if self.uip.facets and "full" in modes:
@@ -255,6 +274,13 @@ class UIPConfig(Config):
                 "profile at a point in time has no value: set mode to labeled, or to sampled "
                 "candidates such as uni100"
             )
+
+    def _check_numbers(self) -> None:
+        for key, (kind, least) in _NUMBERS.items():
+            value = self[key]
+            if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+                what = "a whole number" if kind is int else "a number"
+                raise SettingsError(f"{key}={value!r} must be {what} of at least {least}")
 
     def _check_valid_metric(self) -> None:
         # RecBole would find out after the first epoch.
@@ -284,10 +310,7 @@ class UIPConfig(Config):
         return _Loader
 
     def _convert_config_dict(self, config_dict: dict) -> dict:
-        for key, value in config_dict.items():
-            if isinstance(value, str):
-                text = key in _TEXTS and value not in ("None", "null", "~")
-                config_dict[key] = value if text else _convert(value)
+        config_dict.update(_converted(config_dict))
         return config_dict
 
     def _load_config_files(self, file_list: Sequence[str] | None) -> dict:

@@ -599,8 +599,14 @@ class UIPDataset(Dataset):
                 "values=means has no match values for sampled negatives: use it where every row "
                 "has a label"
             )
+        if self.config["double_tower"]:
+            raise SettingsError(
+                f"values=means gives float fields of the interaction, for which "
+                f"{self.config['model']} has no tower: leave the arm out"
+            )
         columns = controls.float_fields(self.profiles, self.behaviours, facets)
-        self.config["numerical_features"] = [*self.config["numerical_features"], *columns]
+        numerical = dict.fromkeys([*self.config["numerical_features"], *columns])
+        self.config["numerical_features"] = list(numerical)
         self.field2bucketnum = {**self.field2bucketnum, **dict.fromkeys(columns, 2)}
         rows = self.inter_feat[ROW]
         for name, values in columns.items():

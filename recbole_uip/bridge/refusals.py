@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from types import TracebackType
 
 from recbole_uip.settings import SettingsError
 
 __all__ = ["recbole_refusals"]
+
+logger = logging.getLogger(__name__)
 
 # What RecBole raises, knowingly or not, where a setting or a file is not what it takes.
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError)
@@ -30,6 +33,7 @@ def recbole_refusals() -> Iterator[None]:
         where = _last_frame(error.__traceback__)
         if where is None:
             raise
+        logger.debug("what RecBole raised", exc_info=True)
         reason = " ".join(str(error).split()) or "no message"
         raise SettingsError(
             f"RecBole cannot use a setting or the data: {reason} ({type(error).__name__} in "

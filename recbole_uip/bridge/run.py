@@ -93,8 +93,9 @@ def run_recbole_uip(
     Raises
     ------
     SettingsError
-        If a setting cannot be used, or another run writes to the same folder; nothing has been
-        trained then.
+        If a setting cannot be used, or another run writes to the same folder; or if validation
+        finds no epoch of a model better than another. Nothing has been trained before but what
+        came first: other datasets, and for the last reason other arms.
     """
     given = {
         **load_config_files(config_files or ()),
@@ -196,6 +197,9 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         "command": command or f"run_recbole_uip(dataset={config['dataset']!r})",
     }
     runs = [(each, arm) for each in configs for arm in settings.arms]
+    for each, arm in runs:
+        # An arm that a model cannot be given is refused before any other has been trained.
+        dataset.build()[0].select(arm, copy.deepcopy(each))
     for number, (each, arm) in enumerate(runs, start=1):
         logger.info("%d of %d: training %s, arm %s", number, len(runs), each["model"], arm.name)
         outcome, _ = train_arm(each, dataset, arm, output / "checkpoints")
@@ -242,8 +246,7 @@ def train_arm(
     predictions = {}
     with _subnormals_as_zero():
         started = time.perf_counter()
-        with recbole_refusals():
-            trainer.fit(train_data, valid_data, saved=True, show_progress=show_progress)
+        trainer.fit(train_data, valid_data, saved=True, show_progress=show_progress)
         outcome["seconds"] = time.perf_counter() - started
         if not checkpoint.is_file():
             raise _no_best_epoch(config, arm, valid_data)

@@ -418,10 +418,12 @@ class Scorer:
             values = _spread(name, [""] if value is None else value, n)
             return torch.from_numpy(self._ids(name, [str(token) for token in values]))
         if ftype == FeatureType.TOKEN_SEQ:
-            column = np.zeros((1, field["length"]), np.int64)
-            ids = self._ids(name, [str(token) for token in value or ()])[: field["length"]]
-            column[0, : len(ids)] = ids
-            return torch.from_numpy(np.repeat(column, n, axis=0))
+            sequences = _sequences(name, value, n)
+            column = np.zeros((n, field["length"]), np.int64)
+            for row, tokens in enumerate(sequences):
+                ids = self._ids(name, [str(token) for token in tokens])[: field["length"]]
+                column[row, : len(ids)] = ids
+            return torch.from_numpy(column)
         if ftype == FeatureType.FLOAT:
             told = field.get("float")
             if told is None:
@@ -444,6 +446,22 @@ def _spread(name: str, value: Any, n: int) -> list:
     if len(values) not in (1, n):
         raise SettingsError(f"context[{name!r}] has {len(values)} values: give 1, or {n}")
     return values * n if len(values) == 1 else values
+
+
+def _sequences(name: str, value: Any, n: int) -> list[list]:
+    """``n`` sequences of tokens, of one or of a list of ``n``; none of what is not given."""
+    if value is None:
+        return [[]] * n
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = list(value)
+        inner = [isinstance(each, (list, tuple, np.ndarray)) for each in value]
+        if not any(inner):
+            return [value] * n
+        if all(inner) and len(value) == n:
+            return [list(each) for each in value]
+    raise SettingsError(
+        f"context[{name!r}] must be a list of tokens, or {n} such lists, one for each item"
+    )
 
 
 def _float_feature(

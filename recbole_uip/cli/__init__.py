@@ -106,8 +106,15 @@ def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
     """Run the chosen function; say what went wrong, and by the exit code whose fault it is."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # argparse takes an unknown option with a space in it for a value, such as of --config_files.
-    settings = [argument for argument in arguments if argument.startswith("--uip_")]
-    others = [argument for argument in arguments if not argument.startswith("--uip_")]
+    known = _options(parser)
+    is_setting = [
+        argument.startswith("--") and "=" in argument and argument.partition("=")[0] not in known
+        for argument in arguments
+    ]
+    settings, others = (
+        [argument for argument, each in zip(arguments, is_setting, strict=True) if each == wanted]
+        for wanted in (True, False)
+    )
     try:
         namespace, overrides = parser.parse_known_args(others)
         overrides += settings
@@ -126,6 +133,15 @@ def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
         traceback.print_exc()
         return UNEXPECTED
     return OK
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Names of the options of a parser and of the commands below it."""
+    names = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names = names.union(*map(_options, action.choices.values()))
+    return names
 
 
 def _run(namespace: Namespace, overrides: list[str], command: str) -> None:

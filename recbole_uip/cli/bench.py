@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+from recbole_uip.cli.options import OVERRIDES, add_config_files, show_figures, start
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -121,8 +121,6 @@ def _bench_gradient(namespace: Namespace, overrides: list[str], command: str) ->
 
 
 def _show_bench(results: dict, path: Path | None) -> None:
-    from recbole_uip.evidence.figures import format_bench, write_bench
+    from recbole_uip.evidence.figures import format_bench
 
-    if path is not None:
-        write_bench(path, results)
-    print(format_bench(results))
+    show_figures(results, format_bench, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_data, start
+from recbole_uip.cli.options import OVERRIDES, add_data, show_figures, start
 
 if TYPE_CHECKING:
     import argparse
@@ -27,12 +27,8 @@ def add_ceiling(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _ceiling(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.bridge.run import finite
     from recbole_uip.evidence.ceiling import ceiling, format_ceiling
-    from recbole_uip.evidence.figures import write_bench
 
     files = start(namespace, overrides)
     results = ceiling(namespace.dataset, files, command_line=overrides, command=command)
-    if namespace.json is not None:
-        write_bench(namespace.json, finite(results))
-    print(format_ceiling(results))
+    show_figures(results, format_ceiling, namespace.json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_data, add_numbers, start
+from recbole_uip.cli.options import OVERRIDES, add_data, add_numbers, show_figures, start
 
 if TYPE_CHECKING:
     import argparse
@@ -33,8 +33,6 @@ def add_likelihood(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _likelihood(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.bridge.run import finite
-    from recbole_uip.evidence.figures import write_bench
     from recbole_uip.evidence.likelihood import format_likelihood, likelihood
 
     files = start(namespace, overrides)
@@ -47,6 +45,4 @@ def _likelihood(namespace: argparse.Namespace, overrides: list[str], command: st
         codes=namespace.codes,
         command=command,
     )
-    if namespace.json is not None:
-        write_bench(namespace.json, finite(results))
-    print(format_likelihood(results))
+    show_figures(results, format_likelihood, namespace.json)

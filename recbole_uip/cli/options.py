@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
 
-__all__ = ["OVERRIDES", "add_config_files", "add_data", "add_numbers", "log_as", "start"]
+__all__ = [
+    "OVERRIDES",
+    "add_config_files",
+    "add_data",
+    "add_numbers",
+    "log_as",
+    "show_figures",
+    "start",
+]
 
 OVERRIDES = "Any RecBole or uip_ setting may follow as --key=value; see properties/uip.yaml."
 
@@ -40,6 +49,15 @@ def add_numbers(parser: ArgumentParser, numbers: Iterable[tuple[str, int, str]])
             f"--{name}", type=int, default=default, metavar="N",
             help=f"{meaning} (default: {default})",
         )  # fmt: skip
+
+
+def show_figures(results: dict, format_: Callable[[dict], str], path: Path | None) -> None:
+    """Print what was measured, then write it to the file of ``--json``."""
+    from recbole_uip.evidence.figures import write_figures
+
+    print(format_(results))
+    if path is not None:
+        write_figures(path, results)
 
 
 def start(namespace: Namespace, overrides: list[str]) -> list[str]:

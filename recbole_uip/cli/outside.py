@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import start
+from recbole_uip.cli.options import show_figures, start
 from recbole_uip.evidence.outside.driver import INSTALL
 from recbole_uip.settings import SettingsError
 
@@ -54,7 +54,6 @@ def add_outside(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _outside(namespace: Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.figures import write_bench
     from recbole_uip.evidence.outside.check import format_outside, outside_check
 
     if overrides:
@@ -65,9 +64,7 @@ def _outside(namespace: Namespace, overrides: list[str], command: str) -> None:
     results = outside_check(
         namespace.folder, namespace.python, _seeds(namespace.seeds), namespace.data, command
     )
-    if namespace.json is not None:
-        write_bench(namespace.json, results)
-    print(format_outside(results))
+    show_figures(results, format_outside, namespace.json)
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import start
+from recbole_uip.cli.options import show_figures, start
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ def add_replay(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _replay(namespace: Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.figures import write_bench
     from recbole_uip.evidence.replay.ab import SALT
     from recbole_uip.evidence.replay.report import format_replay
     from recbole_uip.evidence.replay.serve import replay
@@ -63,6 +62,4 @@ def _replay(namespace: Namespace, overrides: list[str], command: str) -> None:
         salt=SALT if namespace.salt is None else namespace.salt,
         command=command,
     )
-    if namespace.json is not None:
-        write_bench(namespace.json, results)
-    print(format_replay(results))
+    show_figures(results, format_replay, namespace.json)

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 import recbole_uip
+from recbole_uip.bridge.run import finite
 from recbole_uip.files import atomic_write
+from recbole_uip.settings import SettingsError
 
 __all__ = [
     "Figure",
@@ -26,7 +28,7 @@ __all__ = [
     "machine",
     "timed",
     "versions",
-    "write_bench",
+    "write_figures",
 ]
 
 COPY_BYTES = 64 << 20  # two such arrays are larger than any cache the copy could hide in
@@ -110,6 +112,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a benchmark."""
     found = {
         "python": platform.python_version(),
         "recbole-uip": recbole_uip.__version__,
@@ -119,11 +122,20 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def write_bench(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
-    """Write what a benchmark returned as JSON, whole or not at all."""
-    with atomic_write(path, "w") as file:
-        json.dump(results, file, indent=2, allow_nan=False)
-        file.write("\n")
+def write_figures(path: str | os.PathLike, results: Mapping[str, Any]) -> None:
+    """Write figures as JSON, whole or not at all.
+
+    Raises
+    ------
+    SettingsError
+        If the file cannot be written.
+    """
+    try:
+        with atomic_write(path, "w") as file:
+            json.dump(finite(results), file, indent=2, allow_nan=False)
+            file.write("\n")
+    except OSError as error:
+        raise SettingsError(f"--json={os.fspath(path)}: {error}") from error
 
 
 def format_bench(results: Mapping[str, Any]) -> str:

@@ -445,6 +445,11 @@ def likelihood(
     name, parsed = parse_config(dataset, config_files, config, command_line)
     if not parsed.uip.prompts:
         raise SettingsError("likelihood needs a facet with source: lm, and uip_facets has none")
+    if parsed.uip.posterior != "score":
+        raise SettingsError(
+            f"uip_posterior={parsed.uip.posterior}: likelihood puts codes of scores back into the "
+            "LM; of tuned soft tokens recbole-uip bench gradient tells"
+        )
     found = measure(load_task(parsed), users, behaviours, codes)
     return {
         "dataset": name,

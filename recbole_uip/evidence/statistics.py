@@ -6,8 +6,9 @@ which users happen to be in the split (the user-clustered bootstrap).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.special
@@ -35,6 +36,7 @@ __all__ = [
     "rerandomised_aucs",
     "slice_metrics",
     "slices",
+    "split_overlap",
     "user_clustered_bootstrap",
 ]
 
@@ -115,6 +117,21 @@ class Reliability:
 
 
 # --- seeds --------------------------------------------------------------------------------------
+
+
+def split_overlap(protocol: Mapping[str, Any]) -> float:
+    """Test rows over training rows where each seed splits the rows anew; else 0.
+
+    Parameters
+    ----------
+    protocol : mapping
+        A run's ``protocol``.
+    """
+    of_files = isinstance(protocol["split"], list)
+    if of_files or protocol["order"] != "RO":
+        return 0.0
+    rows = protocol["rows"]
+    return rows["test"] / rows["train"] if rows["train"] else 0.0
 
 
 def half_width(values: np.ndarray, overlap: float = 0.0) -> float:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recbole_uip.evidence.statistics import half_width, relative
+from recbole_uip.evidence.statistics import (
+    Difference,
+    paired_difference,
+    relative,
+    split_overlap,
+)
 from recbole_uip.settings import SettingsError
 
 __all__ = ["Cell", "format_summary", "read_results", "read_results_file", "summarise"]
@@ -29,9 +34,10 @@ class Cell:
     seeds : tuple of int
     mean, deviation : dict of str to float
         By metric; the sample standard deviation is NaN for a single seed.
-    difference : dict of str to (float, float)
-        Mean difference from the plain arm on the same seeds, and half the width of its 95%
-        interval (paired t); empty without a plain arm.
+    difference : dict of str to Difference
+        From the plain arm on the same seeds (paired t); empty without a plain arm.
+    base : float
+        AUC of the plain arm on these seeds, NaN without one.
     """
 
     model: str
@@ -39,7 +45,8 @@ class Cell:
     seeds: tuple[int, ...]
     mean: dict[str, float]
     deviation: dict[str, float]
-    difference: dict[str, tuple[float, float]]
+    difference: dict[str, Difference]
+    base: float
 
 
 def read_results(folders: Sequence[Path]) -> list[dict]:
@@ -104,6 +111,8 @@ def summarise(results: Sequence[dict], split: str = "test", by: str | None = Non
         If a model and arm stand in two results with the same seed, or no run has the setting.
     """
     table: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    # Without a protocol, as of another library on a run's rows, there is one split.
+    overlap = split_overlap(results[0]["protocol"]) if "protocol" in results[0] else 0.0
     for each in results:
         for model, arms in each["models"].items():
             for arm, outcome in arms.items():
@@ -122,17 +131,23 @@ def summarise(results: Sequence[dict], split: str = "test", by: str | None = Non
         paired = [seed for seed in seeds if seed in plain and arm != BASELINE]
         mean, deviation, difference = {}, {}, {}
         for metric in METRICS:
-            # Where labels are all alike there is no AUC, and the file has null.
-            values = np.array([by_seed[seed][metric] for seed in seeds], dtype=float)
-            mean[metric] = float(values.mean())
+            values = _known(by_seed, seeds, metric)
+            values = values[~np.isnan(values)]
+            mean[metric] = float(values.mean()) if len(values) else np.nan
             deviation[metric] = float(values.std(ddof=1)) if len(values) > 1 else np.nan
             if paired:
-                before = np.array([plain[seed][metric] for seed in paired], dtype=float)
-                after = np.array([by_seed[seed][metric] for seed in paired], dtype=float)
-                changes = after - before
-                difference[metric] = (float(changes.mean()), half_width(changes))
-        cells.append(Cell(model, arm, seeds, mean, deviation, difference))
+                after, before = (_known(side, paired, metric) for side in (by_seed, plain))
+                difference[metric] = paired_difference(after, before, overlap)
+        base = _known(plain, paired, "auc")
+        base = base[~np.isnan(base + _known(by_seed, paired, "auc"))]
+        base = float(base.mean()) if len(base) else np.nan
+        cells.append(Cell(model, arm, seeds, mean, deviation, difference, base))
     return cells
+
+
+def _known(by_seed: Mapping[int, dict], seeds: Sequence[int], metric: str) -> np.ndarray:
+    """The metric by seed; NaN where labels were all alike, for which the file has null."""
+    return np.array([by_seed[seed][metric] for seed in seeds], dtype=float)
 
 
 def _setting(outcome: dict, name: str) -> object:
@@ -157,14 +172,15 @@ def format_summary(cells: Sequence[Cell]) -> str:
             shown = f"{cell.mean[metric]:.4f}"
             columns.append(shown if np.isnan(spread) else f"{shown} ± {spread:.4f}")
         for metric in ("auc", "logloss"):
-            columns.append(_change(*cell.difference[metric]) if cell.difference else "")
+            columns.append(_change(cell.difference[metric]) if cell.difference else "")
         improvement = ""
         if cell.difference:
-            mean = cell.mean["auc"]
-            improvement = f"{relative(mean, mean - cell.difference['auc'][0]).ratio:+.2%}"
+            raised = cell.base + cell.difference["auc"].mean
+            improvement = f"{relative(raised, cell.base).ratio:+.2%}"
         lines.append("| " + " | ".join([*columns, improvement]) + " |")
     return "\n".join(lines)
 
 
-def _change(mean: float, half_width: float) -> str:
-    return f"{mean:+.4f}" + ("" if np.isnan(half_width) else f" ± {half_width:.4f}")
+def _change(difference: Difference) -> str:
+    half_width = difference.high - difference.mean
+    return f"{difference.mean:+.4f}" + ("" if np.isnan(half_width) else f" ± {half_width:.4f}")

@@ -41,10 +41,23 @@ def test_settings_that_recbole_cannot_use(settings, words, small):
         UIPDataset(small.config(**settings)).build()
 
 
-@pytest.mark.parametrize("setting", [{"epochs": "abc"}, {"learning_rate": "fast"}])
-def test_training_settings_that_recbole_cannot_use(setting, small, tmp_path):
-    with pytest.raises(SettingsError, match="RecBole cannot use a setting"):
-        run(small, tmp_path / "out", **setting)
+@pytest.mark.parametrize(
+    "key, value",
+    [("epochs", "abc"), ("learning_rate", "fast"), ("train_batch_size", 0), ("stopping_step", 1.5)],
+)
+def test_numbers_that_training_would_stumble_over(key, value, small):
+    with pytest.raises(SettingsError, match=f"{key}={value!r} must be a"):
+        small.config(**{key: value})
+
+
+def test_no_arm_is_trained_before_one_that_cannot_be(small, tmp_path):
+    arms = {
+        "plain": {"facets": [], "user_id": "keep"},
+        "means": {"facets": ["leniency"], "user_id": "drop", "values": "means"},
+    }
+    with pytest.raises(SettingsError, match="values=means.*DSSM has no tower"):
+        run(small, tmp_path / "out", model="DSSM", uip_arms=arms)
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_our_own_defects_are_not_called_settings():
@@ -163,7 +176,7 @@ def test_compressed_item_files(tmp_path):
     assert texts == [None, "A, B", "C"]
 
 
-def run(atomic, output, **settings):
+def run(atomic, output, model="FM", **settings):
     config = {
         "data_path": str(atomic.folder),
         "checkpoint_dir": str(atomic.folder / "saved"),
@@ -182,4 +195,4 @@ def run(atomic, output, **settings):
         },
         "uip_output": str(output),
     }
-    return run_recbole_uip("FM", atomic.name, config={**config, **settings})
+    return run_recbole_uip(model, atomic.name, config={**config, **settings})

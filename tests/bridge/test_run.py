@@ -267,6 +267,14 @@ def test_bad_settings_exit_with_2_and_one_line(line, words, capsys):
     assert len(error.splitlines()) == 1
 
 
+def test_a_setting_with_spaces_after_config_files(tmp_path, capsys):
+    path = tmp_path / "some.yaml"
+    path.write_text("uip_facets: {}\n")
+    split = "{'split': {'XX': 1}, 'order': 'TO', 'group_by': None, 'mode': 'labeled'}"
+    assert cli.run_main(["--config_files", str(path), f"--eval_args={split}", "--gpu_id="]) == 2
+    assert "[XX] has not been implemented" in capsys.readouterr().err
+
+
 def test_usage_errors_exit_with_2():
     assert cli.main([]) == 2
     assert cli.main(["nonsense"]) == 2

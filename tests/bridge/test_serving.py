@@ -16,7 +16,7 @@ from recbole_uip.bridge import run as run_module
 from recbole_uip.bridge import serving
 from recbole_uip.bridge.config import context_models
 from recbole_uip.bridge.run import run_recbole_uip
-from recbole_uip.bridge.serving import Scorer
+from recbole_uip.bridge.serving import Scorer, _sequences
 from recbole_uip.settings import SettingsError
 
 SOME = ("DeepFM", "DCN", "AutoInt", "FM", "DSSM", "KD_DAGFM")
@@ -255,6 +255,16 @@ def test_context_of_the_interaction(tmp_path, method, normalise):
         scorer.score("u1", ["i1"], time="yesterday")
     with pytest.raises(SettingsError, match="'place'. has 3 values: give 1, or 2"):
         scorer.score("u1", ["i1", "i2"], context={"place": ["p1", "p2", "p3"]})
+
+
+def test_context_sequences_are_lists_of_tokens():
+    assert _sequences("tags", None, 2) == [[], []]
+    assert _sequences("tags", ["a", "b", "c"], 2) == [["a", "b", "c"]] * 2
+    assert _sequences("tags", [["a"], ["b", "c"]], 2) == [["a"], ["b", "c"]]
+    assert _sequences("tags", np.array(["a", "b"]), 1) == [["a", "b"]]
+    for value in ("drama", 3, [["a"]], [["a"], "b"]):
+        with pytest.raises(SettingsError, match="context.'tags'. must be a list of tokens, or 2"):
+            _sequences("tags", value, 2)
 
 
 def test_static_profiles_are_served_from_the_bank(tmp_path):

@@ -13,7 +13,7 @@ from recbole_uip.evidence.bench import (
     matrices,
     scoring_flops,
 )
-from recbole_uip.evidence.figures import Figure, format_bench, write_bench
+from recbole_uip.evidence.figures import Figure, format_bench, write_figures
 from recbole_uip.settings import SettingsError
 
 from ..bridge.conftest import Atomic, make_rows
@@ -146,10 +146,12 @@ def test_table(results):
 
 def test_json_is_whole_or_absent(results, tmp_path):
     path = tmp_path / "new" / "bench.json"
-    write_bench(path, results)
+    write_figures(path, results)
     assert json.loads(path.read_text()) == results
-    with pytest.raises(ValueError):
-        write_bench(tmp_path / "bad.json", {"figure": float("nan")})
+    with pytest.raises(TypeError):
+        write_figures(tmp_path / "bad.json", {"figure": object()})
+    with pytest.raises(SettingsError, match="--json="):
+        write_figures(path / "below a file.json", results)
     assert [each.name for each in tmp_path.iterdir()] == ["new"]
 
 

@@ -111,7 +111,7 @@ def run_of(experiment, arm="uip", model="FM"):
 @pytest.mark.parametrize("name", experiment_names())
 def test_every_experiment_of_properties_can_be_run(name):
     experiment = load_experiment(name, ["--use_gpu=False"])
-    assert experiment.title.endswith(("?", ".")) or len(experiment.title) > 10
+    assert len(experiment.title.split()) > 3
     cases = list(experiment.cases())
     assert {case.arm for case in cases} == {arm.name for arm in experiment.arms}
     assert {case.model for case in cases} == set(experiment.models)
@@ -206,6 +206,37 @@ def test_keys_with_dots_change_one_value_inside_another(written):
     assert (method.method, method.sample) == ("fsq", 100)
     # The file's own settings stay as they were.
     assert experiment.settings["uip_facets"] == FACETS
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("--seed=7", "choose by --seeds"),
+        ("--model=FM", "choose by --models"),
+        ("--dataset=tiny", "choose by --datasets"),
+        ("--uip_arms={plain: {facets: []}}", "choose by --arms"),
+        ("--config_files=x.yaml", "extends"),
+        ("--uip_refresh=1h", "sets it apart for some of its runs"),
+        ("--uip_codebook={sample: 9}", "sets it apart for some of its runs"),
+        ("--learning_rate=0.1", "sets it apart for some of its runs"),
+    ],
+)
+def test_what_an_experiment_sets_for_each_run_is_not_for_the_command_line(argument, words, written):
+    plan = {
+        "vary": [{"uip_refresh": ["0s", "1h"]}],
+        "arms": {**ARMS, "few": {"facets": "all", "settings": {"uip_codebook.sample": 50}}},
+        "tune": {"seed": 1, "grid": {"learning_rate": [0.01, 0.02]}},
+    }
+    assert written(plan, arguments=["--weight_decay=0.1"])
+    with pytest.raises(SettingsError, match=words):
+        written(plan, arguments=[argument])
+
+
+def test_a_split_without_rows_is_refused_before_training(written, tmp_path):
+    split = {"split": {"RS": [0.9, 0.1, 0.0]}, "order": "TO", "group_by": None, "mode": "labeled"}
+    with pytest.raises(SettingsError, match="leaves a split without rows"):
+        run_experiment(written(eval_args=split), tmp_path / "out")
+    assert not list((tmp_path / "out" / "runs").glob("*.json"))
 
 
 @pytest.mark.parametrize("key", ["uip_facets.tast.codes", "uip_facets.*.match.x.y", "uip_fold.a"])

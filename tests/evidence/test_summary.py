@@ -8,13 +8,18 @@ from recbole_uip.evidence.summary import format_summary, read_results, summarise
 from recbole_uip.settings import SettingsError
 
 
-def result(seed, plain, uip, dataset="toy"):
+def result(seed, plain, uip, dataset="toy", order="TO"):
     def arm(auc):
         return {"test": {"auc": auc, "logloss": 1 - auc, "gauc": auc / 2}}
 
     return {
         "dataset": dataset,
         "seed": seed,
+        "protocol": {
+            "split": {"RS": [0.8, 0.1, 0.1]},
+            "order": order,
+            "rows": {"train": 800, "valid": 100, "test": 100},
+        },
         "models": {"DeepFM": {"plain": arm(plain), "uip": arm(uip)}},
     }
 
@@ -31,7 +36,7 @@ def test_means_and_paired_intervals():
     low, high = scipy.stats.t.interval(
         0.95, 2, loc=np.mean(changes), scale=scipy.stats.sem(changes)
     )
-    mean, half = uip.difference["auc"]
+    mean, half = uip.difference["auc"].mean, uip.difference["auc"].high - uip.difference["auc"].mean
     np.testing.assert_allclose([mean - half, mean + half], [low, high])
     assert plain.difference == {}
 
@@ -40,7 +45,26 @@ def test_unpaired_seeds_are_left_out_of_differences():
     plain_only = result(4, 0.9, 0.0)
     del plain_only["models"]["DeepFM"]["uip"]
     _, uip = summarise([*RESULTS, plain_only])
-    np.testing.assert_allclose(uip.difference["auc"][0], 0.06)
+    np.testing.assert_allclose(uip.difference["auc"].mean, 0.06)
+
+
+def test_splits_that_share_rows_have_wider_intervals():
+    _, fixed = summarise(RESULTS)
+    rows = [(1, 0.70, 0.76), (2, 0.72, 0.77), (3, 0.71, 0.78)]
+    _, anew = summarise([result(*row, order="RO") for row in rows])
+    widths = [each.difference["auc"].high - each.difference["auc"].mean for each in (fixed, anew)]
+    # Nadeau and Bengio (2003): 1/n + n_test / n_train in the place of 1/n.
+    np.testing.assert_allclose(widths[1] / widths[0], np.sqrt((1 / 3 + 1 / 8) / (1 / 3)))
+
+
+def test_a_seed_without_auc_is_left_out():
+    nothing = result(4, 0.9, 0.9)
+    nothing["models"]["DeepFM"]["uip"]["test"]["auc"] = None
+    plain, uip = summarise([*RESULTS, nothing])
+    np.testing.assert_allclose(uip.mean["auc"], 0.77)
+    np.testing.assert_allclose(uip.difference["auc"].mean, 0.06)
+    # The ratio is of the same seeds.
+    assert "| +8.45% |" in format_summary([plain, uip])
 
 
 def test_one_seed_has_no_interval():
@@ -93,7 +117,7 @@ def test_a_setting_that_differs_is_kept_apart():
         "DeepFM, weight_decay=0.1",
         "DeepFM, weight_decay=0.2",
     ]
-    np.testing.assert_allclose(cells[3].difference["auc"][0], 0.2)
+    np.testing.assert_allclose(cells[3].difference["auc"].mean, 0.2)
     valid = summarise(runs, "valid", "weight_decay")
     assert valid[3].mean["auc"] == 0.5
     with pytest.raises(SettingsError, match="--by=dropout: the runs have no such setting"):

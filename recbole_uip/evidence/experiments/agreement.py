@@ -48,8 +48,9 @@ def seed_agreement(case: CaseOutcome) -> list[Agreement]:
         if np.array_equal(rows_a, rows_b):
             for name in of_a.keys() & of_b.keys():
                 coded = (of_a[name] != NO_CODE) & (of_b[name] != NO_CODE)
-                index = adjusted_rand_score(of_a[name][coded], of_b[name][coded])
-                found.setdefault(name, []).append(index)
+                if coded.any():
+                    index = adjusted_rand_score(of_a[name][coded], of_b[name][coded])
+                    found.setdefault(name, []).append(index)
     # In the order in which the runs keep them.
     names = dict.fromkeys(name for _, tokens in kept for name in tokens)
     return [Agreement(name, np.array(found[name])) for name in names if name in found]

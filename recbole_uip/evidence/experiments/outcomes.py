@@ -167,6 +167,12 @@ class CaseOutcome:
         """The variant in words; empty without one."""
         return ", ".join(f"{key}={_shown(value)}" for key, value in self.variant.items())
 
+    @property
+    def overlap(self) -> float:
+        """See :func:`~recbole_uip.evidence.statistics.split_overlap`; 0 without runs."""
+        protocols = [run.record["protocol"] for run in self.runs.values()]
+        return statistics.split_overlap(protocols[0]) if protocols else 0.0
+
     def values(self, metric: str, seeds: Sequence[int] | None = None) -> np.ndarray:
         """A metric of the test split by seed."""
         seeds = self.runs if seeds is None else seeds
@@ -553,13 +559,9 @@ def _compare(
             empty,
             Relative(np.nan, np.nan),
         )
-    overlap = 0.0
-    if len({each.rows for each in sides[0]}) > 1:
-        rows = case.runs[seeds[0]].record["protocol"]["rows"]
-        overlap = rows["test"] / rows["train"]
     over_seeds = {
         metric: statistics.paired_difference(
-            case.values(metric, seeds), against.values(metric, seeds), overlap
+            case.values(metric, seeds), against.values(metric, seeds), case.overlap
         )
         for metric in METRICS
     }

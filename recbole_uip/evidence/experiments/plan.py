@@ -15,6 +15,7 @@ from recbole_uip.bridge.config import (
     UIPConfig,
     list_properties,
     load_config_files,
+    parse_command_line,
     parse_yaml,
     read_properties,
 )
@@ -33,17 +34,17 @@ from recbole_uip.settings import (
     UIPSettings,
 )
 
-__all__ = ["Case", "Experiment", "Run", "Tuning", "experiment_names", "load_experiment"]
+__all__ = ["INERT", "Case", "Experiment", "Run", "Tuning", "experiment_names", "load_experiment"]
 
 FOLDER = "experiment"
 
-# Where things go, and how loudly: no result depends on these. The data are known by their name
-# and size, not by where they lie.
-_INERT = {
+#: Where things go, and how loudly: no result depends on these. The data are known by their name
+#: and size, not by where they lie.
+INERT = {
     "checkpoint_dir", "data_path", "dataset_save_path", "dataloaders_save_path", "device",
     "gpu_id", "local_rank", "log_wandb", "save_dataloaders", "save_dataset", "saved",
     "show_progress", "single_spec", "state", "use_gpu", "wandb_project", "worker", "nproc",
-    "world_size", "offset", "ip", "port", "eval_step_log", "encoding",
+    "world_size", "offset", "ip", "port", "eval_step_log",
 }  # fmt: skip
 
 # Settings of a facet that only a codebook reads.
@@ -300,7 +301,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
     essence = {
         key: plain(value)
         for key, value in config.final_config_dict.items()
-        if key not in _INERT and not key.startswith("uip_")
+        if key not in INERT and not key.startswith("uip_")
     }
     if RESULTS > 1:
         essence["results"] = RESULTS
@@ -424,7 +425,37 @@ def load_experiment(name: str, command_line: Sequence[str] = ()) -> Experiment:
     if not isinstance(settings, Mapping) or not isinstance(settings.get(PLAN_KEY), Mapping):
         raise SettingsError(f"experiment {name} has no mapping {PLAN_KEY}, which says what to run")
     settings = dict(settings)
-    return _parse(name, settings.pop(PLAN_KEY), settings, tuple(command_line))
+    experiment = _parse(name, settings.pop(PLAN_KEY), settings, tuple(command_line))
+    _check_command_line(experiment)
+    return experiment
+
+
+def _check_command_line(experiment: Experiment) -> None:
+    """Refuse what would make runs alike that are to differ: the command line is stronger."""
+    grids = [*experiment.vary, *([experiment.tune.grid] if experiment.tune else [])]
+    own = [*grids, *(arm.settings for arm in experiment.arms)]
+    varied = {key.split(".")[0] for settings in own for key in settings}
+    for key in parse_command_line(experiment.command_line):
+        if key in _CHOSEN_BY:
+            raise SettingsError(
+                f"--{key}: experiment {experiment.name} sets it for each of its runs; "
+                f"{_CHOSEN_BY[key]}"
+            )
+        if key in varied:
+            raise SettingsError(
+                f"--{key}: experiment {experiment.name} sets it apart for some of its runs: leave "
+                "it out, or change a copy of the file"
+            )
+
+
+# What every run of an experiment has of its own, and how to choose among these.
+_CHOSEN_BY = {
+    "seed": "choose by --seeds",
+    "model": "choose by --models",
+    "dataset": "choose by --datasets",
+    "uip_arms": "choose by --arms, or change them in a copy of the file",
+    "config_files": "extends, in the file, names config files below it",
+}
 
 
 _PARTS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import json
@@ -20,13 +21,13 @@ from recbole.utils import init_seed
 from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours
-from recbole_uip.bridge.config import load_config_files
+from recbole_uip.bridge.config import load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.run import finite, protocol, train_arm, versions
 from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
 from recbole_uip.bridge.storage import plain
 from recbole_uip.em.states import index_history
-from recbole_uip.evidence.experiments.plan import Case, Experiment, Run
+from recbole_uip.evidence.experiments.plan import INERT, Case, Experiment, Run
 from recbole_uip.evidence.experiments.store import RunStore, key_of
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import ArmSettings, SettingsError
@@ -127,8 +128,14 @@ def run_experiment(
 
 
 def _definition(experiment: Experiment) -> str:
-    """Hash of all that an experiment's files and the command line say."""
+    """Hash of all that an experiment's files and the command line say of its results."""
     below = load_config_files(experiment.extends)
+    shaping = (
+        argument
+        for argument in experiment.command_line
+        if not INERT.intersection(parse_command_line([argument]))
+    )
+    experiment = dataclasses.replace(experiment, command_line=tuple(shaping))
     return key_of({"experiment": repr(experiment), "below": repr(below)})
 
 
@@ -214,6 +221,11 @@ def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[st
     sequential = isinstance(config, SequenceConfig)
     dataset = SequenceDataset(config) if sequential else create_dataset(config)
     data_preparation(config, dataset)
+    if len(np.unique(dataset.behaviours.split)) < 3:
+        raise SettingsError(
+            f"dataset {config['dataset']!r}: eval_args.split leaves a split without rows, and an "
+            "experiment compares runs on all three: change it"
+        )
     profile_seconds = time.perf_counter() - started
     lines = []
     for run in runs:

@@ -286,7 +286,7 @@ def _same_sign(runs: Sequence[dict]) -> dict[str, dict[str, bool]]:
     changes: dict[str, list[dict[str, float]]] = {}
     for cell in _cells(runs):
         if cell.difference:
-            change = {name: cell.difference[name][0] for name in _COMPARED}
+            change = {name: cell.difference[name].mean for name in _COMPARED}
             changes.setdefault(cell.arm, []).append(change)
     return {
         arm: {name: len({np.sign(change[name]) for change in both}) == 1 for name in _COMPARED}

@@ -259,7 +259,8 @@ def _slice_difference(
 ) -> statistics.Difference:
     sides = (comparison.case, comparison.against)
     return statistics.paired_difference(
-        *(_slice_values(side, comparison.seeds, kind, name, metric, measured) for side in sides)
+        *(_slice_values(side, comparison.seeds, kind, name, metric, measured) for side in sides),
+        overlap=comparison.case.overlap,
     )
 
 

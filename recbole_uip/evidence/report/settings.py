@@ -169,13 +169,12 @@ def _series_blocks(key: str, series: Sequence[Series]) -> list[Block]:
             panel = []
             for each in of_dataset:
                 parts = [each.model] if len(models) > 1 else []
-                values = [case.values(metric) for case in each.cases]
                 panel.append(
                     Line(
                         " ".join([*parts, each.arm]) + (f" [{each.rest}]" if each.rest else ""),
                         [_value(value) for value in each.values],
-                        [float(of_seeds.mean()) for of_seeds in values],
-                        [statistics.half_width(of_seeds) for of_seeds in values],
+                        [float(case.values(metric).mean()) for case in each.cases],
+                        [_half_width(case, metric) for case in each.cases],
                     )
                 )
             lines.append((METRIC_NAMES[metric], panel))
@@ -192,7 +191,11 @@ def _series_blocks(key: str, series: Sequence[Series]) -> list[Block]:
 def _change(case: CaseOutcome, first: CaseOutcome) -> str:
     seeds = sorted(case.runs.keys() & first.runs.keys())
     sides = [each.values("auc", seeds) for each in (case, first)]
-    return difference(statistics.paired_difference(*sides))
+    return difference(statistics.paired_difference(*sides, overlap=case.overlap))
+
+
+def _half_width(case: CaseOutcome, metric: str) -> float:
+    return statistics.half_width(case.values(metric), case.overlap)
 
 
 def _value(value: object) -> str:
@@ -227,7 +230,7 @@ def _against_bytes(outcomes: Outcomes) -> list[Block]:
                         f"{arm}: {name}",
                         [bytes_per_user(case) for case in points],
                         [float(case.values(metric).mean()) for case in points],
-                        [statistics.half_width(case.values(metric)) for case in points],
+                        [_half_width(case, metric) for case in points],
                     )
                     for arm, name in dict.fromkeys((case.arm, names[id(case)]) for case in cases)
                     if (

@@ -28,7 +28,7 @@ from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_comman
 from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.metrics import gauc
 from recbole_uip.bridge.refusals import recbole_refusals
-from recbole_uip.bridge.serving import write_serving
+from recbole_uip.bridge.serving import model_fields, write_serving
 from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
 from recbole_uip.files import LockedError, atomic_write, lock, unlock
@@ -256,7 +256,7 @@ def train_arm(
             reported = trainer.evaluate(data, show_progress=show_progress) or {}
             predictions[name] = trainer.predictions
             outcome[name] = {**plain(dict(reported)), **_metrics(config, predictions[name])}
-    outcome["fields"] = _model_fields(model)
+    outcome["fields"] = model_fields(model)
     # The dataset itself has the data's own fields, its views for arms the profiles' besides.
     data = dataset.field2type
     outcome["profile_fields"] = [name for name in outcome["fields"] if name not in data]
@@ -305,21 +305,6 @@ def _metrics(config: UIPConfig, predictions: dict[str, np.ndarray]) -> dict[str,
         "logloss": float(LogLoss(config).metric_info(score, label)),
         "gauc": gauc(predictions["user"], label, score),
     }
-
-
-def _model_fields(model: Any) -> list[str]:
-    lists = (
-        "token_field_names",
-        "float_field_names",
-        "token_seq_field_names",
-        "float_seq_field_names",
-    )
-    fields = []
-    for name in lists:
-        for item in getattr(model, name, ()):
-            # Two-tower models keep (tower, names) pairs in some lists.
-            fields += [item] if isinstance(item, str) else list(item)
-    return fields
 
 
 def write_profiles(path: Path, dataset: UIPDataset) -> int:

@@ -42,7 +42,7 @@ from recbole_uip.settings import SettingsError
 if TYPE_CHECKING:
     from recbole_uip.bridge.dataset import UIPDataset
 
-__all__ = ["Scorer", "write_serving"]
+__all__ = ["Scorer", "model_fields", "write_serving"]
 
 FORMAT = 1
 FEATURES, TOKENS = "serving/features.safetensors", "serving/tokens.parquet"
@@ -193,7 +193,7 @@ class Scorer:
             field: {token: number for number, token in enumerate(vocabulary)}
             for field, vocabulary in tokens.items()
         }
-        read = {*_names(model)}
+        read = {*model_fields(model)}
         fields = [field for field in described["fields"] if field["name"] in read]
         self._codes = [field["name"] for field in fields if field.get("profile") == CODE]
         self._matches = [field["name"] for field in fields if field.get("profile") == MATCH]
@@ -605,7 +605,7 @@ def _make_model(
     return network.to(device).eval()
 
 
-def _names(model: torch.nn.Module) -> list[str]:
+def model_fields(model: torch.nn.Module) -> list[str]:
     """Fields that a model reads; two-tower models keep (tower, names) pairs in some lists."""
     names: list[str] = []
     for kind in ("token", "float", "token_seq", "float_seq"):

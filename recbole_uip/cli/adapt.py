@@ -37,7 +37,7 @@ def add_adapt(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _adapt(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
-    from recbole_uip.evidence.bench import load_task, parse_config
+    from recbole_uip.evidence.task import load_task, parse_config
     from recbole_uip.lm.adapt import adapt
     from recbole_uip.settings import SettingsError
 

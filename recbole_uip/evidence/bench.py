@@ -7,8 +7,6 @@ of a plain read, moving the states at the speed of a memory copy.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import gc
 import logging
 import statistics
@@ -23,27 +21,21 @@ from typing import Any
 import torch
 
 from recbole_uip import lm, profiles
-from recbole_uip.behaviours import Behaviours
-from recbole_uip.bridge import UIPConfig, UIPDataset
-from recbole_uip.bridge.config import load_config_files, parse_command_line
-from recbole_uip.bridge.run import DEFAULT_DATASET, DEFAULT_MODEL, peak_memory
+from recbole_uip.bridge.run import peak_memory, versions
 from recbole_uip.em.encoder import Encoder
-from recbole_uip.evidence.figures import Figure, machine, timed, versions
+from recbole_uip.evidence.figures import Figure, machine, timed
+from recbole_uip.evidence.task import Task, load_task, parse_config
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import resolve_dtype
 from recbole_uip.lm.scoring import MAX_WORKERS
 from recbole_uip.lm.store import ScoreStore, digest
-from recbole_uip.settings import SettingsError, UIPSettings
+from recbole_uip.settings import SettingsError
 
 __all__ = [
     "Matrices",
-    "Task",
     "bench_profiles",
-    "load_dataset",
-    "load_task",
     "matmul_ceiling",
     "matrices",
-    "parse_config",
     "scoring_flops",
 ]
 
@@ -221,47 +213,6 @@ def _product_rate(
 # --- the figures -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """What the profile stage is given.
-
-    Attributes
-    ----------
-    behaviours : Behaviours
-    texts : list of str or None, length n_items, or None
-        Behaviour text of each item; None without LM facets.
-    settings : UIPSettings
-        With ``auto`` decided by the data.
-    """
-
-    behaviours: Behaviours
-    texts: list[str | None] | None
-    settings: UIPSettings
-
-    @property
-    def prompts(self) -> list[str]:
-        """Names in words of the facets that the LM scores."""
-        return self.settings.prompts
-
-    @property
-    def endings(self) -> tuple[str, str] | None:
-        """Feedback endings, where there is feedback."""
-        return self.settings.endings if self.behaviours.liked is not None else None
-
-    @property
-    def distinct(self) -> list[str]:
-        """Distinct texts, in the order of the items."""
-        return list(dict.fromkeys(text for text in self.texts or () if text))
-
-    def using(self, cache: Path, kept: Sequence[str] | None = None) -> Task:
-        """The same with another cache folder, and of the texts only those ``kept``."""
-        texts = self.texts
-        if kept is not None:
-            known = set(kept)
-            texts = [text if text in known else None for text in texts]
-        return Task(self.behaviours, texts, dataclasses.replace(self.settings, cache=cache))
-
-
 def bench_profiles(
     dataset: str | None = None,
     config_files: Sequence[str] | None = None,
@@ -349,51 +300,6 @@ def bench_profiles(
         "versions": versions(),
         "command": command or f"bench_profiles({name!r})",
     }
-
-
-def parse_config(
-    dataset: str | None,
-    config_files: Sequence[str] | None,
-    config: Mapping[str, Any] | None,
-    command_line: Sequence[str],
-) -> tuple[str, UIPConfig]:
-    given = {
-        **load_config_files(config_files or ()),
-        **(config or {}),
-        **parse_command_line(command_line),
-    }
-    name = str(given.get("dataset", DEFAULT_DATASET) if dataset is None else dataset)
-    if not name or "," in name:
-        raise SettingsError(f"dataset={name!r}: bench takes the name of one dataset")
-    # The profile stage is the same for every model that reads its fields.
-    parsed = UIPConfig(DEFAULT_MODEL, name, config_files, config, command_line=command_line)
-    if not parsed.uip.facets:
-        raise SettingsError("uip_facets is empty: there is no profile stage to measure")
-    return name, parsed
-
-
-def load_dataset(config: UIPConfig) -> tuple[UIPDataset, UIPSettings]:
-    """The data, loaded and split as a run does it, and the settings with ``auto`` decided."""
-    settings = config.uip
-    config = copy.deepcopy(config)
-    config["uip_facets"], config["uip_arms"] = {}, None
-    logger.info("loading and splitting %s", config["dataset"])
-    dataset = UIPDataset(config)
-    dataset.build()
-    decided = dataset.settings
-    return dataset, dataclasses.replace(settings, time=decided.time, history=decided.history)
-
-
-def load_task(config: UIPConfig) -> Task:
-    """Load and split the data as a run does, and stop before the profile stage."""
-    dataset, settings = load_dataset(config)
-    texts = dataset.item_texts(settings)
-    if texts is not None and not any(texts):
-        raise SettingsError(
-            "no item has a text, so there is nothing to score: check uip_item_text, or take "
-            "facets with source: collaborative or constant"
-        )
-    return Task(dataset.behaviours, texts, settings)
 
 
 def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list[Figure]:

@@ -22,20 +22,14 @@ from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip import tuning
 from recbole_uip.behaviours import Behaviours
-from recbole_uip.bridge.run import peak_memory
+from recbole_uip.bridge.run import peak_memory, versions
 from recbole_uip.em import collaborative, weights
 from recbole_uip.em.gradient import GradientPosterior, ascend
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
 from recbole_uip.em.states import History, whole_history
-from recbole_uip.evidence.bench import (
-    Matrices,
-    Task,
-    load_task,
-    matmul_ceiling,
-    matrices,
-    parse_config,
-)
-from recbole_uip.evidence.figures import Figure, machine, versions
+from recbole_uip.evidence.bench import Matrices, matmul_ceiling, matrices
+from recbole_uip.evidence.figures import Figure, machine
+from recbole_uip.evidence.task import Task, load_task, parse_config
 from recbole_uip.lm.likelihood import (
     Passage,
     SoftTokenLikelihood,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import recbole_uip
 from recbole_uip.bridge.run import finite
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import SettingsError
@@ -27,12 +25,10 @@ __all__ = [
     "format_bench",
     "machine",
     "timed",
-    "versions",
     "write_figures",
 ]
 
 COPY_BYTES = 64 << 20  # two such arrays are larger than any cache the copy could hide in
-_PACKAGES = ("recbole", "transformers")
 
 
 @dataclass(frozen=True)
@@ -109,17 +105,6 @@ def machine() -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "copy_bandwidth": copy_bandwidth(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape a benchmark."""
-    found = {
-        "python": platform.python_version(),
-        "recbole-uip": recbole_uip.__version__,
-        "numpy": np.__version__,
-        "torch": str(torch.__version__),
-    }
-    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def write_figures(path: str | os.PathLike, results: Mapping[str, Any]) -> None:

@@ -34,16 +34,16 @@ from tqdm import tqdm
 from recbole_uip import lm, profiles
 from recbole_uip.bank.export_peft import soft_tokens
 from recbole_uip.bank.model import ProfileModel
+from recbole_uip.bridge.run import versions
 from recbole_uip.em import states
 from recbole_uip.em.kernels import CODE
-from recbole_uip.evidence.bench import Task, load_task, parse_config
-from recbole_uip.evidence.figures import versions
 from recbole_uip.evidence.statistics import (
     auc,
     clustered_error,
     clustered_mean,
     user_clustered_bootstrap,
 )
+from recbole_uip.evidence.task import Task, load_task, parse_config
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.settings import SettingsError
 

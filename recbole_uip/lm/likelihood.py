@@ -36,8 +36,6 @@ from recbole_uip.lm.prompt import Ending, Prompt
 
 __all__ = ["Passage", "SoftTokenLikelihood", "feedback_passage", "text_passage"]
 
-HEAD_ROWS = 512  # rows of the vocabulary projection at a time: bounds its memory
-
 
 @dataclass(frozen=True)
 class Passage:
@@ -419,17 +417,12 @@ class _LogProbs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         values = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for chunk in torch.arange(len(hidden), device=hidden.device).split(HEAD_ROWS):
-            logits = functional.linear(hidden[chunk], head)
-            largest, where = logits.max(-1, keepdim=True)
-            probs = torch.softmax(logits, -1)
-            log_norm = largest.to(wide) - probs.gather(1, where).to(wide).log()
-            wanted = head[targets[chunk]]
-            # the target's logit once more in full precision: the rounding of a bfloat16 logit
-            # is the largest error of a log-likelihood
-            values[chunk] = (hidden[chunk].to(wide) * wanted).sum(-1) - log_norm[:, 0]
+        for chunk in torch.arange(len(hidden), device=hidden.device).split(llama.HEAD_ROWS):
+            values[chunk], slope = llama.head_log_probs(
+                hidden[chunk], head, targets[chunk], gradient is not None
+            )
             if gradient is not None:
-                gradient[chunk] = wanted - probs @ head
+                gradient[chunk] = slope.to(gradient.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return values

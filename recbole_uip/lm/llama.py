@@ -31,7 +31,7 @@ from tqdm import tqdm
 from recbole_uip.lm.backbone import Backbone
 from recbole_uip.lm.prompt import Prompt
 
-__all__ = ["FoldedLlama", "LlamaScorer", "Prefix", "supports"]
+__all__ = ["HEAD_ROWS", "FoldedLlama", "LlamaScorer", "Prefix", "head_log_probs", "supports"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 HEAD_ROWS = 512  # rows of the vocabulary projection at a time: bounds its memory
@@ -360,18 +360,10 @@ class LlamaScorer(FoldedLlama):
         )
         total = torch.zeros(len(texts), dtype=self.wide, device=self.device)
         for chunk in torch.arange(len(rows), device=self.device).split(HEAD_ROWS):
-            row, position, target = rows[chunk], positions[chunk], targets[chunk]
-            hidden = normed[row, position]
-            logits = functional.linear(hidden, self.head)
-            largest, where = logits.max(-1, keepdim=True)
-            probs = torch.softmax(logits, -1)
-            log_norm = largest.to(self.wide) - probs.gather(1, where).to(self.wide).log()
-            wanted = self.head[target].to(self.wide)
-            # the target's logit once more in full precision: the rounding of a bfloat16 logit
-            # is the largest error of a log-likelihood
-            value = (hidden.to(self.wide) * wanted).sum(-1) - log_norm[:, 0]
+            row, position = rows[chunk], positions[chunk]
+            value, gradient = head_log_probs(normed[row, position], self.head, targets[chunk])
             total.index_add_(0, row, value)
-            d_normed[row, position] = wanted - (probs @ self.head).to(self.wide)
+            d_normed[row, position] = gradient
         return total
 
     def _backward(
@@ -450,6 +442,35 @@ class LlamaScorer(FoldedLlama):
     def _group(query: torch.Tensor) -> torch.Tensor:
         """(n, T, kv_heads, group, head_dim) to (n, kv_heads, group * T, head_dim)."""
         return query.permute(0, 2, 3, 1, 4).flatten(2, 3).contiguous()
+
+
+def head_log_probs(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, gradient: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of targets by hidden states, and their gradients in these, if asked for.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (m, d)
+        At most :data:`HEAD_ROWS` at a time, for all m rows of logits are there at once.
+    head : Tensor, shape (vocabulary, d)
+    targets : Tensor of int64, shape (m,)
+
+    Returns
+    -------
+    value : Tensor of at least float32, shape (m,)
+    gradient : Tensor of at least float32, shape (m, d), or None
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = functional.linear(hidden, head)
+    largest, where = logits.max(-1, keepdim=True)
+    probs = torch.softmax(logits, -1)
+    log_norm = largest.to(wide) - probs.gather(1, where).to(wide).log()
+    wanted = head[targets].to(wide)
+    # the target's logit once more in full precision: the rounding of a bfloat16 logit is the
+    # largest error of a log-likelihood
+    value = (hidden.to(wide) * wanted).sum(-1) - log_norm[:, 0]
+    return value, wanted - (probs @ head).to(wide) if gradient else None
 
 
 def _fold(layer: torch.nn.Module, wide: torch.dtype) -> _Layer:

@@ -25,7 +25,6 @@ from recbole.trainer import Trainer
 from recbole_uip import lm
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_profiles
-from recbole_uip.bank.commands_export import add_export
 from recbole_uip.bank.export import (
     atomic_files,
     feature_rows,
@@ -40,6 +39,7 @@ from recbole_uip.behaviours import TRAIN
 from recbole_uip.bridge import compat
 from recbole_uip.bridge.dataset import create_dataset, data_preparation
 from recbole_uip.bridge.run import write_profiles
+from recbole_uip.cli.bank_export import add_export
 from recbole_uip.em.codebook import unpack
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.profiles import infer, raw_scores

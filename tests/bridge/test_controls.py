@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from conftest import rows_of
 from recbole.utils import FeatureType
 from sklearn.metrics import roc_auc_score
 
@@ -12,6 +11,8 @@ from recbole_uip.bridge.controls import float_fields, random_tokens, shuffled_to
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.profiles import ProfileField
 from recbole_uip.settings import ArmSettings, SettingsError
+
+from .conftest import rows_of
 
 BOTH = ("leniency", "company")
 

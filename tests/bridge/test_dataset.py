@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import COMPANY, LENIENCY, field_table, rows_of
 from recbole.data import data_preparation as recbole_data_preparation
 from recbole.utils import FeatureSource, FeatureType, init_seed
 
@@ -13,6 +12,8 @@ from recbole_uip.behaviours import TEST, TRAIN, VALID
 from recbole_uip.bridge import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.dataset import ROW
 from recbole_uip.settings import METHODS, ArmSettings, SettingsError
+
+from .conftest import COMPANY, LENIENCY, field_table, rows_of
 
 SAMPLED = {
     "train_neg_sample_args": {"distribution": "uniform", "sample_num": 2},

@@ -10,7 +10,8 @@ from recbole_uip.bridge.config import load_config_files, profile_settings
 from recbole_uip.bridge.dataset import create_dataset, data_preparation
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.settings import UIPSettings
-from tests.lm.conftest import make_model, make_tokenizer
+
+from ..lm.conftest import make_model, make_tokenizer
 
 
 @pytest.fixture

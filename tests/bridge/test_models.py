@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FACETS
 from recbole.data import data_preparation as recbole_data_preparation
 from recbole.data.dataset import Dataset
 
@@ -13,6 +12,8 @@ from recbole_uip.bridge.dataset import ROW
 from recbole_uip.bridge.run import train_arm
 from recbole_uip.bridge.storage import UnsafeFileError
 from recbole_uip.settings import ArmSettings
+
+from .conftest import FACETS
 
 
 @pytest.fixture(scope="module")

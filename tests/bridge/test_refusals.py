@@ -3,12 +3,13 @@
 import gzip
 
 import pytest
-from conftest import BY_TIME, LENIENCY
 
 from recbole_uip import run_recbole_uip
 from recbole_uip.bridge import UIPDataset
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.settings import SettingsError
+
+from .conftest import BY_TIME, LENIENCY
 
 LIST = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 

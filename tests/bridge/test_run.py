@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LENIENCY
 
 import recbole_uip
 from recbole_uip import cli
@@ -16,6 +15,8 @@ from recbole_uip.bridge.report import format_report
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.files import lock, unlock
 from recbole_uip.settings import SettingsError
+
+from .conftest import LENIENCY
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import rows_of
 from recbole.utils import init_seed
 
 from recbole_uip.bridge import UIPConfig, UIPDataset
@@ -14,6 +13,8 @@ from recbole_uip.bridge.dataset import data_preparation
 from recbole_uip.bridge.run import train_arm
 from recbole_uip.bridge.sequences import FEEDBACK, MODELS, SequenceConfig, SequenceDataset
 from recbole_uip.settings import SettingsError
+
+from .conftest import rows_of
 
 LENGTH = 4
 RS = {"RS": [0.8, 0.1, 0.1]}

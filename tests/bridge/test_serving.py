@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Atomic, make_items, make_rows
 from fastapi.testclient import TestClient
 
 from recbole_uip.bank.bank import FeatureBank, user_table
@@ -18,6 +17,8 @@ from recbole_uip.bridge.config import context_models
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.bridge.serving import Scorer, _sequences
 from recbole_uip.settings import SettingsError
+
+from .conftest import Atomic, make_items, make_rows
 
 SOME = ("DeepFM", "DCN", "AutoInt", "FM", "DSSM", "KD_DAGFM")
 ARMS = {

@@ -288,7 +288,7 @@ def test_a_missing_dataset(capsys, tmp_path):
         (["--repeats=0"], "repeats=0"),
         (["--items=0"], "items=0"),
         (["--dataset=a,b"], "one dataset"),
-        (["--uip_facets={}"], "no profile stage"),
+        (["--uip_facets={}"], "this command needs facets"),
         (["--uip_facet=1"], "did you mean"),
     ],
 )

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from recbole_uip.evidence import bench_gradient as module
-from recbole_uip.evidence.bench import Matrices, Task
+from recbole_uip.evidence.bench import Matrices
 from recbole_uip.evidence.figures import format_bench
+from recbole_uip.evidence.task import Task
 from recbole_uip.settings import SettingsError
 
 from ..em.conftest import make_world

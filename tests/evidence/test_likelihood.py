@@ -7,9 +7,9 @@ import pytest
 from recbole_uip import cli, lm
 from recbole_uip.behaviours import TEST, TRAIN, Behaviours
 from recbole_uip.evidence import likelihood as module
-from recbole_uip.evidence.bench import Task
 from recbole_uip.evidence.likelihood import format_likelihood, measure
 from recbole_uip.evidence.statistics import clustered_mean
+from recbole_uip.evidence.task import Task
 from recbole_uip.settings import SettingsError, UIPSettings
 
 from ..bridge.conftest import Atomic, make_rows

@@ -138,7 +138,7 @@ def test_batches_and_chunks_of_logits_do_not_matter(backbone, prompt, ids, theta
     passages = [text_passage([text]) for text in ids]
     tuned = likelihood(backbone, prompt, [0, 1])
     value, gradient = tuned.value_and_gradient(passages, theta[:, :2])
-    monkeypatch.setattr("recbole_uip.lm.likelihood.HEAD_ROWS", 3)
+    monkeypatch.setattr("recbole_uip.lm.llama.HEAD_ROWS", 3)
     for row in range(len(ids)):
         alone = tuned.value_and_gradient([passages[row]], theta[row : row + 1, :2])
         np.testing.assert_allclose(alone[0], value[row], rtol=1e-9)

@@ -32,10 +32,10 @@ from tqdm import tqdm
 from recbole_uip.bank.bank import FeatureBank, user_table
 from recbole_uip.bank.export_atomic import read_layout
 from recbole_uip.behaviours import in_seconds
-from recbole_uip.bridge.run import finite, peak_memory
+from recbole_uip.bridge.run import finite, peak_memory, versions
 from recbole_uip.bridge.serving import Scorer
 from recbole_uip.em.states import Events, run, whole_history
-from recbole_uip.evidence.figures import machine, versions
+from recbole_uip.evidence.figures import machine
 from recbole_uip.evidence.replay.ab import SALT, Comparison, compare, in_arm_b, periods, redrawn
 from recbole_uip.evidence.statistics import N_BOOT, auc, logloss
 from recbole_uip.evidence.summary import read_results_file

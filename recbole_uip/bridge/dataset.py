@@ -21,6 +21,7 @@ from recbole.utils import FeatureSource, FeatureType
 from recbole_uip import profiles as profile_stage
 from recbole_uip.behaviours import TEST, TRAIN, VALID, Behaviours
 from recbole_uip.bridge import controls
+from recbole_uip.bridge.atomic_files import Frame, read_atomic_file, split_sequences
 from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.bridge.sources import download, missing_files_error
@@ -41,39 +42,6 @@ ROW = "uip_row"
 _INERT = ("uip_output", "uip_cache", "uip_arms", "uip_user_id", "uip_lm_device")
 # Of RecBole's keys, those that shape the data beside the ones it lists itself.
 _DATA_KEYS = ("dataset", "data_path", "seed", "repeatable", "eval_args")
-
-
-class _Series(pd.Series):
-    """A column whose ``agg(len)`` gives the length of each sequence, as before pandas 3."""
-
-    @property
-    def _constructor(self) -> type:
-        return _Series
-
-    def agg(self, func: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if func is len:
-            return self.map(len)
-        return super().agg(func, *args, **kwargs)
-
-    @property
-    def values(self) -> Any:
-        # Under copy-on-write these are read-only, and torch warns when it shares them.
-        values = super().values
-        if isinstance(values, np.ndarray) and not values.flags.writeable:
-            return values.copy()
-        return values
-
-
-class _Frame(pd.DataFrame):
-    """A frame of such columns. RecBole splits concatenated sequences by ``agg(len)``."""
-
-    @property
-    def _constructor(self) -> type:
-        return _Frame
-
-    @property
-    def _constructor_sliced(self) -> type:
-        return _Series
 
 
 class UIPDataset(Dataset):
@@ -151,45 +119,17 @@ class UIPDataset(Dataset):
         load_col, unload_col = self._get_load_and_unload_col(source)
         if load_col == set():
             return None
-        separator, encoding = self.config["field_separator"], _past_bom(self.config["encoding"])
-        try:
-            with open(filepath, encoding=encoding) as file:
-                header = file.readline().rstrip("\r\n").split(separator)
-        except (UnicodeError, LookupError) as error:
-            raise _unreadable(filepath, encoding, error) from error
-        names, types = [], {}
-        for column in header:
-            name, colon, kind = column.partition(":")
-            if not colon or kind not in {ftype.value for ftype in FeatureType}:
-                known = ", ".join(ftype.value for ftype in FeatureType)
-                raise SettingsError(
-                    f"{filepath}: column {column!r} must be name:type with a type of {known}"
-                )
-            if (load_col is None or name in load_col) and name not in (unload_col or ()):
-                names.append(name)
-                types[column] = FeatureType(kind)
-        if not names:
-            logger.warning("no column of %s is loaded", filepath)
+
+        def wanted(name: str) -> bool:
+            return (load_col is None or name in load_col) and name not in (unload_col or ())
+
+        read = read_atomic_file(
+            filepath, wanted, self.config["field_separator"], self.config["encoding"]
+        )
+        if read is None:
             return None
-        floats = [column for column, ftype in types.items() if ftype == FeatureType.FLOAT]
-        options = {
-            "sep": separator,
-            "usecols": list(types),
-            "encoding": encoding,
-            "engine": "c" if len(separator) == 1 else "python",
-        }
-        try:
-            dtype = {column: np.float64 if column in floats else object for column in types}
-            frame = pd.read_csv(filepath, dtype=dtype, **options)
-        except ValueError as error:
-            if not isinstance(error, UnicodeError):
-                text = pd.read_csv(filepath, dtype=object, **options)
-                _check_numbers(filepath, text[floats])
-            raise _unreadable(filepath, encoding, error) from error
-        _check_rows(filepath, len(frame))
-        frame = _Frame(frame)[list(types)]
-        frame.columns = names
-        for name, ftype in zip(names, types.values(), strict=True):
+        frame, types = read
+        for name, ftype in types.items():
             if source != "link":
                 self.field2source[name] = source
                 self.field2type[name] = ftype
@@ -198,20 +138,12 @@ class UIPDataset(Dataset):
                 if "float" in ftype.value:
                     self.field2bucketnum[name] = 2
             if ftype in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
-                frame[name] = self._split_sequences(name, ftype, frame[name])
+                limit = (self.config["seq_len"] or {}).get(name)
+                frame[name], longest = split_sequences(
+                    frame[name], ftype, self.config["seq_separator"], limit
+                )
+                self.field2seqlen[name] = max(longest, 1)
         return frame
-
-    def _split_sequences(self, name: str, ftype: FeatureType, column: pd.Series) -> pd.Series:
-        kind = str if ftype == FeatureType.TOKEN_SEQ else float
-        limit = (self.config["seq_len"] or {}).get(name)
-        separator = self.config["seq_separator"]
-        values = np.empty(len(column), dtype=object)
-        for row, text in enumerate(column.fillna("")):
-            parts = [kind(part) for part in text.split(separator) if part]
-            values[row] = np.array(parts[:limit] if limit else parts, dtype=kind)
-        longest = max((len(value) for value in values), default=0)
-        self.field2seqlen[name] = max(longest, 1)
-        return pd.Series(values, index=column.index)
 
     def _load_inter_feat(self, token: str, dataset_path: str) -> None:
         super()._load_inter_feat(token, dataset_path)
@@ -289,7 +221,7 @@ class UIPDataset(Dataset):
     def _fill_nan(self) -> None:
         for feat_name in self.feat_name_list:
             # Joining users and items to their ids has made plain frames of them.
-            feat = _Frame(getattr(self, feat_name))
+            feat = Frame(getattr(self, feat_name))
             setattr(self, feat_name, feat)
             for field in feat:
                 ftype = self.field2type[field]
@@ -669,42 +601,7 @@ class UIPDataset(Dataset):
         self.logger = logging.getLogger()
         for name in self.feat_name_list:
             if isinstance(state[name], dict):
-                setattr(self, name, _Frame(state[name]["frame"]))
-
-
-def _past_bom(encoding: str | None) -> str | None:
-    """UTF-8 with or without a byte order mark, which would become part of the first column."""
-    plain = (encoding or "utf-8").lower().replace("_", "-")
-    return "utf-8-sig" if plain in ("utf-8", "utf8") else encoding
-
-
-def _unreadable(path: str, encoding: str | None, error: Exception) -> SettingsError:
-    return SettingsError(
-        f"{path} cannot be read: {error} (encoding={encoding!r}): check the file and the settings "
-        "encoding and field_separator"
-    )
-
-
-def _check_numbers(path: str, columns: pd.DataFrame) -> None:
-    """Name the first value of the columns, which are text, that is not a number."""
-    for name, values in columns.items():
-        numbers = pd.to_numeric(values, errors="coerce")
-        for row in np.flatnonzero(numbers.isna() & values.notna())[:1]:
-            raise SettingsError(
-                f"{path}: column {name!r} has {values.iloc[row]!r} in row {row + 1}, which is no "
-                "number: mend the file, or call the column's type token"
-            )
-
-
-def _check_rows(path: str, n_rows: int) -> None:
-    with open(path, "rb") as file:
-        n_lines = sum(1 for line in file if line.strip(b"\r\n ")) - 1
-    if n_lines != n_rows:
-        raise SettingsError(
-            f"{path} has {n_lines} rows, of which {n_rows} would be read: a field that begins with "
-            'a quotation mark (") runs on to the next one, over the ends of lines; take these '
-            "marks out of the file"
-        )
+                setattr(self, name, Frame(state[name]["frame"]))
 
 
 def _take(feat: Interaction, index: Any) -> Interaction:

@@ -157,6 +157,21 @@ def test_a_user_meets_vectors_that_their_labels_did_not_shape(world, inferred, f
         assert same == (fold == 0)
 
 
+def test_items_that_nobody_met_have_no_collaborative_vector(world):
+    behaviours = dataclasses.replace(world.behaviours, n_items=world.behaviours.n_items + 2)
+    found = infer(behaviours, None, settings())
+    vectors = found.facets["company"].vectors_
+    assert (vectors[:, -2:] == 0).all()
+    assert (vectors[:, :-2] != 0).any(axis=2).all()
+    # They differ in nothing, so a user's match with both is the same.
+    rows = np.flatnonzero(behaviours.split == TEST)[:50]
+    one, other = (
+        found.match(rows, np.full(len(rows), behaviours.n_items - 1 - item)) for item in (0, 1)
+    )
+    for name, tokens in one.items():
+        np.testing.assert_array_equal(tokens, other[name])
+
+
 def test_static_profiles_are_one_per_user(world):
     profiles = infer(world.behaviours, None, settings(uip_time="static"))
     assert profiles.static

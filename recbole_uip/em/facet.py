@@ -178,6 +178,8 @@ class Facet:
         every = [self.basis_, *self.beside_.values()]
         together = np.concatenate([basis.vectors for basis in every], axis=1)
         self.vectors_ = together.astype(np.float32).reshape(shape)
+        if self.settings.source == "collaborative":
+            self.vectors_[~self._known_items(observed, beside or {})] = 0.0
         self.codebooks_: dict[str, ResidualCodebook | None] = {}
         self.edges_: dict[str, np.ndarray] = {}
         sample = self._sample_rows(observed)
@@ -194,6 +196,24 @@ class Facet:
                 values = self._known_values(self._match_kernel(half_life), observed, sample)
                 self.edges_[name] = quantile_edges(values, match.bins)
         return self
+
+    def _known_items(self, observed: Observations, beside: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Items of which users of other folds or a text tell, bool, shape (n_folds, n_items).
+
+        The vectors of the others are zeros less the mean of the items, which tells nothing.
+        """
+        n_folds, n_items, _ = self.vectors_.shape
+        train, behaviours = observed.train_events, observed.behaviours
+        of_user = observed.fold[behaviours.user[train]]
+        known = np.stack(
+            [
+                np.bincount(behaviours.item[train[of_user != fold]], minlength=n_items) > 0
+                for fold in range(n_folds)
+            ]
+        )
+        for texts in beside.values():
+            known |= texts.any(axis=1)
+        return known
 
     def fields(self) -> list[FieldRecipe]:
         """The facet's token fields."""

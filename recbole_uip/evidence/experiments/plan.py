@@ -370,7 +370,9 @@ def _facet_essence(facet: FacetSettings) -> dict[str, Any]:
     )
     # One dimension is not quantised by a codebook, and more than one not by bins.
     unread = _OF_CODEBOOKS if facet.source == "constant" else ("bins",)
-    return {
+    # Since then items that nothing is known of have no vector.
+    since = {"version": 2} if facet.source == "collaborative" and not facet.texts else {}
+    return since | {
         key: value
         for key, value in values.items()
         # Source and weight tell facets apart, so they always stand.

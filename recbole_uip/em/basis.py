@@ -23,6 +23,8 @@ from recbole_uip.em.weights import Evidence
 __all__ = ["Basis", "Whitening", "fit", "half_means", "merge", "supported_directions", "whiten"]
 
 SMALLEST_VARIANCE = 1e-6
+# Share of the noisiest direction's noise that every other one has at least.
+LEAST_NOISE = 1e-2
 # Numbers of leading item directions that are tried.
 DIRECTIONS = (32, 128)
 
@@ -308,8 +310,13 @@ def half_means(
 def _event_noise(
     vectors: np.ndarray, item: np.ndarray, evidence: Evidence, between: np.ndarray
 ) -> np.ndarray:
-    """Within-user variance of one event's weighted score, per direction."""
+    """Within-user variance of one event's weighted score, per direction.
+
+    Where the facet's events are on fewer items than there are directions, some have none. Other
+    items' vectors, which are divided by its root, must stay within reason.
+    """
     counted = evidence.count > 0
     mass = np.bincount(item[counted], weights=evidence.weight[counted] ** 2, minlength=len(vectors))
     second_moment = mass @ vectors**2 / counted.sum()
-    return np.maximum(second_moment - between, 0.1 * second_moment)
+    noise = np.maximum(second_moment - between, 0.1 * second_moment)
+    return np.maximum(noise, LEAST_NOISE * noise.max() + np.finfo(float).tiny)

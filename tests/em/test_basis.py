@@ -94,6 +94,17 @@ def test_one_event_has_unit_noise():
     np.testing.assert_allclose(total, 1.0 + found.variance, rtol=0.1)
 
 
+def test_events_on_few_items_make_no_giants_of_the_others(rng):
+    """Dislikes of 8 items, and 16 directions: half of them have no event at all."""
+    vectors = rng.normal(size=(60, 20))
+    user, item = np.repeat(np.arange(60), 6), rng.integers(0, 8, 360)
+    weight = np.ones(len(item))
+    evidence = weights.Evidence(weight, weight)
+    found = basis.fit(vectors, user, item, evidence, 60, 16)
+    counted = np.linalg.norm(found.vectors[:8], axis=1).mean()
+    assert np.linalg.norm(found.vectors[8:], axis=1).max() < 10 * counted
+
+
 def test_fisher_takes_the_leading_item_directions(world):
     found, whitened = fitted(world, 3, "fisher")
     scale = np.diag(found.directions[0][:3])

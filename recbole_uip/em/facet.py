@@ -49,7 +49,7 @@ class Observations:
     train_events : ndarray of int64, shape (n_train,)
         Training rows by user, each user's in the order of time.
     fold : ndarray of int64, shape (n_users,)
-        Fold of each user: nothing that the user's rows meet may come from the user's own labels.
+        Fold of each user: no vector that the user's rows meet may come from the user's own labels.
     """
 
     behaviours: Behaviours

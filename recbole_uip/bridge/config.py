@@ -6,6 +6,7 @@ import ast
 import copy
 import difflib
 import importlib.resources
+import numbers
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
@@ -60,12 +61,12 @@ _TEXTS = ("uip_item_text", "uip_lm", "uip_lm_adapter", "uip_lm_device", "uip_cac
 
 # Numbers that RecBole would stumble over when it trains: what they are, and at least.
 _NUMBERS = {
-    "epochs": (int, 0),
-    "stopping_step": (int, 0),
-    "train_batch_size": (int, 1),
-    "eval_batch_size": (int, 1),
-    "learning_rate": ((int, float), 0),
-    "weight_decay": ((int, float), 0),
+    "epochs": (numbers.Integral, 0),
+    "stopping_step": (numbers.Integral, 0),
+    "train_batch_size": (numbers.Integral, 1),
+    "eval_batch_size": (numbers.Integral, 1),
+    "learning_rate": (numbers.Real, 0),
+    "weight_decay": (numbers.Real, 0),
 }
 
 
@@ -279,7 +280,7 @@ class UIPConfig(Config):
         for key, (kind, least) in _NUMBERS.items():
             value = self[key]
             if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
-                what = "a whole number" if kind is int else "a number"
+                what = "a whole number" if kind is numbers.Integral else "a number"
                 raise SettingsError(f"{key}={value!r} must be {what} of at least {least}")
 
     def _check_valid_metric(self) -> None:

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.special
+from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 
 from recbole_uip.em.kernels import nearest_codes
 
@@ -101,7 +103,7 @@ def unpack(numbers: np.ndarray, n_codes: int, rank: int) -> list[Level]:
     return levels
 
 
-class Codebook:
+class Codebook(BaseEstimator):
     """Template of a codebook: :meth:`fit`, and all that follows from what was fitted.
 
     A subclass has ``_initialize``, which draws where to start, and ``_fit_single``, which fits
@@ -214,6 +216,7 @@ class Codebook:
 
     def predict(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Code of each offset by :attr:`numbers`, shape (n,)."""
+        check_is_fitted(self)
         return nearest_codes(*check_samples(offsets, noise), self.numbers, self.n_codes, 1)[:, 0]
 
     @property
@@ -228,16 +231,19 @@ class Codebook:
 
     def predict_proba(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Responsibilities r_uk, shape (n, K); rows sum to one."""
+        check_is_fitted(self)
         return scipy.special.softmax(self._log_joint(*check_samples(offsets, noise)), axis=1)
 
     def score(self, offsets: np.ndarray, noise: np.ndarray) -> float:
         """Mean log-likelihood of the offsets."""
+        check_is_fitted(self)
         return float(
             scipy.special.logsumexp(self._log_joint(*check_samples(offsets, noise)), axis=1).mean()
         )
 
     def posterior_mean(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """E[delta_u | y_u] = sum_k r_uk m_uk, shape (n, r)."""
+        check_is_fitted(self)
         offsets, noise = check_samples(offsets, noise)
         shrinkage = self.variance_ / (self.variance_ + noise[:, None])
         prior = self.predict_proba(offsets, noise) @ self.codewords_

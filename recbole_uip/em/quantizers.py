@@ -218,9 +218,20 @@ class OnlineVQ(Quantizer):
         decay: float = 0.99,
         batch: int = 256,
         min_share: float = 0.1,
-        **parameters,
+        max_iter: int = 100,
+        tol: float = 1e-3,
+        n_init: int = 1,
+        start: np.ndarray | None = None,
+        random_state: int | np.random.RandomState | None = None,
     ) -> None:
-        super().__init__(n_codes, **parameters)
+        super().__init__(
+            n_codes,
+            max_iter=max_iter,
+            tol=tol,
+            n_init=n_init,
+            start=start,
+            random_state=random_state,
+        )
         self.commitment = commitment
         self.decay = decay
         self.batch = batch
@@ -291,8 +302,25 @@ class Sinkhorn(Quantizer):
 
     method = "Sinkhorn"
 
-    def __init__(self, n_codes: int = 32, *, epsilon: float = 0.05, **parameters) -> None:
-        super().__init__(n_codes, **parameters)
+    def __init__(
+        self,
+        n_codes: int = 32,
+        *,
+        epsilon: float = 0.05,
+        max_iter: int = 100,
+        tol: float = 1e-3,
+        n_init: int = 1,
+        start: np.ndarray | None = None,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        super().__init__(
+            n_codes,
+            max_iter=max_iter,
+            tol=tol,
+            n_init=n_init,
+            start=start,
+            random_state=random_state,
+        )
         self.epsilon = epsilon
 
     def _fit_codewords(self, offsets: np.ndarray, noise: np.ndarray) -> None:

@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import adjusted_rand_score
 
 from recbole_uip.em.kernels import nearest_codes
@@ -299,3 +300,12 @@ def test_sinkhorn_plan_is_of_its_own_codewords():
         codebooks = [Sinkhorn(4, random_state=0, max_iter=n).fit(offsets, noise) for n in (2, 300)]
     for codebook in codebooks:
         np.testing.assert_allclose(codebook.usage_, 0.25, atol=0.06)
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS.values())
+def test_codebooks_are_estimators(kind):
+    codebook = kind(4, tol=0.1, random_state=3)
+    assert clone(codebook).get_params() == codebook.get_params()
+    for name in ("predict", "predict_proba", "score", "posterior_mean"):
+        with pytest.raises(NotFittedError):
+            getattr(codebook, name)(np.zeros((5, 2)), np.ones(5))

@@ -57,11 +57,8 @@ POSTERIORS: dict[str, type[GradientPosterior]] = {
     "adam": GradientPosterior,
     "relinearize": RelinearizedPosterior,
 }
-# Texts are packed without padding, so that batches may be larger than those of scoring: a tenth
-# more tokens a second by twice the budget, nothing by four times (measured on two cores).
-BATCH = 2
 # part of every key: raise it when what is tuned, or how, changes
-VERSION = 4
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -232,7 +229,7 @@ def posterior_of(group: Group, settings: UIPSettings) -> GradientPosterior:
         group.frame,
         settings.gradient,
         settings.codebook,
-        batch_tokens=BATCH * settings.lm.batch_tokens,
+        batch_tokens=settings.lm.batch_tokens,
         seed=settings.seed,
     )
 

@@ -58,7 +58,7 @@ def settings_of(lm_folder, cache, **keys):
             "uip_item_text": "{title}",
             "uip_endings": {"liked": " and loved it", "disliked": " and hated it"},
             "uip_lm": str(lm_folder),
-            "uip_lm_batch_tokens": 75,
+            "uip_lm_batch_tokens": 150,
             "uip_cache": str(cache),
             "uip_posterior": "gradient",
             "uip_gradient": GRADIENT,

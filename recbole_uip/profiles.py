@@ -265,9 +265,12 @@ def _in_parallel(
 ) -> Iterator[Facet]:
     """Fitted facets, in order. Each has one thread: small eigenproblems gain little by more."""
     workers = max(1, min(len(facets), joblib.cpu_count()))
+    # Those that take longest come first, so that all threads end together.
+    order = sorted(facets, key=lambda each: (each.source == "collaborative", each.n_directions))
     with threadpool_limits(1 if workers > 1 else None), ThreadPoolExecutor(workers) as pool:
-        fitted = pool.map(fit, facets)
-        yield from tqdm(fitted, desc="profiles", total=len(facets), leave=False, delay=2)
+        fitted = {facet.name: pool.submit(fit, facet) for facet in reversed(order)}
+        for facet in tqdm(facets, desc="profiles", leave=False, delay=2):
+            yield fitted[facet.name].result()
 
 
 def _time_rule(behaviours: Behaviours, settings: UIPSettings) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import joblib
 import numpy as np
 
 from recbole_uip.em import kernels as em_kernels
@@ -14,6 +16,8 @@ from recbole_uip.em.kernels import CODE, VALUE, Fields, Kernels, encode, encode_
 from recbole_uip.em.states import Events, History, run
 
 __all__ = ["Encoder", "FieldInfo"]
+
+ROWS_A_THREAD = 10_000  # fewer rows are not worth a second thread
 
 
 @dataclass(frozen=True)
@@ -187,11 +191,19 @@ class Encoder:
         """
         rows = np.arange(len(history.timeline)) if rows is None else rows
         tokens = np.empty((len(rows), len(self.fields)), dtype=np.int32)
-        for at, states in run(self.kernels, history, events, rows):
-            block = rows[at]
-            tokens[at] = self.tokens(
-                states, history.seen[block], events.item[block], events.fold[block]
-            )
+
+        def fill(part: np.ndarray) -> None:
+            for at, states in run(self.kernels, history, events, rows[part]):
+                block = rows[part[at]]
+                tokens[part[at]] = self.tokens(
+                    states, history.seen[block], events.item[block], events.fold[block]
+                )
+
+        # Users are independent of one another, and the compiled code lets go of the interpreter.
+        workers = joblib.cpu_count() if len(rows) > ROWS_A_THREAD else 1
+        by_timeline = np.argsort(history.timeline[rows], kind="stable")
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, np.array_split(by_timeline, workers)))
         return tokens
 
     def tokens(

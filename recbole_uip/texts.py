@@ -18,7 +18,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from recbole_uip.settings import SettingsError
 
-__all__ = ["bag_of_words", "fill", "item_texts", "rated_texts"]
+__all__ = ["bag_of_words", "fill", "item_texts", "past_bom", "rated_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,12 @@ def item_texts(
     return texts
 
 
+def past_bom(encoding: str | None) -> str | None:
+    """UTF-8 with or without a byte order mark, which would become part of the first column."""
+    plain = (encoding or "utf-8").lower().replace("_", "-")
+    return "utf-8-sig" if plain in ("utf-8", "utf8") else encoding
+
+
 def _rows(
     path: Path, names: Sequence[str], template: str, separator: str, encoding: str | None
 ) -> Iterator[Sequence[str]]:
@@ -149,9 +155,7 @@ def _rows(
         yield from zip(*columns, strict=True)
         return
     opened = gzip.open if path.suffix == ".gz" else open
-    if (encoding or "utf-8").lower() in ("utf-8", "utf8"):
-        encoding = "utf-8-sig"  # a byte order mark is no part of the first name
-    with opened(path, "rt", encoding=encoding, newline="") as file:
+    with opened(path, "rt", encoding=past_bom(encoding), newline="") as file:
         # Between tabs, titles hold quotation marks that quote nothing: one left open must not eat
         # the next rows. Between commas they have to quote.
         quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE

@@ -11,6 +11,7 @@ import pandas as pd
 from recbole.utils import FeatureType
 
 from recbole_uip.settings import SettingsError
+from recbole_uip.texts import past_bom
 
 __all__ = ["Frame", "read_atomic_file", "split_sequences"]
 
@@ -68,7 +69,7 @@ def read_atomic_file(
     SettingsError
         If the file cannot be read, a column has no type, or a number is none.
     """
-    encoding = _past_bom(encoding)
+    encoding = past_bom(encoding)
     try:
         with open(path, encoding=encoding) as file:
             header = file.readline().rstrip("\r\n").split(separator)
@@ -131,12 +132,6 @@ def split_sequences(
         values[row] = np.array(parts[:limit] if limit else parts, dtype=kind)
     longest = max((len(value) for value in values), default=0)
     return pd.Series(values, index=column.index), longest
-
-
-def _past_bom(encoding: str | None) -> str | None:
-    """UTF-8 with or without a byte order mark, which would become part of the first column."""
-    plain = (encoding or "utf-8").lower().replace("_", "-")
-    return "utf-8-sig" if plain in ("utf-8", "utf8") else encoding
 
 
 def _unreadable(path: str, encoding: str | None, error: Exception) -> SettingsError:

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours, in_seconds
-from recbole_uip.em import basis, collaborative, states, weights
+from recbole_uip.em import basis, collaborative, states
 from recbole_uip.em.collaborative import Reading
 from recbole_uip.em.encoder import Encoder, FieldInfo
 from recbole_uip.em.facet import Facet, Observations
@@ -182,17 +182,10 @@ def infer(
         raise SettingsError("the training split has no rows: profiles have nothing to learn from")
     rule = _time_rule(behaviours, settings)
     history = _history(behaviours, settings, rule)
-    train_events = behaviours.in_time_order(behaviours.train)
-    rate = None
-    if behaviours.liked is not None:
-        train = behaviours.train
-        rate = weights.like_rate(
-            behaviours.item[train], behaviours.liked[train], behaviours.n_items
-        )
     if fold is None:
         fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
-    events = states.Events.of(behaviours, fold)
-    result = Profiles((), rule == "static", history=history, events=events)
+    observed = Observations.of(behaviours, history, fold, settings.folds)
+    result = Profiles((), rule == "static", history=history, events=observed.events)
     tuned = settings.tuned_facets
     closed = [facet for facet in settings.facets if facet not in tuned]
     of_texts = {
@@ -203,10 +196,6 @@ def infer(
 
     def fit(facet_settings: FacetSettings) -> Facet:
         try:
-            evidence = weights.evidence(
-                facet_settings.weight, behaviours.item, behaviours.liked, rate
-            )
-            observed = Observations(behaviours, history, evidence, rate, train_events, fold)
             vectors, readings = _item_vectors(facet_settings, observed, of_texts, settings)
             if readings:
                 result.readings[facet_settings.name] = readings
@@ -221,8 +210,7 @@ def infer(
         result.facets[facet.settings.name] = facet
         result.report[facet.settings.name] = facet.report()
     result.encoder = Encoder.of(
-        {name: facet.fields() for name, facet in result.facets.items()},
-        np.zeros(behaviours.n_items) if rate is None else rate,
+        {name: facet.fields() for name, facet in result.facets.items()}, observed.item_rate
     )
     tokens = result.encoder.transform(history, result.events)
     fields = [
@@ -230,7 +218,7 @@ def infer(
         for info, values in zip(result.encoder.fields, tokens.T, strict=True)
     ]
     if tuned:
-        fields += _tuned_fields(behaviours, item_texts, settings, rate, fold, result)
+        fields += _tuned_fields(observed, item_texts, settings, result)
     order = [facet.name for facet in settings.facets]
     result.fields = tuple(sorted(fields, key=lambda each: order.index(each.facet)))
     result.cost["em_seconds"] = time.perf_counter() - started - result.cost.get("lm_seconds", 0.0)
@@ -238,19 +226,15 @@ def infer(
 
 
 def _tuned_fields(
-    behaviours: Behaviours,
+    observed: Observations,
     item_texts: Sequence[str | None] | None,
     settings: UIPSettings,
-    rate: np.ndarray | None,
-    fold: np.ndarray,
     result: Profiles,
 ) -> list[ProfileField]:
     """Fields of the facets whose soft tokens are tuned by gradients."""
     from recbole_uip.tuning import tune
 
-    result.tuned = tune(
-        behaviours, item_texts or (), settings, result.history, rate, fold, result.cost
-    )
+    result.tuned = tune(observed, item_texts or (), settings, result.cost)
     fields = []
     for name, tuned in result.tuned.items():
         result.report[name] = tuned.report

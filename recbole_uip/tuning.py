@@ -144,26 +144,18 @@ class Group:
 
 
 def tune(
-    behaviours: Behaviours,
+    observed: Observations,
     item_texts: Sequence[str | None],
     settings: UIPSettings,
-    history: History,
-    rate: np.ndarray | None,
-    fold: np.ndarray,
     cost: dict[str, float],
 ) -> dict[str, Tuned]:
     """Tune the facets of ``settings`` that are tuned by gradients.
 
     Parameters
     ----------
-    behaviours : Behaviours
+    observed : Observations
     item_texts : sequence of str or None, length n_items
     settings : UIPSettings
-    history : History
-        What each row may see.
-    rate : ndarray of float64, shape (n_items,) or None
-        Smoothed like rates of the training rows; None without labels.
-    fold : ndarray of int64, shape (n_users,)
     cost : dict
         ``lm_tokens`` and ``lm_seconds`` are added to it.
 
@@ -183,12 +175,13 @@ def tune(
                 "has no vectors of items; it comes with uip_posterior=score",
                 facet.name,
             )
-    snapshots = take_snapshots(history, settings.gradient.snapshots, behaviours.train)
+    behaviours = observed.behaviours
+    snapshots = take_snapshots(observed.history, settings.gradient.snapshots, behaviours.train)
     rng = np.random.default_rng(settings.seed)
     held_out = rng.random(behaviours.n_users) < settings.gradient.held_out
     user = snapshots.timeline % behaviours.n_users
     tuned = {}
-    for group in groups(behaviours, item_texts, settings, history, snapshots, rate, fold, cost):
+    for group in groups(observed, item_texts, settings, snapshots, cost):
         names = [facet.name for facet in group.facets]
         logger.info(
             "tuning soft tokens of %s: %d snapshots, %d LM tokens a pass",
@@ -235,17 +228,14 @@ def posterior_of(group: Group, settings: UIPSettings) -> GradientPosterior:
 
 
 def groups(
-    behaviours: Behaviours,
+    observed: Observations,
     item_texts: Sequence[str | None],
     settings: UIPSettings,
-    history: History,
     snapshots: Snapshots,
-    rate: np.ndarray | None,
-    fold: np.ndarray,
     cost: dict[str, float],
 ) -> list[Group]:
     """The facets by what their likelihood is of, and what each profile did; see :func:`tune`."""
-    facets = settings.tuned_facets
+    behaviours, facets = observed.behaviours, settings.tuned_facets
     implicit = behaviours.liked is None
     endings = None if implicit else settings.endings
     contrast = [facet.name for facet in facets if facet.weight == "contrast"]
@@ -256,8 +246,7 @@ def groups(
             f"likelihood of feedback endings, and needs {missing}: take another weight"
         )
     texts = _Texts.of(behaviours, item_texts, settings, endings, cost)
-    train_events = behaviours.in_time_order(behaviours.train)
-    profile_fold = fold[snapshots.timeline % behaviours.n_users]
+    profile_fold = observed.fold[snapshots.timeline % behaviours.n_users]
     made = []
     for feedback in (False, True):
         chosen = tuple(facet for facet in facets if (facet.weight == "contrast") == feedback)
@@ -265,12 +254,11 @@ def groups(
             continue
         numbers = [facets.index(facet) for facet in chosen]
         scores = texts.scores.feedback if feedback else texts.scores.text
-        observed, moves = [], []
+        counts, moves = [], []
         for facet, number in zip(chosen, numbers, strict=True):
             try:
-                each = weights.evidence(facet.weight, behaviours.item, behaviours.liked, rate)
-                observed.append(Observations(behaviours, history, each, rate, train_events, fold))
-                moves.append(_moves(facet, scores[:, number], texts, observed[-1], settings))
+                counts.append(weights.event_counts(facet.weight, behaviours.liked, len(behaviours)))
+                moves.append(_moves(facet, scores[:, number], texts, observed, settings))
             except ValueError as error:
                 raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
         likelihood = SoftTokenLikelihood(
@@ -279,11 +267,10 @@ def groups(
         frame = Frame(
             likelihood.theta0, tuple(maps for maps, _ in moves), tuple(each for _, each in moves)
         )
-        evidence = np.stack([each.evidence.count for each in observed], axis=1)
         events, active, first = _pieces(
-            behaviours, settings, history, snapshots, evidence, texts.known
+            behaviours, settings, observed.history, snapshots, np.stack(counts, axis=1), texts.known
         )
-        passages = _passages(behaviours, texts, events, rate if feedback else None)
+        passages = _passages(observed, texts, events, feedback)
         _check_lengths(passages, likelihood)
         cost_of = [likelihood.n_tokens(passage) for passage in passages]
         units = Units(
@@ -297,8 +284,8 @@ def groups(
         if settings.likelihood == "item" and events:
             rows = np.concatenate(events)
             units = _scored_units(
-                units, frame, scores[:, numbers], texts, behaviours, rows,
-                profile_fold[units.owner], rate if feedback else None,
+                units, frame, scores[:, numbers], texts, observed, rows,
+                profile_fold[units.owner], feedback,
             )  # fmt: skip
         made.append(Group(chosen, frame, units, profile_fold, passages, likelihood))
     return made
@@ -423,22 +410,30 @@ def _pieces(
 
 
 def _passages(
-    behaviours: Behaviours, texts: _Texts, events: list[np.ndarray], rate: np.ndarray | None
+    observed: Observations, texts: _Texts, pieces: list[np.ndarray], feedback: bool
 ) -> list[Passage]:
-    """What the LM reads of each unit; with like rates, for the likelihood of its feedback."""
-    intercepts = None if rate is None else kernels.intercepts(rate)
+    """What the LM reads of each unit, for the likelihood of its texts or of its feedback."""
+    events = observed.events
 
     @functools.cache
-    def passage(items: tuple[int, ...], liked: tuple[float, ...]) -> Passage:
+    def text(items: tuple[int, ...]) -> Passage:
+        return text_passage([texts.token_ids[place] for place in texts.place[list(items)]])
+
+    if not feedback:
+        return [text(tuple(events.item[piece])) for piece in pieces]
+    intercepts = kernels.intercepts(observed.rate)
+
+    @functools.cache
+    def answers(items: tuple[int, ...], liked: tuple[float, ...], fold: int) -> Passage:
         places = texts.place[list(items)]
         ids = [texts.token_ids[place] for place in places]
-        if intercepts is None:
-            return text_passage(ids)
-        shift = intercepts[list(items)] - texts.scores.feedback_logit[places]
+        shift = intercepts[fold, list(items)] - texts.scores.feedback_logit[places]
         return feedback_passage(ids, texts.prompt.ending, liked, shift)
 
-    liked = np.ones(len(behaviours)) if rate is None else behaviours.liked
-    return [passage(tuple(behaviours.item[piece]), tuple(liked[piece])) for piece in events]
+    return [
+        answers(tuple(events.item[piece]), tuple(events.liked[piece]), int(events.fold[piece[0]]))
+        for piece in pieces
+    ]
 
 
 def _numbered(passages: list[Passage]) -> np.ndarray:
@@ -463,13 +458,13 @@ def _scored_units(
     frame: Frame,
     scores: np.ndarray,
     texts: _Texts,
-    behaviours: Behaviours,
+    observed: Observations,
     rows: np.ndarray,
     fold: np.ndarray,
-    rate: np.ndarray | None,
+    feedback: bool,
 ) -> Units:
     """Units of one behaviour each with what cached scores (n_texts, G, d) say of them at θ⁰."""
-    items = behaviours.item[rows]
+    items = observed.behaviours.item[rows]
     places, n_folds = texts.place[items], len(frame.maps[0])
     # one table a fold: there are far more behaviours than items
     every = np.ones((len(scores), scores.shape[1]))
@@ -479,10 +474,11 @@ def _scored_units(
     gradient = table[fold, places]
     for f, part in enumerate(frame.slices):
         gradient[:, part] *= units.active[:, f, None] > 0
-    if rate is None:
+    if not feedback:
         value = texts.scores.log_likelihood[places].astype(np.float64)
     else:
-        label, logit = behaviours.liked[rows], kernels.intercepts(rate)[items]
+        label = observed.behaviours.liked[rows]
+        logit = kernels.intercepts(observed.rate)[fold, items]
         value = -np.logaddexp(0.0, (1.0 - 2.0 * label) * logit)
         gradient = gradient * (label - scipy.special.expit(logit))[:, None].astype(np.float32)
     return dataclasses.replace(units, value=value, gradient=gradient.astype(np.float32))

@@ -14,7 +14,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip import tuning
 from recbole_uip.bank.build import bank_of_profiles
-from recbole_uip.em import collaborative, weights
+from recbole_uip.em import collaborative
+from recbole_uip.em.facet import Observations
 from recbole_uip.em.snapshots import take_snapshots
 from recbole_uip.lm.likelihood import SoftTokenLikelihood
 from recbole_uip.profiles import infer
@@ -241,15 +242,15 @@ def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, wo
     behaviours, settings = world.behaviours, make()
     rng = np.random.default_rng(0)
     changed = rng.choice(np.flatnonzero(behaviours.train), 6, replace=False)
-    rate = weights.like_rate(
-        behaviours.item[behaviours.train], behaviours.liked[behaviours.train], 20
-    )
     fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
     history = inferred.history
     snapshots = take_snapshots(history, settings.gradient.snapshots, behaviours.train)
 
+    held = Observations.of(behaviours, history, fold, settings.folds)
+
     def groups_of(data):
-        return tuning.groups(data, texts, settings, history, snapshots, rate, fold, {})
+        observed = dataclasses.replace(held, behaviours=data)
+        return tuning.groups(observed, texts, settings, snapshots, {})
 
     moved = 0
     for before, after in zip(

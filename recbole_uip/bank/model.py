@@ -174,8 +174,8 @@ class ProfileModel:
         return {**self.encoder.arrays(), **self.tables}
 
     def item_table(self) -> pa.Table:
-        """The catalogue: item tokens in the order of their numbers, and like rates."""
-        return pa.table({"item": pa.array(self.items, pa.string()), "rate": self.kernels.rate})
+        """The catalogue: item tokens in the order of their numbers."""
+        return pa.table({"item": pa.array(self.items, pa.string())})
 
     @property
     def kernels(self) -> Kernels:
@@ -268,7 +268,7 @@ class ProfileModel:
             if facet.texts:
                 offset = self.tables[f"texts_offset.{facet.name}"]
                 vectors[facet.name][:, rows] += offset[:, None]
-        rate = np.full(len(items), self.kernels.rate[UNKNOWN_ITEM])
+        rate = np.repeat(self.kernels.rate[:, [UNKNOWN_ITEM]], len(items), axis=1)
         return ProfileModel(
             self.encoder.with_items(vectors, rate),
             [*self.items, *items],

@@ -41,7 +41,7 @@ from recbole_uip.settings import SettingsError
 
 __all__ = ["BankError", "Snapshot", "Writer", "digest_of", "read"]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LOCK = "writer.lock"
 ITEM, USER = "item", "user"

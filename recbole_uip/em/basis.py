@@ -186,7 +186,7 @@ def fit(
         keep = supported_directions(groups, rank)
         values, chosen = _leading(between[:keep, :keep], rank)
     vectors = whitened[:, :keep] @ chosen
-    noise = _event_noise(vectors, item, evidence, values)
+    noise = _event_noise(vectors, item, evidence, values + (mean[:keep] @ chosen) ** 2)
     scaled = np.zeros((whitened.shape[1], rank))
     scaled[:keep] = chosen / np.sqrt(noise)
     return Basis(
@@ -308,15 +308,16 @@ def half_means(
 
 
 def _event_noise(
-    vectors: np.ndarray, item: np.ndarray, evidence: Evidence, between: np.ndarray
+    vectors: np.ndarray, item: np.ndarray, evidence: Evidence, of_users: np.ndarray
 ) -> np.ndarray:
     """Within-user variance of one event's weighted score, per direction.
 
+    It is what users' offsets, of second moment ``of_users``, leave of the events' second moment.
     Where the facet's events are on fewer items than there are directions, some have none. Other
     items' vectors, which are divided by its root, must stay within reason.
     """
     counted = evidence.count > 0
     mass = np.bincount(item[counted], weights=evidence.weight[counted] ** 2, minlength=len(vectors))
     second_moment = mass @ vectors**2 / counted.sum()
-    noise = np.maximum(second_moment - between, 0.1 * second_moment)
+    noise = np.maximum(second_moment - of_users, 0.1 * second_moment)
     return np.maximum(noise, LEAST_NOISE * noise.max() + np.finfo(float).tiny)

@@ -42,10 +42,8 @@ class Observations:
     behaviours : Behaviours
     history : History
         What each row may see.
-    evidence : Evidence
-        Of all rows, by the facet's weight.
-    rate : ndarray of float64, shape (n_items,) or None
-        Smoothed like rates of the training rows; None without labels.
+    rate : ndarray of float64, shape (n_folds, n_items) or None
+        Like rates that users of each fold meet; None without labels.
     train_events : ndarray of int64, shape (n_train,)
         Training rows by user, each user's in the order of time.
     fold : ndarray of int64, shape (n_users,)
@@ -54,10 +52,26 @@ class Observations:
 
     behaviours: Behaviours
     history: History
-    evidence: Evidence
     rate: np.ndarray | None
     train_events: np.ndarray
     fold: np.ndarray
+
+    @classmethod
+    def of(
+        cls, behaviours: Behaviours, history: History, fold: np.ndarray, n_folds: int
+    ) -> Observations:
+        """Training rows in the order of time, and like rates that leave a fold's own users out."""
+        train = behaviours.in_time_order(behaviours.train)
+        rate = None
+        if behaviours.liked is not None:
+            rate = weights.like_rates(
+                behaviours.item[train],
+                behaviours.liked[train],
+                fold[behaviours.user[train]],
+                behaviours.n_items,
+                n_folds,
+            )
+        return cls(behaviours, history, rate, train, fold)
 
     @functools.cached_property
     def events(self) -> Events:
@@ -66,7 +80,7 @@ class Observations:
 
     @property
     def item_rate(self) -> np.ndarray:
-        """Like rates, or zeros without labels, shape (n_items,)."""
+        """Like rates, or zeros without labels, shape (n_folds, n_items) or (n_items,)."""
         return np.zeros(self.behaviours.n_items) if self.rate is None else self.rate
 
     def refitted(self, kind: str, events: np.ndarray) -> tuple[Evidence, np.ndarray | None]:

@@ -174,8 +174,9 @@ class Kernels(NamedTuple):
     vectors : ndarray of float32, shape (n_numbers,)
         Item vectors by kernel, fold and item.
     priors : ndarray of float64, shape (n_numbers,)
-    rate, intercept : ndarray of float64, shape (n_items,)
-        Smoothed like rates of items, and their logits a_i.
+    rate, intercept : ndarray of float64, shape (n_folds or 1, n_items)
+        Smoothed like rates of items, and their logits a_i; one set for each fold of users, or one
+        for all.
     initial : ndarray of float32, shape (width,)
         State of a user without events.
     """
@@ -230,7 +231,7 @@ def pack(kernels: Sequence[RunningSums | TasteFilter], rate: np.ndarray) -> Kern
     ----------
     kernels : sequence of RunningSums or TasteFilter
         Kernels that share an array of vectors share its place in memory.
-    rate : ndarray of float64, shape (n_items,)
+    rate : ndarray of float64, shape (n_items,) or (n_folds, n_items)
         Smoothed like rates; zeros where there are no labels.
     """
     tables, places, size = [], {}, 0
@@ -241,7 +242,7 @@ def pack(kernels: Sequence[RunningSums | TasteFilter], rate: np.ndarray) -> Kern
             size += kernel.vectors.size
     priors = [kernel.prior for kernel in kernels]
     initial = [kernel.initial for kernel in kernels]
-    rate = np.asarray(rate, dtype=np.float64)
+    rate = np.atleast_2d(np.asarray(rate, dtype=np.float64))
     return Kernels(
         kind=_integers(FILTER if isinstance(kernel, TasteFilter) else SUMS for kernel in kernels),
         weight=_integers(WEIGHTS.index(kernel.weight) for kernel in kernels),
@@ -289,9 +290,9 @@ def advance(state, kernels, item, fold, liked):
     for k in range(len(kernels.kind)):
         row = _vector(kernels, k, item, fold)
         if kernels.kind[k] == SUMS:
-            _add(state, kernels, k, row, item, liked)
+            _add(state, kernels, k, row, item, fold, liked)
         else:
-            _newton_step(state, kernels, k, row, item, liked)
+            _newton_step(state, kernels, k, row, item, fold, liked)
 
 
 @_compiled
@@ -312,12 +313,18 @@ def advance_many(states, rows, kernels, items, folds, liked):
 @_inlined
 def _vector(kernels, k, item, fold):
     """Where the item's vector begins."""
-    n_items = len(kernels.rate)
+    n_items = kernels.rate.shape[1]
     return kernels.table[k] + (kernels.folded[k] * fold * n_items + item) * kernels.stride[k]
 
 
 @_inlined
-def _add(state, kernels, k, row, item, liked):
+def _of_item(numbers, item, fold):
+    """An item's like rate or intercept, as users of ``fold`` meet it."""
+    return numbers[fold if len(numbers) > 1 else 0, item]
+
+
+@_inlined
+def _add(state, kernels, k, row, item, fold, liked):
     """(S, N, M) <- (a S, a N, a^2 M) + (w g, n, n^2)."""
     rank, at, keep = kernels.rank[k], kernels.start[k], kernels.keep[k]
     kind = kernels.weight[k]
@@ -326,7 +333,9 @@ def _add(state, kernels, k, row, item, liked):
         count = liked
     elif kind == NEGATIVE:
         count = 1.0 - liked
-    weight = count if kind in (POSITIVE, NEGATIVE, ALL) else liked - kernels.rate[item]
+    weight = count
+    if kind not in (POSITIVE, NEGATIVE, ALL):
+        weight = liked - _of_item(kernels.rate, item, fold)
     for d in range(rank):
         state[at + d] = keep * state[at + d] + weight * kernels.vectors[row + d]
     state[at + rank] = keep * state[at + rank] + count
@@ -338,13 +347,13 @@ def _add(state, kernels, k, row, item, liked):
 
 
 @_inlined
-def _newton_step(state, kernels, k, row, item, liked):
+def _newton_step(state, kernels, k, row, item, fold, liked):
     """Drift, then one Newton step towards the event's label."""
     rank, mean, keep = kernels.rank[k], kernels.start[k], kernels.keep[k]
     prior, spent = kernels.prior[k], 1.0 - keep * keep
     variance = mean + rank + 1
     # Leniency is the trait of vector 1.
-    logit = kernels.intercept[item] + keep * state[mean]
+    logit = _of_item(kernels.intercept, item, fold) + keep * state[mean]
     spread = keep * keep * state[variance] + spent * kernels.priors[prior]
     for d in range(rank):
         g = np.float64(kernels.vectors[row + d])
@@ -417,7 +426,9 @@ def _lift(profile, constant, kernels, k, item, fold):
     """What a profile says of an item: g' m, and for the filter the logit a_i + b_u + g' m."""
     row = _vector(kernels, k, item, fold)
     value = constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
-    return value + kernels.intercept[item] if kernels.kind[k] == FILTER else value
+    if kernels.kind[k] == FILTER:
+        value += _of_item(kernels.intercept, item, fold)
+    return value
 
 
 @_compiled

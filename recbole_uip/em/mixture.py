@@ -110,8 +110,10 @@ class CodebookMixture(Codebook):
             ):
                 reseeded.append(n_iter)
                 continue
-            # A signed change: a bound that falls is a defect, not convergence.
-            if n_iter > 1 and 0 <= lower_bounds[-1] - lower_bounds[-2] < self.tol:
+            # A signed change: a bound that falls is a defect, not convergence. Across a
+            # re-seeding it says nothing.
+            is_step = n_iter > 1 and n_iter - 1 not in reseeded
+            if is_step and 0 <= lower_bounds[-1] - lower_bounds[-2] < self.tol:
                 converged = True
                 break
             self._m_step(offsets, noise, responsibilities)

@@ -18,14 +18,13 @@ def log_evidence(
     """Mean log p(label | the events that its row may see) over ``rows``, in nats.
 
     Point in time this prequential likelihood is honest on the training rows, for every label is
-    predicted before it is used, but for its part in its item's like rate, which all training rows
-    share; and so it is cross-fitted, for a row does not see itself. Static
+    predicted before it is used, and so it is cross-fitted, for a row does not see itself. Static
     profiles do see it, and the prior variances that suit them best are then too large.
 
     Parameters
     ----------
     kernel : TasteFilter
-    rate : ndarray of float64, shape (n_items,)
+    rate : ndarray of float64, shape (n_items,) or (n_folds, n_items)
         Smoothed like rates.
     history : History
     events : Events

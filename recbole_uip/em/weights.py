@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Evidence", "evidence", "like_rate", "smoothed_rate"]
+__all__ = ["Evidence", "event_counts", "evidence", "like_rate", "like_rates", "smoothed_rate"]
 
 PRIOR_COUNT = 10.0
 
@@ -49,6 +49,33 @@ def like_rate(
     return smoothed_rate(counts, likes, prior_count)
 
 
+def like_rates(
+    item: np.ndarray, liked: np.ndarray, fold: np.ndarray, n_items: int, n_folds: int
+) -> np.ndarray:
+    """Like rates that each fold of users meets: :func:`like_rate` of the other folds' events.
+
+    So no like rate that a user's rows meet knows a label of theirs. In an item of few events the
+    rate of all of them would give the label away.
+
+    Parameters
+    ----------
+    item : ndarray of int, shape (n_events,)
+    liked : ndarray, shape (n_events,)
+    fold : ndarray of int, shape (n_events,)
+        Fold of each event's user.
+    n_items, n_folds : int
+
+    Returns
+    -------
+    ndarray of float64, shape (n_folds, n_items)
+    """
+    at, shape = fold * n_items + item, (n_folds, n_items)
+    likes = np.bincount(at, weights=liked, minlength=n_folds * n_items).reshape(shape)
+    counts = np.bincount(at, minlength=n_folds * n_items).reshape(shape)
+    others = zip(counts.sum(axis=0) - counts, likes.sum(axis=0) - likes, strict=True)
+    return np.stack([smoothed_rate(count, like) for count, like in others])
+
+
 def smoothed_rate(
     counts: np.ndarray, likes: np.ndarray, prior_count: float = PRIOR_COUNT
 ) -> np.ndarray:
@@ -81,22 +108,27 @@ def evidence(
     ValueError
         If ``negative`` or ``contrast`` is asked of feedback without labels.
     """
-    if liked is None:
-        if kind in ("negative", "contrast"):
-            raise ValueError(
-                f"weight {kind!r} needs events that are liked and events that are not, and this "
-                "data has no labels: use weight positive or all"
-            )
-        ones = np.ones(len(item))
-        return Evidence(ones, ones)
-    liked = np.asarray(liked, dtype=np.float64)
-    if kind == "positive":
-        return Evidence(liked, liked)
-    if kind == "negative":
-        return Evidence(1.0 - liked, 1.0 - liked)
-    ones = np.ones(len(item))
-    if kind == "all":
-        return Evidence(ones, ones)
+    count = event_counts(kind, liked, len(item))
     if kind == "contrast":
-        return Evidence(liked - rate[item], ones)
+        return Evidence(np.asarray(liked, dtype=np.float64) - rate[item], count)
+    return Evidence(count, count)
+
+
+def event_counts(kind: str, liked: np.ndarray | None, n_events: int) -> np.ndarray:
+    """What each event adds to the number of events N; see :func:`evidence`.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_events,)
+    """
+    if liked is None and kind in ("negative", "contrast"):
+        raise ValueError(
+            f"weight {kind!r} needs events that are liked and events that are not, and this "
+            "data has no labels: use weight positive or all"
+        )
+    if kind in ("positive", "negative") and liked is not None:
+        liked = np.asarray(liked, dtype=np.float64)
+        return liked if kind == "positive" else 1.0 - liked
+    if kind in ("positive", "all", "contrast"):
+        return np.ones(n_events)
     raise ValueError(f"unknown evidence weight {kind!r}")

@@ -23,10 +23,11 @@ from sklearn.exceptions import ConvergenceWarning
 from recbole_uip import tuning
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge.run import peak_memory, versions
-from recbole_uip.em import collaborative, weights
+from recbole_uip.em import collaborative
+from recbole_uip.em.facet import Observations
 from recbole_uip.em.gradient import GradientPosterior, ascend
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
-from recbole_uip.em.states import History, whole_history
+from recbole_uip.em.states import whole_history
 from recbole_uip.evidence.bench import Matrices, matmul_ceiling, matrices
 from recbole_uip.evidence.figures import Figure, machine
 from recbole_uip.evidence.task import Task, load_task, parse_config
@@ -260,12 +261,9 @@ def _posterior(task: Task, group: Group, e_step: str = "adam") -> GradientPoster
 class _Slice:
     """Some users, what they are tuned on, and what is held out."""
 
-    behaviours: Behaviours
-    history: History
+    observed: Observations
     snapshots: Snapshots
     held_out: np.ndarray
-    rate: np.ndarray | None
-    fold: np.ndarray
 
     @classmethod
     def of(cls, task: Task, users: int) -> _Slice:
@@ -282,18 +280,11 @@ class _Slice:
         held_out = chosen & train & (rng.random(len(behaviours)) < HELD_OUT)
         is_event = chosen & train & ~held_out
         history = whole_history(behaviours.user, behaviours.time, is_event, behaviours.n_users)
-        rate = None
-        if behaviours.liked is not None:
-            rate = weights.like_rate(
-                behaviours.item[train], behaviours.liked[train], behaviours.n_items
-            )
+        fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
         return cls(
-            behaviours,
-            history,
+            Observations.of(behaviours, history, fold, settings.folds),
             take_snapshots(history, (), train),
             held_out,
-            rate,
-            collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed),
         )
 
     def groups(self, task: Task) -> list[Group]:
@@ -303,9 +294,12 @@ class _Slice:
             for facet in task.settings.facets
         )
         return tuning.groups(
-            self.behaviours, task.texts, dataclasses.replace(task.settings, facets=facets),
-            self.history, self.snapshots, self.rate, self.fold, {},
-        )  # fmt: skip
+            self.observed,
+            task.texts,
+            dataclasses.replace(task.settings, facets=facets),
+            self.snapshots,
+            {},
+        )
 
     def fit(
         self, posterior: GradientPosterior, group: Group, likelihood: _Counted, work: Work
@@ -406,7 +400,7 @@ class _Slice:
                 ]
             )
             return [group.passages[row] for row in rows], units.owner[rows], units.active[rows]
-        behaviours = self.behaviours
+        behaviours = self.observed.behaviours
         tokenizer = group.likelihood.backbone.tokenizer
         passages, owner, active = [], [], []
         for profile in range(min(CHECKED, len(self.snapshots))):

@@ -396,16 +396,9 @@ class _World:
         history = states.index_history(
             behaviours.user, behaviours.time, is_event, behaviours.n_users, settings.refresh
         )
-        train = behaviours.train
-        rate = weights.like_rate(
-            behaviours.item[train], behaviours.liked[train], behaviours.n_items
-        )
-        evidence = weights.evidence("contrast", behaviours.item, behaviours.liked, rate)
         folds = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
         self.settings = settings
-        self.observed = Observations(
-            behaviours, history, evidence, rate, behaviours.in_time_order(train), folds
-        )
+        self.observed = Observations.of(behaviours, history, folds, settings.folds)
 
     def profile(
         self, source: str, vectors: list[np.ndarray], rows: np.ndarray

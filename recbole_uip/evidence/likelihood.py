@@ -291,12 +291,12 @@ def _field_figures(
     row_of = {text: row for row, text in enumerate(task.distinct)}
     gradients = scored.feedback if field.scores == "feedback" else scored.text
     nothing: Code = (0,) * len(field.columns)
-    rate = inferred.encoder.kernels.rate
+    rate, fold = inferred.encoder.kernels.rate, inferred.events.fold
 
     def factors(rows: np.ndarray) -> np.ndarray:
         if field.scores == "text":
             return np.ones(len(rows))
-        return events.liked[rows] - rate[events.item[rows]]
+        return events.liked[rows] - rate[fold[rows], events.item[rows]]
 
     def said(sample: _Sample, step: float, codes: Sequence[Code]) -> np.ndarray:
         return speaker.values(field, step, codes, events.item[sample.rows])

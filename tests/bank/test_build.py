@@ -38,7 +38,7 @@ def test_states_are_those_of_streaming(
     with bank_of_events(tmp_path / "bank", event_file, bank_settings) as bank:
         assert sorted(bank.users()) == users
         assert bank.model.items == ["[PAD]", *sorted(items)]
-        rate = bank.model.kernels.rate[bank.model.numbers(items)]
+        (rate,) = bank.model.kernels.rate[:, bank.model.numbers(items)]
         expected = np.bincount(behaviours.item, behaviours.liked) / np.bincount(behaviours.item)
         assert np.corrcoef(rate, expected)[0, 1] > 0.99
         order = np.argsort(behaviours.time, kind="stable")

@@ -85,7 +85,7 @@ def test_values_of_the_filter_are_logits(inferred, encoded, world):
     values = profile_values(all_states, kernels, 3, item, fold)
     mean = stretch(inferred, all_states, 3)[:, :4].astype(float)
     vectors = inferred.facets["company"].vectors_[fold, item].astype(float)
-    expected = scipy.special.logit(kernels.rate[item]) + mean[:, 0]
+    expected = scipy.special.logit(kernels.rate[fold, item]) + mean[:, 0]
     expected += (mean[:, 1:] * vectors).sum(axis=1)
     np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-9)
 

@@ -52,6 +52,8 @@ _OF_CODEBOOKS = ("codes", "rank", "levels", "directions")
 
 # Raise it when the same settings give other results: finished runs are then made anew.
 RESULTS = 1
+# The same of runs with profiles alone.
+PROFILES = 2
 
 # What an arm of a model that reads events may say.
 _READS_EVENTS = {"facets": [], "user_id": "keep", "control": "none", "values": "tokens"}
@@ -330,7 +332,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
         if not set(scored).issubset(arm.facets):
             # Where all are chosen, the arm's facets say in which order the prompt has them.
             given["order"] = scored
-        essence["profiles"] = plain(given)
+        essence["profiles"] = {"version": PROFILES, **plain(given)}
         if settings.lm.adapter:
             # The same folder may hold another adapter by now.
             folder = Path(settings.lm.adapter).expanduser()
@@ -370,9 +372,7 @@ def _facet_essence(facet: FacetSettings) -> dict[str, Any]:
     )
     # One dimension is not quantised by a codebook, and more than one not by bins.
     unread = _OF_CODEBOOKS if facet.source == "constant" else ("bins",)
-    # Since then items that nothing is known of have no vector.
-    since = {"version": 2} if facet.source == "collaborative" and not facet.texts else {}
-    return since | {
+    return {
         key: value
         for key, value in values.items()
         # Source and weight tell facets apart, so they always stand.

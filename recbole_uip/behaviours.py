@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["TEST", "TRAIN", "VALID", "Behaviours", "in_seconds"]
+__all__ = ["TEST", "TRAIN", "VALID", "Behaviours", "DataError", "in_seconds"]
 
 TRAIN, VALID, TEST = 0, 1, 2
 
 # Seconds since 1970 are smaller, until the year 5138; milliseconds are larger, from 1973 on.
 _SECONDS = 1e11
+
+
+class DataError(ValueError):
+    """Events that something cannot be fitted on: too few, or none of the kind."""
 
 
 def in_seconds(time: np.ndarray) -> bool:

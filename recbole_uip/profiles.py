@@ -17,7 +17,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from recbole_uip.behaviours import Behaviours, in_seconds
+from recbole_uip.behaviours import Behaviours, DataError, in_seconds
 from recbole_uip.em import basis, collaborative, states
 from recbole_uip.em.collaborative import Reading
 from recbole_uip.em.encoder import Encoder, FieldInfo
@@ -203,7 +203,7 @@ def infer(
             return Facet(
                 facet_settings, settings.codebook, empty=settings.empty, seed=settings.seed
             ).fit(vectors, observed, beside)
-        except ValueError as error:
+        except DataError as error:
             raise SettingsError(f"uip_facets.{facet_settings.name}: {error}") from error
 
     for facet in _in_parallel(fit, closed):

@@ -27,7 +27,7 @@ import numpy as np
 import scipy.special
 
 from recbole_uip import lm
-from recbole_uip.behaviours import Behaviours
+from recbole_uip.behaviours import Behaviours, DataError
 from recbole_uip.em import basis as em_basis
 from recbole_uip.em import kernels, weights
 from recbole_uip.em.facet import Facet, Observations
@@ -199,7 +199,7 @@ def tune(
         )
         try:
             posterior.fit(group.units, group.fold, snapshots.fitted, held_out[user], group, work)
-        except ValueError as error:
+        except DataError as error:
             raise SettingsError(f"uip_facets.{'/'.join(names)}: {error}") from error
         cost["lm_tokens"] = cost.get("lm_tokens", 0) + posterior.tokens_
         cost["lm_seconds"] = cost.get("lm_seconds", 0.0) + time.perf_counter() - started
@@ -259,7 +259,7 @@ def groups(
             try:
                 counts.append(weights.event_counts(facet.weight, behaviours.liked, len(behaviours)))
                 moves.append(_moves(facet, scores[:, number], texts, observed, settings))
-            except ValueError as error:
+            except DataError as error:
                 raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
         likelihood = SoftTokenLikelihood(
             texts.backbone, texts.prompt, numbers, settings.gradient.recompute

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
+from recbole_uip.behaviours import DataError
 from recbole_uip.em.weights import Evidence
 
 __all__ = ["Basis", "Whitening", "fit", "half_means", "merge", "supported_directions", "whiten"]
@@ -162,11 +163,11 @@ def fit(
 
     Raises
     ------
-    ValueError
+    DataError
         If no event is evidence, or no user has evidence in both halves of their events.
     """
     if not evidence.weight.any():
-        raise ValueError(
+        raise DataError(
             "no training event is evidence by the facet's weight: there is none of its kind "
             "(liked, disliked)"
         )
@@ -300,7 +301,7 @@ def half_means(
     smaller = np.minimum(*counts)
     both = smaller > 0
     if both.sum() < 2:
-        raise ValueError(
+        raise DataError(
             f"only {int(both.sum())} users have two training events that count as evidence: "
             "a basis of between-user directions needs at least 2; leave the facet out"
         )

@@ -20,6 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from recbole_uip.behaviours import DataError
 from recbole_uip.em.kernels import nearest_codes
 
 __all__ = [
@@ -179,12 +180,14 @@ class Codebook(BaseEstimator):
 
         Raises
         ------
+        DataError
+            If there are fewer samples than codes.
         ValueError
-            If there are fewer samples than codes, or a value is not finite.
+            If a shape or a value is wrong.
         """
         offsets, noise = check_samples(offsets, noise)
         if len(offsets) < self.n_codes:
-            raise ValueError(
+            raise DataError(
                 f"n_codes={self.n_codes} needs at least as many samples, but got {len(offsets)}: "
                 "lower codes, or raise uip_codebook.sample if that is lower"
             )

@@ -20,6 +20,8 @@ import scipy.sparse.linalg
 import scipy.special
 from sklearn.linear_model import RidgeCV
 
+from recbole_uip.behaviours import DataError
+
 __all__ = ["Factors", "Reading", "logistic_factors", "svd_vectors", "user_folds"]
 
 # Prior precisions of items against a prior of one for users. Nothing is sensitive to them.
@@ -104,7 +106,7 @@ def svd_vectors(
     vectors = np.zeros((n_items, rank))
     kept = min(rank, min(matrix.shape) - 1)
     if kept < 1:
-        raise ValueError(
+        raise DataError(
             f"collaborative item vectors need training events of at least 2 users on at least "
             f"2 items, but there are {matrix.shape[0]} users on {matrix.shape[1]} items"
         )

@@ -416,7 +416,7 @@ class GradientPosterior:
 
         Raises
         ------
-        ValueError
+        DataError
             If a codebook has more codes than there are profiles to fit it on.
         """
         settings, frame = self.settings, self.frame

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recbole_uip.behaviours import DataError
+
 __all__ = ["Evidence", "event_counts", "evidence", "like_rate", "like_rates", "smoothed_rate"]
 
 PRIOR_COUNT = 10.0
@@ -105,7 +107,7 @@ def evidence(
 
     Raises
     ------
-    ValueError
+    DataError
         If ``negative`` or ``contrast`` is asked of feedback without labels.
     """
     count = event_counts(kind, liked, len(item))
@@ -122,7 +124,7 @@ def event_counts(kind: str, liked: np.ndarray | None, n_events: int) -> np.ndarr
     ndarray of float64, shape (n_events,)
     """
     if liked is None and kind in ("negative", "contrast"):
-        raise ValueError(
+        raise DataError(
             f"weight {kind!r} needs events that are liked and events that are not, and this "
             "data has no labels: use weight positive or all"
         )

@@ -259,6 +259,9 @@ class LMSettings:
         ``auto``, ``float32`` or ``bfloat16``.
     batch_tokens : int
         Token budget of one batch.
+    text_tokens : int
+        Tokens of an item's text that the LM reads, at most: what they cost grows with their
+        number, and their memory faster.
     """
 
     name: str = DEFAULT_LM
@@ -266,6 +269,7 @@ class LMSettings:
     device: str = "auto"
     dtype: str = "auto"
     batch_tokens: int = 1024
+    text_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -353,6 +357,7 @@ class UIPSettings:
                 batch_tokens=_positive(
                     "uip_lm_batch_tokens", given.get("uip_lm_batch_tokens", 1024)
                 ),
+                text_tokens=_positive("uip_lm_text_tokens", given.get("uip_lm_text_tokens", 256)),
             ),
             codebook=_parse_section(
                 CodebookSettings, "uip_codebook", given.get("uip_codebook", {})
@@ -399,6 +404,7 @@ class UIPSettings:
             "uip_lm_adapter": self.lm.adapter,
             "uip_lm_dtype": self.lm.dtype,
             "uip_lm_batch_tokens": self.lm.batch_tokens,
+            "uip_lm_text_tokens": self.lm.text_tokens,
             "uip_codebook": dataclasses.asdict(self.codebook),
             "uip_posterior": self.posterior,
             "uip_likelihood": self.likelihood,
@@ -495,6 +501,7 @@ _KEYS = (
     "uip_lm_device",
     "uip_lm_dtype",
     "uip_lm_batch_tokens",
+    "uip_lm_text_tokens",
     "uip_codebook",
     "uip_posterior",
     "uip_likelihood",

@@ -335,7 +335,7 @@ class _Texts:
         prompt = prompts.build(backbone, settings.prompts, endings)
         place = np.full(behaviours.n_items, -1)
         place[rows] = np.arange(len(rows))
-        token_ids = prompts.tokenize(backbone.tokenizer, texts)
+        token_ids = prompts.text_ids(backbone, texts)
         return cls(backbone, prompt, scored, place, token_ids, counts)
 
     @property

@@ -94,7 +94,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         Endings of the text of a liked and of a disliked behaviour; a mapping has the keys
         ``liked`` and ``disliked``.
     lm : str or mapping, optional
-        The language model, or ``{name, adapter, device, dtype, batch_tokens}``.
+        The language model, or ``{name, adapter, device, dtype, batch_tokens, text_tokens}``.
     codebook : mapping, optional
         ``{sample, n_init, max_iter, tol}``.
     match : bool
@@ -308,6 +308,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
                 "adapter": settings["uip_lm_adapter"],
                 "dtype": settings["uip_lm_dtype"],
                 "batch_tokens": settings["uip_lm_batch_tokens"],
+                "text_tokens": settings["uip_lm_text_tokens"],
             },
             codebook=settings["uip_codebook"],
             empty=settings["uip_empty"],

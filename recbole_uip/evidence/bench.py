@@ -379,7 +379,9 @@ def _holds_scores(task: Task) -> bool:
     settings = task.settings
     source = lm.resolve(settings.lm, settings.cache)
     _, dtype = resolve_dtype(settings.lm)
-    key = prompts.content_key(source.fingerprint, dtype, task.prompts, task.endings)
+    key = prompts.content_key(
+        source.fingerprint, dtype, task.prompts, task.endings, settings.lm.text_tokens
+    )
     # The folder that lm.score takes; were it another, the answer would be no.
     store = ScoreStore(settings.cache.expanduser() / "scores" / key[:32], {})
     _, found = store.read([digest(text) for text in task.distinct])

@@ -401,7 +401,6 @@ class _Slice:
             )
             return [group.passages[row] for row in rows], units.owner[rows], units.active[rows]
         behaviours = self.observed.behaviours
-        tokenizer = group.likelihood.backbone.tokenizer
         passages, owner, active = [], [], []
         for profile in range(min(CHECKED, len(self.snapshots))):
             mine = self.held_out & (behaviours.user == self.snapshots.timeline[profile])
@@ -410,7 +409,7 @@ class _Slice:
                 speaks = [_speaks(facet, behaviours, row) for facet in group.facets]
                 if not text or not any(speaks):
                     continue
-                (ids,) = tuning.prompts.tokenize(tokenizer, [text])
+                (ids,) = tuning.prompts.text_ids(group.likelihood.backbone, [text])
                 if group.facets[0].weight == "contrast":
                     ending = group.likelihood.prompt.ending
                     liked = behaviours.liked[row]

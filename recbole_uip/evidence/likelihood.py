@@ -129,7 +129,7 @@ class _Speaker:
                 missing[key[2]].append(key[3])
         for code, texts in tqdm(missing.items(), desc=field.name, leave=False, delay=2):
             theta = soft_tokens(self.model, field.name, code, step, field.scores)
-            ids = prompts.tokenize(self.backbone.tokenizer, texts)
+            ids = prompts.text_ids(self.backbone, texts)
             likelihoods, logits, spent = lm.likelihoods(
                 self.backbone, self.prompt, torch.from_numpy(theta), ids, self.batch_tokens
             )

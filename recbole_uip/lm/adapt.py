@@ -235,13 +235,11 @@ def _examples(
     texts: Sequence[str], facets: Sequence[str], backbone: Backbone
 ) -> list[dict[str, list[int]]]:
     """Token ids and labels of each text behind the facets' names, which have no loss."""
-    ids = prompts.tokenize(backbone.tokenizer, [*texts, *facets])
-    before = prompts.lead_ids(backbone)
-    before = [*before, *(token for name in ids[len(texts) :] for token in name)]
-    check_lengths(texts, ids[: len(texts)], backbone, len(before))
+    ids, names = prompts.text_ids(backbone, texts), prompts.tokenize(backbone.tokenizer, facets)
+    before = [*prompts.lead_ids(backbone), *(token for name in names for token in name)]
+    check_lengths(texts, ids, backbone, len(before))
     return [
-        {"input_ids": [*before, *text], "labels": [IGNORED] * len(before) + text}
-        for text in ids[: len(texts)]
+        {"input_ids": [*before, *text], "labels": [IGNORED] * len(before) + text} for text in ids
     ]
 
 

@@ -96,6 +96,8 @@ class Backbone:
     virtual_ids : tuple of int
         Ids of the virtual tokens of a prompt-tuning adapter, which come before every prompt;
         their embeddings follow those of the vocabulary.
+    text_tokens : int or None
+        Tokens of a text that the LM reads, at most.
     """
 
     model: PreTrainedModel
@@ -104,6 +106,7 @@ class Backbone:
     dtype: torch.dtype
     fingerprint: str
     virtual_ids: tuple[int, ...] = ()
+    text_tokens: int | None = None
 
     @property
     def embed_dim(self) -> int:
@@ -231,7 +234,9 @@ def load(settings: LMSettings, cache: Path, source: ModelSource | None = None) -
         ) from error
     model.requires_grad_(False)
     model.eval().to(device)
-    return Backbone(model, tokenizer, device, dtype, source.fingerprint, virtual_ids)
+    return Backbone(
+        model, tokenizer, device, dtype, source.fingerprint, virtual_ids, settings.text_tokens
+    )
 
 
 def _merge_adapter(

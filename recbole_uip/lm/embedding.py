@@ -86,12 +86,14 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Embeddings
     cache = Path(cache).expanduser()
     source = resolve(settings, cache)
     _, dtype = resolve_dtype(settings)
-    key = hashlib.sha256(json.dumps([VERSION, source.fingerprint, str(dtype)]).encode())
+    parts = [VERSION, source.fingerprint, str(dtype), settings.text_tokens]
+    key = hashlib.sha256(json.dumps(parts).encode())
     about = {
         "lm": settings.name,
         "adapter": settings.adapter,
         "fingerprint": source.fingerprint,
         "dtype": str(dtype),
+        "text_tokens": settings.text_tokens,
     }
     store = ScoreStore(cache / "embeddings" / key.hexdigest()[:32], about)
     columns, found = store.read([digest(text) for text in distinct])
@@ -117,7 +119,7 @@ def _embed_missing(
 ) -> tuple[np.ndarray, int]:
     """Vectors of ``texts``, put through the LM, and LM tokens."""
     lead = prompts.lead_ids(backbone)
-    ids = prompts.tokenize(backbone.tokenizer, texts)
+    ids = prompts.text_ids(backbone, texts)
     check_lengths(texts, ids, backbone, len(lead))
     lengths = np.array([len(lead) + len(row) for row in ids])
     columns = put_through(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,9 +38,12 @@ __all__ = [
     "log_likelihood",
     "logits",
     "sum_log_probs",
+    "text_ids",
     "tokenize",
     "verb_difference",
 ]
+
+logger = logging.getLogger(__name__)
 
 # part of every cache key: raise it when the prompt or what is kept of a score changes
 VERSION = 1
@@ -203,14 +207,27 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> list
     return ids
 
 
+def text_ids(backbone: Backbone, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of items' texts, of each as many as the LM is to read; see :func:`tokenize`."""
+    ids, limit = tokenize(backbone.tokenizer, texts), backbone.text_tokens
+    if n_long := sum(len(row) > limit for row in ids) if limit else 0:
+        logger.warning(
+            "%d of %d texts are longer than uip_lm_text_tokens=%d: the LM reads their beginning",
+            n_long, len(ids), limit,
+        )  # fmt: skip
+    return [row[:limit] for row in ids]
+
+
 def content_key(
     fingerprint: str,
     dtype: torch.dtype,
     names: Sequence[str],
     endings: tuple[str, str] | None,
+    text_tokens: int,
 ) -> str:
     """Hash of everything a text's scores depend on, but for the text; hexadecimal."""
-    parts = [VERSION, fingerprint, str(dtype), list(names), list(endings) if endings else None]
+    endings = list(endings) if endings else None
+    parts = [VERSION, fingerprint, str(dtype), list(names), endings, text_tokens]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

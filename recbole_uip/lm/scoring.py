@@ -122,12 +122,13 @@ def score(
     cache = Path(cache).expanduser()
     source = resolve(settings, cache)
     _, dtype = resolve_dtype(settings)
-    key = prompts.content_key(source.fingerprint, dtype, facets, endings)
+    key = prompts.content_key(source.fingerprint, dtype, facets, endings, settings.text_tokens)
     about = {
         "lm": settings.name,
         "adapter": settings.adapter,
         "fingerprint": source.fingerprint,
         "dtype": str(dtype),
+        "text_tokens": settings.text_tokens,
         "facets": facets,
         "endings": endings,
     }
@@ -181,7 +182,7 @@ def _score_missing(
     """Put ``texts`` through the LM, saving shards on the way; their columns, and LM tokens."""
     if not texts:
         return {}, 0
-    ids = prompts.tokenize(backbone.tokenizer, texts)
+    ids = prompts.text_ids(backbone, texts)
     n_ending = len(prompt.ending.common) if prompt.ending else 0
     check_lengths(texts, ids, backbone, len(prompt) + n_ending)
     lengths = np.array([len(row) + n_ending for row in ids])
@@ -297,7 +298,7 @@ def check_lengths(
         if limit is not None and length > limit:
             raise ModelError(
                 f"text {text[:60]!r}… needs {length} positions in all, but the LM has "
-                f"{limit}: shorten uip_item_text, or choose an LM with a longer context"
+                f"{limit}: lower uip_lm_text_tokens, or choose an LM with a longer context"
             )
 
 

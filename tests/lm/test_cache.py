@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from recbole_uip.lm import backbone as backbones
 from recbole_uip.lm import llama, scoring
 from recbole_uip.lm import prompt as prompts
+from recbole_uip.lm.embedding import embed, mean_states
 from recbole_uip.lm.scoring import score
 from recbole_uip.lm.store import MAX_SHARDS, ScoreStore, digest
 from recbole_uip.settings import LMSettings
@@ -67,6 +69,26 @@ def test_second_run_does_not_even_load_the_lm(settings, tmp_path, monkeypatch, l
     assert second.lm_tokens == 0
     for name in ("log_likelihood", "text", "feedback", "feedback_logit", "theta0"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
+def test_of_a_long_text_the_lm_reads_the_beginning(settings, tmp_path, caplog):
+    cut = dataclasses.replace(settings, text_tokens=3)
+    with caplog.at_level(logging.WARNING):
+        found = score(TEXTS, FACETS, ENDINGS, cut, tmp_path)
+    n_long = sum(score(TEXTS, FACETS, ENDINGS, settings, tmp_path).n_tokens > 3)
+    assert n_long > 0 and f"{n_long} of {len(TEXTS)} texts are longer" in caplog.text
+    assert found.n_tokens.max() == 3
+    loaded = backbones.load(settings, tmp_path)
+    ids = [row[:3] for row in prompts.tokenize(loaded.tokenizer, TEXTS)]
+    prompt = prompts.build(loaded, FACETS, ENDINGS)
+    expected = scoring.score_by_autograd(loaded, prompt, ids)
+    np.testing.assert_allclose(found.text, expected["text"].numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        embed(TEXTS, cut, tmp_path).vectors,
+        mean_states(loaded, prompts.lead_ids(loaded), ids).numpy(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_one_new_text_costs_one_text(settings, tmp_path, lengths):

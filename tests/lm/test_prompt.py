@@ -122,13 +122,14 @@ def test_refusals(backbone, prompt, ids):
 
 
 def test_content_key_depends_on_everything_but_the_text():
-    base = ("f", torch.float32, ["a", "b"], ENDINGS)
+    base = ("f", torch.float32, ["a", "b"], ENDINGS, 256)
     others = [
-        ("g", torch.float32, ["a", "b"], ENDINGS),
-        ("f", torch.bfloat16, ["a", "b"], ENDINGS),
-        ("f", torch.float32, ["a b"], ENDINGS),
-        ("f", torch.float32, ["b", "a"], ENDINGS),
-        ("f", torch.float32, ["a", "b"], None),
+        ("g", torch.float32, ["a", "b"], ENDINGS, 256),
+        ("f", torch.bfloat16, ["a", "b"], ENDINGS, 256),
+        ("f", torch.float32, ["a b"], ENDINGS, 256),
+        ("f", torch.float32, ["b", "a"], ENDINGS, 256),
+        ("f", torch.float32, ["a", "b"], None, 256),
+        ("f", torch.float32, ["a", "b"], ENDINGS, 255),
     ]
     keys = {prompts.content_key(*parts) for parts in [base, *others]}
     assert len(keys) == 1 + len(others)

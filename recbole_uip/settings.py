@@ -737,6 +737,10 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
         key = f"uip_facets.{name}"
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise SettingsError(f"{key}: a facet's name is lower-case letters, digits and _")
+        if "match" in name.split("_"):
+            raise SettingsError(
+                f"{key}: match in a facet's name is kept for match fields: choose another name"
+            )
         facet = _parse_section(FacetSettings, key, section or {}, name=name)
         if facet.source == "lm" and not facet.prompt:
             facet = dataclasses.replace(facet, prompt=name.replace("_", " "))

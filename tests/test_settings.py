@@ -86,6 +86,7 @@ def test_durations(value, seconds):
         ({"uip_endings": {"liked": "a", "disliked": "a"}}, "liked and disliked are both 'a'"),
         ({"uip_folds": 1}, "uip_folds=1 must be an integer of at least 2"),
         ({"uip_facets": {"Big": {}}}, "uip_facets.Big: a facet's name is lower-case"),
+        ({"uip_facets": {"taste_match": {}}}, "uip_facets.taste_match: match in a facet's name"),
         ({"uip_facets": {"a": {"rnak": 3}}}, "'uip_facets.a.rnak'; did you mean 'rank'"),
         ({"uip_facets": {"a": {"codes": "x"}}}, "uip_facets.a.codes='x' must be an integer"),
         ({"uip_facets": {"a": {"codes": True}}}, "uip_facets.a.codes=True must be an integer"),
@@ -140,8 +141,8 @@ def test_durations(value, seconds):
             "the field uip_row, which is that of the n",
         ),
         (
-            {"uip_facets": {"a": {"match": {}}, "a_match": {}}},
-            "uip_facets.a_match gives the field uip_a_match, which is that of uip_facets.a as well",
+            {"uip_facets": {"a": {"levels": 2}, "a_level2": {}}},
+            "uip_facets.a_level2 gives the field uip_a_level2, which is that of uip_facets.a as",
         ),
         (
             {"uip_facets": {"a": {"source": "constant", "half_life": [1000000, 1000001]}}},

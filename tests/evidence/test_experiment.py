@@ -405,7 +405,7 @@ NOTHING = {
 # What neither leniency nor a collaborative facet reads.
 UNREAD = {
     "uip_lm": "another", "uip_lm_dtype": "float32", "uip_lm_batch_tokens": 77,
-    "uip_lm_adapter": "some/adapter", "uip_item_text": "{title}!",
+    "uip_lm_text_tokens": 77, "uip_lm_adapter": "some/adapter", "uip_item_text": "{title}!",
     "uip_endings": {"liked": " a", "disliked": " b"}, "uip_facets.taste.codes": 8,
     "uip_facets.taste.directions": "fisher", "uip_facets.leniency.codes": 3,
     "uip_facets.leniency.levels": 2, "uip_facets.leniency.rank": 3, "uip_facets.company.bins": 9,

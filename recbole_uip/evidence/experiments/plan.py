@@ -336,9 +336,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
         if settings.lm.adapter:
             # The same folder may hold another adapter by now.
             folder = Path(settings.lm.adapter).expanduser()
-            essence["adapter"] = [
-                sha256_of(path) for path in sorted(folder.glob("adapter_model.*"))
-            ]
+            essence["adapter"] = [sha256_of(path) for path in sorted(folder.glob("adapter_*.*"))]
     return essence
 
 

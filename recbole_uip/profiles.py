@@ -170,7 +170,7 @@ def infer(
         ``words`` read them.
     settings : UIPSettings
     fold : ndarray of int64, shape (n_users,), optional
-        Fold of each user, below ``settings.folds``; balanced and random by default.
+        Fold of each user, below ``settings.user_folds``; balanced and random by default.
 
     Raises
     ------
@@ -183,8 +183,8 @@ def infer(
     rule = _time_rule(behaviours, settings)
     history = _history(behaviours, settings, rule)
     if fold is None:
-        fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
-    observed = Observations.of(behaviours, history, fold, settings.folds)
+        fold = collaborative.user_folds(behaviours.n_users, settings.user_folds, settings.seed)
+    observed = Observations(behaviours, history, fold, settings.folds)
     result = Profiles((), rule == "static", history=history, events=observed.events)
     tuned = settings.tuned_facets
     closed = [facet for facet in settings.facets if facet not in tuned]
@@ -325,7 +325,7 @@ def _item_vectors(
         leading = [of_texts[source][:, :READ_DIRECTIONS] for source in facet.texts]
         texts = np.concatenate(leading, axis=1)
     return collaborative_vectors(
-        facet.weight, facet.n_directions, observed, settings.folds, settings.seed, texts=texts
+        facet.weight, facet.n_directions, observed, settings.seed, texts=texts
     )
 
 
@@ -333,7 +333,6 @@ def collaborative_vectors(
     weight: str,
     rank: int,
     observed: Observations,
-    folds: int,
     seed: int,
     texts: np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], list[Reading]]:
@@ -345,8 +344,6 @@ def collaborative_vectors(
         Evidence weight of an event.
     rank : int
     observed : Observations
-    folds : int
-        Number of folds of users.
     seed : int
     texts : ndarray of float64, shape (n_items, m), optional
         Vectors of the items' texts that give the item vectors their prior means.
@@ -360,8 +357,8 @@ def collaborative_vectors(
     behaviours, train = observed.behaviours, observed.train_events
     n_users, n_items = behaviours.n_users, behaviours.n_items
     by_fold, readings = [], []
-    for index in range(folds):
-        chosen = train[observed.fold[behaviours.user[train]] != index]
+    for index in range(observed.n_folds):
+        chosen = train[observed.vector_fold[behaviours.user[train]] != index]
         user, item = behaviours.user[chosen], behaviours.item[chosen]
         evidence, rate = observed.refitted(weight, chosen)
         vectors = collaborative.svd_vectors(

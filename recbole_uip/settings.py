@@ -41,6 +41,8 @@ CONTROLS = ("none", "random", "shuffled")
 VALUES = ("tokens", "means")
 METHODS = ("em", "kmeans", "vq", "fsq", "sinkhorn", "random")
 DEFAULT_LM = "SmolLM2-135M"
+# Folds of users for like rates, within each fold for item vectors.
+RATE_FOLDS = 4
 
 
 class SettingsError(ValueError):
@@ -469,6 +471,11 @@ class UIPSettings:
                     f"{key} has codes: 0, and uip_posterior=gradient gives no match field: set "
                     "codes, or uip_posterior=score"
                 )
+
+    @property
+    def user_folds(self) -> int:
+        """Folds of users by which like rates are fitted: finer than those of item vectors."""
+        return self.folds * RATE_FOLDS
 
     @property
     def tuned_facets(self) -> tuple[FacetSettings, ...]:

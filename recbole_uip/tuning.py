@@ -246,7 +246,7 @@ def groups(
             f"likelihood of feedback endings, and needs {missing}: take another weight"
         )
     texts = _Texts.of(behaviours, item_texts, settings, endings, cost)
-    profile_fold = observed.fold[snapshots.timeline % behaviours.n_users]
+    profile_fold = observed.vector_fold[snapshots.timeline % behaviours.n_users]
     made = []
     for feedback in (False, True):
         chosen = tuple(facet for facet in facets if (facet.weight == "contrast") == feedback)
@@ -413,15 +413,16 @@ def _passages(
     observed: Observations, texts: _Texts, pieces: list[np.ndarray], feedback: bool
 ) -> list[Passage]:
     """What the LM reads of each unit, for the likelihood of its texts or of its feedback."""
-    events = observed.events
+    behaviours = observed.behaviours
 
     @functools.cache
     def text(items: tuple[int, ...]) -> Passage:
         return text_passage([texts.token_ids[place] for place in texts.place[list(items)]])
 
     if not feedback:
-        return [text(tuple(events.item[piece])) for piece in pieces]
-    intercepts = kernels.intercepts(observed.rate)
+        return [text(tuple(behaviours.item[piece])) for piece in pieces]
+    # by the folds of item vectors, so that users of one fold and code share the LM's passes
+    intercepts = kernels.intercepts(observed.rates(observed.n_folds))
 
     @functools.cache
     def answers(items: tuple[int, ...], liked: tuple[float, ...], fold: int) -> Passage:
@@ -431,8 +432,9 @@ def _passages(
         return feedback_passage(ids, texts.prompt.ending, liked, shift)
 
     return [
-        answers(tuple(events.item[piece]), tuple(events.liked[piece]), int(events.fold[piece[0]]))
+        answers(tuple(behaviours.item[piece]), tuple(behaviours.liked[piece]), fold)
         for piece in pieces
+        for fold in [int(observed.vector_fold[behaviours.user[piece[0]]])]
     ]
 
 
@@ -478,7 +480,7 @@ def _scored_units(
         value = texts.scores.log_likelihood[places].astype(np.float64)
     else:
         label = observed.behaviours.liked[rows]
-        logit = kernels.intercepts(observed.rate)[fold, items]
+        logit = kernels.intercepts(observed.rates(observed.n_folds))[fold, items]
         value = -np.logaddexp(0.0, (1.0 - 2.0 * label) * logit)
         gradient = gradient * (label - scipy.special.expit(logit))[:, None].astype(np.float32)
     return dataclasses.replace(units, value=value, gradient=gradient.astype(np.float32))

@@ -242,14 +242,18 @@ def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, wo
     behaviours, settings = world.behaviours, make()
     rng = np.random.default_rng(0)
     changed = rng.choice(np.flatnonzero(behaviours.train), 6, replace=False)
-    fold = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
+    fold = collaborative.user_folds(behaviours.n_users, settings.user_folds, settings.seed)
     history = inferred.history
     snapshots = take_snapshots(history, settings.gradient.snapshots, behaviours.train)
 
-    held = Observations.of(behaviours, history, fold, settings.folds)
+    held = Observations(behaviours, history, fold, settings.folds)
+
+    class Held(Observations):
+        def rates(self, n_folds):
+            return held.rates(n_folds)
 
     def groups_of(data):
-        observed = dataclasses.replace(held, behaviours=data)
+        observed = Held(data, history, fold, settings.folds)
         return tuning.groups(observed, texts, settings, snapshots, {})
 
     moved = 0

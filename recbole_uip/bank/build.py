@@ -147,7 +147,7 @@ def fit_model(
     logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
     timed = behaviours.time is not None
     settings = dataclasses.replace(settings, time=default_time(timed), history="observed")
-    fold = np.array([fold_of(user, settings.folds) for user in users], dtype=np.int64)
+    fold = np.array([fold_of(user, settings.user_folds) for user in users], dtype=np.int64)
     profiles = infer(behaviours, item_texts, settings, fold)
     model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)
     if behaviours.liked is not None:

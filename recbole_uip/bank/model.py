@@ -56,7 +56,7 @@ class ProfileModel:
     settings : UIPSettings
         What the facets were fitted with.
     n_folds : int
-        Folds of users.
+        Folds of users, by which like rates differ; item vectors by fewer.
     implicit : bool
         Whether events have no labels.
     lm_fingerprint : str or None
@@ -118,7 +118,7 @@ class ProfileModel:
             encoder=profiles.encoder,
             items=[str(item) for item in items],
             settings=settings,
-            n_folds=settings.folds,
+            n_folds=settings.user_folds,
             implicit=implicit,
             lm_fingerprint=fingerprint,
             tables=tables,

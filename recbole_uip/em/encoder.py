@@ -70,7 +70,7 @@ class Encoder:
         Parameters
         ----------
         recipes : mapping of str to sequence of FieldRecipe
-        rate : ndarray of float64, shape (n_items,) or (n_folds, n_items)
+        rate : ndarray of float64, shape (n_items,) or (n_rate_folds, n_items)
             Smoothed like rates; zeros without labels.
         """
         every = [(facet, recipe) for facet, each in recipes.items() for recipe in each]
@@ -129,7 +129,7 @@ class Encoder:
         ----------
         vectors : mapping of str to ndarray, each of shape (n_folds or 1, n_new, rank)
             Vectors of the new items, by facet.
-        rate : ndarray of float64, shape (n_folds or 1, n_new)
+        rate : ndarray of float64, shape (n_rate_folds or 1, n_new)
             Their like rates.
         """
         kernels, tables, places, size = self.kernels, [], {}, 0
@@ -150,7 +150,7 @@ class Encoder:
         )
 
     def with_rate(self, rate: np.ndarray) -> Encoder:
-        """An encoder with other like rates, shape (n_items,) or (n_folds, n_items)."""
+        """An encoder with other like rates, shape (n_items,) or (n_rate_folds, n_items)."""
         rate = np.atleast_2d(rate)
         kernels = self.kernels._replace(rate=rate, intercept=em_kernels.intercepts(rate))
         return dataclasses.replace(self, kernels=kernels)
@@ -160,9 +160,7 @@ class Encoder:
         n_items, stride = kernels.rate.shape[1], int(kernels.stride[k])
         if not kernels.folded[k]:
             return 1, n_items, stride
-        later = kernels.table[kernels.table > kernels.table[k]]
-        end = int(later.min()) if len(later) else len(kernels.vectors)
-        return (end - int(kernels.table[k])) // (n_items * stride), n_items, stride
+        return int(kernels.n_folds[0]), n_items, stride
 
     @property
     def profile_columns(self) -> list[int]:

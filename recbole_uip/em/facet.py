@@ -19,7 +19,7 @@ from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.em.prior import climb, log_evidence
 from recbole_uip.em.states import Events, History, offsets, run
 from recbole_uip.em.weights import Evidence
-from recbole_uip.settings import CodebookSettings, FacetSettings
+from recbole_uip.settings import RATE_FOLDS, CodebookSettings, FacetSettings
 
 __all__ = ["Facet", "FieldRecipe", "Observations"]
 
@@ -42,45 +42,56 @@ class Observations:
     behaviours : Behaviours
     history : History
         What each row may see.
-    rate : ndarray of float64, shape (n_folds, n_items) or None
-        Like rates that users of each fold meet; None without labels.
-    train_events : ndarray of int64, shape (n_train,)
-        Training rows by user, each user's in the order of time.
     fold : ndarray of int64, shape (n_users,)
-        Fold of each user: no vector that the user's rows meet may come from the user's own labels.
+        Fold of each user: nothing that the user's rows meet of like rates and item vectors may
+        come from the user's own labels.
+    n_folds : int
+        Folds of users by which item vectors are fitted; a user's is ``fold`` modulo this number.
+        Like rates, which are cheap, take the finer ``fold`` itself and so leave fewer users out.
     """
 
     behaviours: Behaviours
     history: History
-    rate: np.ndarray | None
-    train_events: np.ndarray
     fold: np.ndarray
+    n_folds: int
 
-    @classmethod
-    def of(
-        cls, behaviours: Behaviours, history: History, fold: np.ndarray, n_folds: int
-    ) -> Observations:
-        """Training rows in the order of time, and like rates that leave a fold's own users out."""
-        train = behaviours.in_time_order(behaviours.train)
-        rate = None
-        if behaviours.liked is not None:
-            rate = weights.like_rates(
-                behaviours.item[train],
-                behaviours.liked[train],
-                fold[behaviours.user[train]],
-                behaviours.n_items,
-                n_folds,
-            )
-        return cls(behaviours, history, rate, train, fold)
+    @functools.cached_property
+    def train_events(self) -> np.ndarray:
+        """Training rows by user, each user's in the order of time, shape (n_train,), int64."""
+        return self.behaviours.in_time_order(self.behaviours.train)
+
+    @functools.cached_property
+    def vector_fold(self) -> np.ndarray:
+        """Fold of item vectors that each user meets, shape (n_users,), int64."""
+        return self.fold % self.n_folds
 
     @functools.cached_property
     def events(self) -> Events:
         """The rows as events."""
         return Events.of(self.behaviours, self.fold)
 
+    @functools.cached_property
+    def rate(self) -> np.ndarray | None:
+        """Like rates that users of each fold meet, shape (n_rate_folds, n_items)."""
+        return self.rates(self.n_folds * RATE_FOLDS)
+
+    def rates(self, n_folds: int) -> np.ndarray | None:
+        """Like rates of the training rows of other users, by ``fold`` modulo ``n_folds``.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_folds, n_items), or None without labels
+        """
+        behaviours, train = self.behaviours, self.train_events
+        if behaviours.liked is None:
+            return None
+        fold = self.fold[behaviours.user[train]] % n_folds
+        item, liked = behaviours.item[train], behaviours.liked[train]
+        return weights.like_rates(item, liked, fold, behaviours.n_items, n_folds)
+
     @property
     def item_rate(self) -> np.ndarray:
-        """Like rates, or zeros without labels, shape (n_folds, n_items) or (n_items,)."""
+        """Like rates, or zeros without labels, shape (n_rate_folds, n_items) or (n_items,)."""
         return np.zeros(self.behaviours.n_items) if self.rate is None else self.rate
 
     def refitted(self, kind: str, events: np.ndarray) -> tuple[Evidence, np.ndarray | None]:
@@ -218,7 +229,7 @@ class Facet:
         """
         n_folds, n_items, _ = self.vectors_.shape
         train, behaviours = observed.train_events, observed.behaviours
-        of_user = observed.fold[behaviours.user[train]]
+        of_user = observed.vector_fold[behaviours.user[train]]
         known = np.stack(
             [
                 np.bincount(behaviours.item[train[of_user != fold]], minlength=n_items) > 0
@@ -255,7 +266,7 @@ class Facet:
     def fit_basis(self, vectors: Sequence[np.ndarray], observed: Observations) -> Basis:
         """The facet's directions, by the training rows; see :meth:`fit`."""
         train, behaviours = observed.train_events, observed.behaviours
-        fold_of_event = observed.fold[behaviours.user[train]]
+        fold_of_event = observed.vector_fold[behaviours.user[train]]
         # In a small catalogue the users of one fold may span less than those of another.
         rank = min(self.settings.n_directions, *(whitened.shape[1] for whitened in vectors))
         bases = []

@@ -168,15 +168,18 @@ class Kernels(NamedTuple):
         Where each kernel's stretch of the state begins.
     folded : ndarray of int64, shape (n_kernels,)
         1 where item vectors differ by the user's fold, else 0.
+    n_folds : ndarray of int64, shape (1,)
+        Folds of users by which they differ; like rates may have several times as many, so that
+        each leaves fewer users out.
     table, stride, prior : ndarray of int64, shape (n_kernels,)
         Where its item vectors begin in ``vectors`` and how far apart they are, and where its
         prior begins in ``priors``.
     vectors : ndarray of float32, shape (n_numbers,)
         Item vectors by kernel, fold and item.
     priors : ndarray of float64, shape (n_numbers,)
-    rate, intercept : ndarray of float64, shape (n_folds or 1, n_items)
+    rate, intercept : ndarray of float64, shape (n_rate_folds or 1, n_items)
         Smoothed like rates of items, and their logits a_i; one set for each fold of users, or one
-        for all.
+        for all. A user of fold f meets the item vectors of fold f modulo ``n_folds``.
     initial : ndarray of float32, shape (width,)
         State of a user without events.
     """
@@ -187,6 +190,7 @@ class Kernels(NamedTuple):
     keep: np.ndarray
     start: np.ndarray
     folded: np.ndarray
+    n_folds: np.ndarray
     table: np.ndarray
     stride: np.ndarray
     prior: np.ndarray
@@ -231,7 +235,7 @@ def pack(kernels: Sequence[RunningSums | TasteFilter], rate: np.ndarray) -> Kern
     ----------
     kernels : sequence of RunningSums or TasteFilter
         Kernels that share an array of vectors share its place in memory.
-    rate : ndarray of float64, shape (n_items,) or (n_folds, n_items)
+    rate : ndarray of float64, shape (n_items,) or (n_rate_folds, n_items)
         Smoothed like rates; zeros where there are no labels.
     """
     tables, places, size = [], {}, 0
@@ -250,6 +254,7 @@ def pack(kernels: Sequence[RunningSums | TasteFilter], rate: np.ndarray) -> Kern
         keep=np.array([retention(kernel.half_life) for kernel in kernels]),
         start=_starts(initial),
         folded=_integers(kernel.vectors.shape[0] > 1 for kernel in kernels),
+        n_folds=_integers([max((kernel.vectors.shape[0] for kernel in kernels), default=1)]),
         table=_integers(places[id(kernel.vectors)] for kernel in kernels),
         stride=_integers(kernel.vectors.shape[2] for kernel in kernels),
         prior=_starts(priors)[:-1],
@@ -313,8 +318,8 @@ def advance_many(states, rows, kernels, items, folds, liked):
 @_inlined
 def _vector(kernels, k, item, fold):
     """Where the item's vector begins."""
-    n_items = kernels.rate.shape[1]
-    return kernels.table[k] + (kernels.folded[k] * fold * n_items + item) * kernels.stride[k]
+    table = kernels.folded[k] * (fold % kernels.n_folds[0])
+    return kernels.table[k] + (table * kernels.rate.shape[1] + item) * kernels.stride[k]
 
 
 @_inlined

@@ -370,15 +370,16 @@ def unseen_scores(
         weight = counts[taught].astype(np.float64)
         # Items by all folds' vectors at once, which share one frame.
         targets = facet.vectors_.transpose(1, 0, 2).reshape(behaviours.n_items, -1)
-        users = world.observed.events.fold[rows[at]]
+        folds = world.observed.vector_fold[behaviours.user[rows[at]]]
         for source, each in spread.items():
             model = _ridge(each[taught], targets[taught], weight)
             found = model.predict(each[behaviours.item[rows[at]]])
-            found = found.reshape(len(at), len(facet.vectors_), -1)[np.arange(len(at)), users]
+            found = found.reshape(len(at), len(facet.vectors_), -1)[np.arange(len(at)), folds]
             put(f"{source}, mapped", at, b + (m * found).sum(axis=1))
     everything = _World(behaviours, np.zeros(behaviours.n_items, dtype=bool), settings)
     facet, b, m = everything.collaborative(rows)
-    known = facet.vectors_[everything.observed.events.fold[rows], behaviours.item[rows]]
+    folds = everything.observed.vector_fold[behaviours.user[rows]]
+    known = facet.vectors_[folds, behaviours.item[rows]]
     scores["collaborative, seen"] = b + (m * known).sum(axis=1)
     return scores
 
@@ -396,9 +397,9 @@ class _World:
         history = states.index_history(
             behaviours.user, behaviours.time, is_event, behaviours.n_users, settings.refresh
         )
-        folds = collaborative.user_folds(behaviours.n_users, settings.folds, settings.seed)
+        folds = collaborative.user_folds(behaviours.n_users, settings.user_folds, settings.seed)
         self.settings = settings
-        self.observed = Observations.of(behaviours, history, folds, settings.folds)
+        self.observed = Observations(behaviours, history, folds, settings.folds)
 
     def profile(
         self, source: str, vectors: list[np.ndarray], rows: np.ndarray
@@ -419,7 +420,6 @@ class _World:
             "contrast",
             COLLABORATIVE_RANK,
             self.observed,
-            self.settings.folds,
             self.settings.seed,
         )
         return self._fitted("collaborative", vectors, rows)

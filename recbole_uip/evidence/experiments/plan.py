@@ -356,8 +356,6 @@ def _used(settings: UIPSettings, chosen: tuple[FacetSettings, ...]) -> UIPSettin
         unused["lm"] = default.lm
     if not sources & set(TEXT_SOURCES):
         unused["item_text"] = None
-    if sources == {"constant"}:
-        unused["folds"] = default.folds
     if not any(facet.codes and facet.source != "constant" for facet in chosen):
         unused["codebook"] = default.codebook
     return dataclasses.replace(settings, **unused)

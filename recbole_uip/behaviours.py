@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["TEST", "TRAIN", "VALID", "Behaviours", "DataError", "in_seconds"]
+__all__ = ["TEST", "TRAIN", "VALID", "Behaviours", "DataError", "folds_of", "in_seconds"]
 
 TRAIN, VALID, TEST = 0, 1, 2
 
 # Seconds since 1970 are smaller, until the year 5138; milliseconds are larger, from 1973 on.
 _SECONDS = 1e11
+
+
+def folds_of(users: Iterable[str], n_folds: int) -> np.ndarray:
+    """Fold of each user, int64: the same wherever and whenever the user comes.
+
+    Parameters
+    ----------
+    users : iterable of str
+        Their tokens.
+    n_folds : int
+    """
+    return np.array([zlib.crc32(user.encode()) % n_folds for user in users], dtype=np.int64)
 
 
 class DataError(ValueError):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours, DataError, in_seconds
 from recbole_uip.em import basis, collaborative, states
-from recbole_uip.em.collaborative import Reading
+from recbole_uip.em.collaborative import TextPrior
 from recbole_uip.em.encoder import Encoder, FieldInfo
 from recbole_uip.em.facet import Facet, Observations
 from recbole_uip.settings import (
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 # Leading Fisher directions of the items' texts that a basis may use, and that collaborative
 # vectors are read from.
 LM_DIRECTIONS = 700
-READ_DIRECTIONS = 64
+TEXT_DIRECTIONS = 64
 # Parts of a user's training rows under uip_time=cross_fitted: each sees 4/5 of them.
 PARTS = 5
 
@@ -100,7 +100,7 @@ class Profiles:
     cost : dict of str to float
         ``lm_tokens``, ``lm_seconds``, ``em_seconds``.
     report : dict of str to dict
-        What each facet's fit has to say, by facet.
+        Diagnostics of each facet's fit.
     facets : dict of str to Facet
         The fitted facets.
     encoder : Encoder
@@ -111,9 +111,9 @@ class Profiles:
         The rows as events.
     texts : dict of str to TextVectors
         For each source by which facets read the items' texts.
-    readings : dict of str to list of Reading
+    text_priors : dict of str to list of TextPrior
         For each collaborative facet that knows texts, by fold: what its whitened item vectors are
-        by the first :data:`READ_DIRECTIONS` of each of its ``texts``.
+        by the first :data:`TEXT_DIRECTIONS` of each of its ``texts``.
     tuned : dict of str to Tuned
         The facets whose soft tokens were tuned by gradients; the encoder does not know them.
     """
@@ -127,7 +127,7 @@ class Profiles:
     history: states.History | None = None
     events: states.Events | None = None
     texts: dict[str, TextVectors] = field(default_factory=dict)
-    readings: dict[str, list[Reading]] = field(default_factory=dict)
+    text_priors: dict[str, list[TextPrior]] = field(default_factory=dict)
     tuned: dict[str, Tuned] = field(default_factory=dict)
 
     def means(self) -> dict[str, np.ndarray]:
@@ -176,6 +176,8 @@ def infer(
     ------
     SettingsError
         If a facet cannot be inferred from this data.
+    ValueError
+        If a fold is out of range.
     """
     started = time.perf_counter()
     if not behaviours.train.any():
@@ -183,7 +185,9 @@ def infer(
     rule = _time_rule(behaviours, settings)
     history = _history(behaviours, settings, rule)
     if fold is None:
-        fold = collaborative.user_folds(behaviours.n_users, settings.user_folds, settings.seed)
+        fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
+    if not (fold.min() >= 0 and fold.max() < settings.user_folds):
+        raise ValueError(f"fold must be from 0 to {settings.user_folds - 1}, got {fold.max()}")
     observed = Observations(behaviours, history, fold, settings.folds)
     result = Profiles((), rule == "static", history=history, events=observed.events)
     tuned = settings.tuned_facets
@@ -196,9 +200,9 @@ def infer(
 
     def fit(facet_settings: FacetSettings) -> Facet:
         try:
-            vectors, readings = _item_vectors(facet_settings, observed, of_texts, settings)
-            if readings:
-                result.readings[facet_settings.name] = readings
+            vectors, text_priors = _item_vectors(facet_settings, observed, of_texts, settings)
+            if text_priors:
+                result.text_priors[facet_settings.name] = text_priors
             beside = {source: of_texts[source] for source in facet_settings.texts}
             return Facet(
                 facet_settings, settings.codebook, empty=settings.empty, seed=settings.seed
@@ -310,7 +314,7 @@ def _item_vectors(
     observed: Observations,
     of_texts: Mapping[str, np.ndarray],
     settings: UIPSettings,
-) -> tuple[list[np.ndarray], list[Reading]]:
+) -> tuple[list[np.ndarray], list[TextPrior]]:
     """Whitened item vectors of a facet, by its source: one array for each fold of users.
 
     And what texts say of them, if they do.
@@ -322,7 +326,7 @@ def _item_vectors(
         return [of_texts[facet.source]] * settings.folds, []
     texts = None
     if facet.texts:
-        leading = [of_texts[source][:, :READ_DIRECTIONS] for source in facet.texts]
+        leading = [of_texts[source][:, :TEXT_DIRECTIONS] for source in facet.texts]
         texts = np.concatenate(leading, axis=1)
     return collaborative_vectors(
         facet.weight, facet.n_directions, observed, settings.seed, texts=texts
@@ -335,7 +339,7 @@ def collaborative_vectors(
     observed: Observations,
     seed: int,
     texts: np.ndarray | None = None,
-) -> tuple[list[np.ndarray], list[Reading]]:
+) -> tuple[list[np.ndarray], list[TextPrior]]:
     """Whitened item vectors of the training events, each fold of users by the other users' events.
 
     Parameters
@@ -351,29 +355,29 @@ def collaborative_vectors(
     Returns
     -------
     vectors : list of ndarray, each of shape (n_items, at most rank)
-    readings : list of Reading
+    text_priors : list of TextPrior
         Of the same vectors, by texts alone; empty without texts.
     """
     behaviours, train = observed.behaviours, observed.train_events
     n_users, n_items = behaviours.n_users, behaviours.n_items
-    by_fold, readings = [], []
+    by_fold, text_priors = [], []
     for index in range(observed.n_folds):
         chosen = train[observed.vector_fold[behaviours.user[train]] != index]
         user, item = behaviours.user[chosen], behaviours.item[chosen]
-        evidence, rate = observed.refitted(weight, chosen)
+        evidence, rate = observed.evidence_of(weight, chosen)
         vectors = collaborative.svd_vectors(
             user, item, evidence.weight, n_users, n_items, rank, seed
         )
-        reading = None
+        text_prior = None
         if behaviours.liked is not None:
-            vectors, reading = collaborative.logistic_factors(
+            vectors, text_prior = collaborative.logistic_factors(
                 user, item, behaviours.liked[chosen], n_users, rate, vectors, texts
             )
         whitening = basis.whiten(vectors, np.bincount(item, minlength=n_items))
         by_fold.append(whitening.vectors)
-        if reading is not None:
-            readings.append(reading.mapped(whitening.mean, whitening.directions()))
-    return by_fold, readings
+        if text_prior is not None:
+            text_priors.append(text_prior.mapped(whitening.mean, whitening.directions()))
+    return by_fold, text_priors
 
 
 def _text_vectors(

@@ -768,7 +768,7 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
         if facet.texts and (facet.source != "collaborative" or not facet.has_filter):
             raise SettingsError(
                 f"{key}.texts={list(facet.texts)} needs source: collaborative, weight: contrast "
-                "and a match field by the filter, for it is the filter that weighs texts: set "
+                "and a match field by the filter, which is what weighs texts: set "
                 "these, or leave texts out"
             )
         if facet.source != "constant" and facet.codes == 0 and facet.match is None:

@@ -77,7 +77,7 @@ class Tuned:
     of_row : ndarray of int64, shape (n_rows,)
         Snapshot of each row, -1 for none.
     report : dict
-        What the fit has to say.
+        Diagnostics of the fit.
     """
 
     settings: FacetSettings

@@ -418,7 +418,7 @@ def test_texts_say_what_few_events_cannot(tiny_lm):
         profiles = infer(world.behaviours, texts, wanted)
         tokens = profiles.fields[1].values[test]
         auc[len(known)] = roc_auc_score(world.behaviours.liked[test], tokens)
-        assert set(profiles.readings) == ({"company"} if known else set())
+        assert set(profiles.text_priors) == ({"company"} if known else set())
     assert auc[1] > auc[0] + 0.02
 
 

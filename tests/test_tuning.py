@@ -242,7 +242,7 @@ def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, wo
     behaviours, settings = world.behaviours, make()
     rng = np.random.default_rng(0)
     changed = rng.choice(np.flatnonzero(behaviours.train), 6, replace=False)
-    fold = collaborative.user_folds(behaviours.n_users, settings.user_folds, settings.seed)
+    fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
     history = inferred.history
     snapshots = take_snapshots(history, settings.gradient.snapshots, behaviours.train)
 

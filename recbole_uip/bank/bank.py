@@ -20,9 +20,10 @@ import scipy.optimize
 import scipy.spatial.distance
 
 from recbole_uip.bank import store
-from recbole_uip.bank.model import ProfileModel, fold_of
+from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError, Snapshot, Writer
 from recbole_uip.bank.tokens import TokenIndex, token_array
+from recbole_uip.behaviours import folds_of
 from recbole_uip.em.codebook import unpack
 from recbole_uip.em.kernels import CODE, Kernels, advance, advance_many, encode, score_candidates
 from recbole_uip.em.mixture import ResidualCodebook
@@ -412,7 +413,7 @@ class FeatureBank:
         states, seen = self._initial[None, :], np.zeros(1, np.int64)
         self._unknown_codes = self.model.encoder.profiles(states, seen)[0]
 
-    # Reading.
+    # TextPrior.
 
     def look_up(self, user: str) -> np.ndarray:
         """Codes of a user, shape (n_fields,); those of an empty history for an unknown one."""
@@ -429,7 +430,7 @@ class FeatureBank:
     def look_up_many(self, users: Sequence[str] | pa.Array) -> np.ndarray:
         """Codes of many users, shape (n, n_fields), int32.
 
-        Users are soonest found who come as a ``pyarrow.Array``, whose bytes lie together.
+        A ``pyarrow.Array`` is fastest: its bytes are contiguous.
         """
         return self._codes_of(self._users.find_many(users))
 
@@ -443,7 +444,7 @@ class FeatureBank:
         """A copy of a user's state, the number of its events, and the user's fold."""
         number = self._users.get(user)
         if number < 0:
-            return self._initial.copy(), 0, fold_of(user, self.model.n_folds)
+            return self._initial.copy(), 0, int(folds_of([user], self.model.n_folds)[0])
         if row := self._moved.item(number):
             row, own = row - 1, self._own
             return own.states[row].copy(), int(own.seen[row]), int(own.folds[row])
@@ -471,8 +472,10 @@ class FeatureBank:
         if out.size:
             state, seen, fold = self.state_of(user)
             folds = np.full(len(numbers), fold)
-            model = self.model.encoder
-            score_candidates(state, seen, model.kernels, model.match_fields, numbers, folds, out)
+            encoder = self.model.encoder
+            score_candidates(
+                state, seen, encoder.kernels, encoder.match_fields, numbers, folds, out
+            )
         return out
 
     def users(self) -> list[str]:
@@ -827,7 +830,7 @@ class FeatureBank:
             own.states[new_rows] = self._initial
             own.codes[new_rows] = self._unknown_codes
             own.seen[new_rows], own.last_time[new_rows] = 0, NO_TIME
-            own.folds[new_rows] = [fold_of(user, self.model.n_folds) for user in new]
+            own.folds[new_rows] = folds_of(new, self.model.n_folds)
             own.number[first : own.n], own.dirty[first : own.n] = movers, False
             self._moved[movers] = np.arange(first + 1, own.n + 1)
             rows[elsewhere] = self._moved[numbers[elsewhere]] - 1

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from recbole_uip.bank.bank import FeatureBank, advance_in_parallel, user_schema, user_table
 from recbole_uip.bank.events import EventFile
-from recbole_uip.bank.model import NO_ITEM, ProfileModel, fold_of
-from recbole_uip.behaviours import TRAIN, Behaviours
-from recbole_uip.em.states import run, whole_history
+from recbole_uip.bank.model import NO_ITEM, ProfileModel
+from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
+from recbole_uip.em.states import iter_states, whole_history
 from recbole_uip.em.weights import smoothed_rate
 from recbole_uip.profiles import Profiles, infer
 from recbole_uip.settings import SettingsError, UIPSettings, default_time
@@ -25,7 +25,7 @@ __all__ = ["bank_of_events", "bank_of_profiles", "fit_model"]
 
 logger = logging.getLogger(__name__)
 
-# Parameters are fitted on whole users who have at most so many events together.
+# Parameters are fitted on whole users who have at most this many events together.
 FIT_EVENTS = 2_000_000
 FIT_USERS = 50_000
 BLOCK_EVENTS = 1_000_000
@@ -65,7 +65,7 @@ def bank_of_profiles(
     model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)
     present = np.flatnonzero(history.seen)
     states = np.empty((len(present), len(model.kernels.initial)), dtype=np.float32)
-    for at, block in run(model.kernels, history, profiles.events, present):
+    for at, block in iter_states(model.kernels, history, profiles.events, present):
         states[at] = block
     last_time = np.full(len(present), -np.inf)
     fold = np.zeros(behaviours.n_users, dtype=np.int64)
@@ -147,8 +147,7 @@ def fit_model(
     logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
     timed = behaviours.time is not None
     settings = dataclasses.replace(settings, time=default_time(timed), history="observed")
-    fold = np.array([fold_of(user, settings.user_folds) for user in users], dtype=np.int64)
-    profiles = infer(behaviours, item_texts, settings, fold)
+    profiles = infer(behaviours, item_texts, settings, folds_of(users, settings.user_folds))
     model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)
     if behaviours.liked is not None:
         # Number 0, no item, has no events.
@@ -161,7 +160,7 @@ def _check_servable(settings: UIPSettings) -> None:
     if settings.tuned_facets:
         raise SettingsError(
             f"uip_facets.{settings.tuned_facets[0].name}: a feature bank cannot update soft tokens "
-            "that uip_posterior=gradient tunes, for that takes the LM: set uip_posterior=score"
+            "that uip_posterior=gradient tunes, because that takes the LM: set uip_posterior=score"
         )
 
 
@@ -206,7 +205,7 @@ def _user_batches(
             first, user = _runs(block["user"])
             tokens = block["user"].take(first)
             n = len(first)
-            folds = np.array([fold_of(token, model.n_folds) for token in tokens.to_pylist()])
+            folds = folds_of(tokens.to_pylist(), model.n_folds)
             liked = (
                 block["liked"].to_numpy() if "liked" in block.column_names else np.ones(len(user))
             )

@@ -226,7 +226,7 @@ class EventFile:
         Parameters
         ----------
         n_users : int
-            Number of users, if there are so many.
+            Number of users, or all where there are fewer.
         seed : int
             Another seed draws other users.
         max_events : int
@@ -541,7 +541,7 @@ def _groups(batches: Iterator[pa.RecordBatch], max_rows: int) -> Iterator[pa.Tab
         held = new if held is None else pa.concat_tables([held, new])
         ends = np.cumsum(held["n"].to_numpy())
         start, before = 0, 0
-        # The last group stays, for the next batch may go on with it.
+        # The last group stays: the next batch may go on with it.
         while (end := max(start + 1, _fit(ends, before + max_rows))) < len(ends):
             yield held[start:end]
             start, before = end, int(ends[end - 1])

@@ -41,7 +41,7 @@ import pyarrow.parquet as pq
 from recbole_uip.bank.export_atomic import SPLITS, Layout, read_layout
 from recbole_uip.bank.store import BankError
 from recbole_uip.behaviours import Behaviours
-from recbole_uip.em.states import Events, History, run, whole_history
+from recbole_uip.em.states import Events, History, iter_states, whole_history
 from recbole_uip.files import atomic_write
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _blocks(
     encoder = bank.model.encoder
     before = np.full((1, len(bank.fields)), -1, dtype=np.int32)
     # Rows are sorted, so blocks are consecutive stretches of them.
-    for at, states in run(encoder.kernels, history, events):
+    for at, states in iter_states(encoder.kernels, history, events):
         codes = encoder.profiles(states, history.seen[at])
         changed = (codes != np.concatenate([before, codes[:-1]])).any(axis=1)
         keep = np.flatnonzero(changed | (history.seen[at] == 0))

@@ -23,7 +23,7 @@ What it is not: the rows of P for feedback scores, so what a code says about *li
 with its text given, do not enter (``soft_tokens(..., scores="feedback")`` takes those instead).
 And the first order holds for short moves alone. With SmolLM2-135M (float32) on ml-100k
 (``recbole-uip likelihood --dataset=ml-100k --users=40``), a code of ``interests`` moves the soft
-tokens by 1.07 times their length at s = 1; what the first order foretells of held-out behaviours
+tokens by 1.07 times their length at s = 1; what the first order predicts of held-out behaviours
 and true changes of log p(text) correlate 1.00 at s = .001, .93 at .01, .32 at .03, .15 at .1 and
 .08 at 1. Look at lengths before you choose s.
 

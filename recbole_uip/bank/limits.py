@@ -25,9 +25,9 @@ class ServiceSettings:
     max_bytes : int
         Size of a request's body.
     commit_seconds : float
-        A writer commits so often: what a crash may lose.
+        Between a writer's commits; a crash loses at most the events since the last.
     refresh_seconds : float
-        A reader looks so often for what has been committed.
+        Between a reader's checks for new commits.
 
     Raises
     ------

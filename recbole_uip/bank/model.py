@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,23 +19,18 @@ from recbole_uip.bank.store import BankError
 from recbole_uip.em.encoder import Encoder
 from recbole_uip.em.facet import Facet
 from recbole_uip.em.kernels import Kernels
-from recbole_uip.profiles import READ_DIRECTIONS, Profiles
+from recbole_uip.profiles import TEXT_DIRECTIONS, Profiles
 from recbole_uip.settings import TEXT_SOURCES, UIPSettings
 from recbole_uip.texts import bag_of_words
 
-__all__ = ["NO_ITEM", "UNKNOWN_ITEM", "ProfileModel", "fold_of"]
+__all__ = ["NO_ITEM", "UNKNOWN_ITEM", "ProfileModel"]
 
-#: Item number of every item that is not in the catalogue: no vector, the overall like rate.
+#: Item number of every item that is not in the catalogue: no vector, and the like rate of all.
 UNKNOWN_ITEM = 0
 #: Token of that number, where there is no other.
 NO_ITEM = "[PAD]"
 # What the names of tables for new items begin with.
 _OF_TEXTS = (*(f"{source}_" for source in TEXT_SOURCES), "texts_")
-
-
-def fold_of(user: str, n_folds: int) -> int:
-    """Fold of a user who was not among those the model was fitted on."""
-    return zlib.crc32(user.encode()) % n_folds
 
 
 def _check_token(item: str) -> None:
@@ -56,18 +50,19 @@ class ProfileModel:
     settings : UIPSettings
         What the facets were fitted with.
     n_folds : int
-        Folds of users, by which like rates differ; item vectors by fewer.
+        Folds of users, :attr:`UIPSettings.user_folds`. Like rates may differ by all of them, item
+        vectors by fewer (n_vector_folds).
     implicit : bool
         Whether events have no labels.
     lm_fingerprint : str or None
         Of the LM, where a facet has its vectors from it.
     tables : dict of str to ndarray
         For new items: ``lm_mean`` (d,), ``lm_theta0`` (n_facets, width) and, for each facet of
-        the LM, ``lm_map.<facet>`` (n_folds, d, rank), from raw scores to item vectors. In the
-        same way ``embedding_mean`` and ``embedding_map.<facet>``, ``words_mean`` and
+        the LM, ``lm_map.<facet>`` (n_vector_folds, d, rank), from raw scores to item vectors. In
+        the same way ``embedding_mean`` and ``embedding_map.<facet>``, ``words_mean`` and
         ``words_map.<facet>``; and ``words_vocabulary``, UTF-8, a line for each word. Of a
         collaborative facet that knows texts, what these sources say adds up with
-        ``texts_offset.<facet>`` (n_folds, rank).
+        ``texts_offset.<facet>`` (n_vector_folds, rank).
     """
 
     encoder: Encoder
@@ -107,11 +102,11 @@ class ProfileModel:
                     tables[f"{source}_map.{name}"] = np.stack(maps).astype(np.float32)
             # Scores and embeddings are of the same LM.
             fingerprint = about.fingerprint or fingerprint
-        for name, readings in profiles.readings.items():
+        for name, text_priors in profiles.text_priors.items():
             facet = profiles.facets[name]
-            offsets = np.zeros((len(readings), facet.vectors_.shape[2]), np.float32)
-            for fold, reading in enumerate(readings):
-                turned = reading.intercept @ facet.basis_.directions[fold]
+            offsets = np.zeros((len(text_priors), facet.vectors_.shape[2]), np.float32)
+            for fold, text_prior in enumerate(text_priors):
+                turned = text_prior.intercept @ facet.basis_.directions[fold]
                 offsets[fold, : len(turned)] = turned
             tables[f"texts_offset.{name}"] = offsets
         return cls(
@@ -304,18 +299,18 @@ def _of_whitened(source: str, facet: Facet, profiles: Profiles) -> list[np.ndarr
     if facet.settings.source == source:
         return list(facet.basis_.directions)
     width = profiles.texts[source].whitening.vectors.shape[1]
-    read = min(width, READ_DIRECTIONS)
+    read = min(width, TEXT_DIRECTIONS)
     # Where the source's directions begin among those that vectors are read from, and where its
     # own basis begins beside the collaborative one.
     first, column = 0, facet.basis_.vectors.shape[1]
     for other in facet.settings.texts[: facet.settings.texts.index(source)]:
-        first += min(profiles.texts[other].whitening.vectors.shape[1], READ_DIRECTIONS)
+        first += min(profiles.texts[other].whitening.vectors.shape[1], TEXT_DIRECTIONS)
         column += facet.beside_[other].vectors.shape[1]
     own = facet.beside_[source].directions
     maps = []
-    for fold, reading in enumerate(profiles.readings[facet.settings.name]):
+    for fold, text_prior in enumerate(profiles.text_priors[facet.settings.name]):
         turned = np.zeros((width, facet.vectors_.shape[2]))
-        slope = reading.slope[first : first + read] @ facet.basis_.directions[fold]
+        slope = text_prior.slope[first : first + read] @ facet.basis_.directions[fold]
         turned[:read, : slope.shape[1]] = slope
         turned[:, column : column + own[fold].shape[1]] = own[fold]
         maps.append(turned)

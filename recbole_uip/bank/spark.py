@@ -28,7 +28,8 @@ import pyarrow.compute as pc
 from recbole_uip.bank import build
 from recbole_uip.bank.bank import FeatureBank, user_schema, user_table
 from recbole_uip.bank.events import EventColumns
-from recbole_uip.bank.model import ProfileModel, fold_of
+from recbole_uip.bank.model import ProfileModel
+from recbole_uip.behaviours import folds_of
 from recbole_uip.em.kernels import advance_many
 from recbole_uip.settings import SettingsError, UIPSettings
 
@@ -66,7 +67,7 @@ def bank_of_spark(
 
     Like rates are those of all events. Parameters are fitted on the driver, on the sample of
     whole users that :func:`~recbole_uip.bank.build.bank_of_events` takes. ``events`` is read 5
-    times (3 times with ``model``): cache it if making it is dear.
+    times (3 times with ``model``): cache it if it is expensive to compute.
 
     Parameters
     ----------
@@ -368,7 +369,7 @@ def _states(model: ProfileModel, batches: Iterator[pa.RecordBatch]) -> Iterator[
             continue
         row, tokens = _runs(batch["user"])
         n = len(tokens)
-        folds = np.array([fold_of(token, model.n_folds) for token in tokens])
+        folds = folds_of(tokens, model.n_folds)
         seen, states = np.bincount(row), np.tile(model.kernels.initial, (n, 1))
         if held and held[0][0] == tokens[0]:
             seen[0] += held[2][0]

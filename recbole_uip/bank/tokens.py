@@ -248,7 +248,8 @@ def _array_of(tokens: Any, what: str) -> pa.Array:
     """Arrow strings of what is not Arrow."""
     if isinstance(tokens, list | tuple) and tokens:
         # Joining reads each string object twice and calls nothing in between, so the processor
-        # can wait for many of them at once; pa.array takes thrice as long where they lie apart.
+        # can wait for many of them at once; pa.array takes three times as long where they are
+        # scattered.
         try:
             text = "\0".join(tokens).encode()
         except (TypeError, UnicodeEncodeError):
@@ -295,7 +296,7 @@ def _strings(tokens: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decoded(tokens: pa.Array) -> list[str]:
-    # Thrice as fast as to_pylist.
+    # Three times as fast as to_pylist.
     return tokens.to_numpy(zero_copy_only=False).tolist()
 
 

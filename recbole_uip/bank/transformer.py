@@ -17,9 +17,9 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from recbole_uip.bank.bank import NO_TIME, FeatureBank, user_table
-from recbole_uip.bank.model import NO_ITEM, UNKNOWN_ITEM, ProfileModel, fold_of
-from recbole_uip.behaviours import TRAIN, Behaviours
-from recbole_uip.em.states import Events, index_history, run, whole_history
+from recbole_uip.bank.model import NO_ITEM, UNKNOWN_ITEM, ProfileModel
+from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
+from recbole_uip.em.states import Events, index_history, iter_states, whole_history
 from recbole_uip.profiles import Profiles, infer
 from recbole_uip.settings import SettingsError, UIPSettings
 from recbole_uip.texts import fill
@@ -333,9 +333,8 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
             n_users=len(rows.users),
             n_items=len(items),
         )
-        profiles = infer(behaviours, texts, settings)
-        fold = np.zeros(len(rows.users), dtype=np.int64)
-        fold[rows.user] = profiles.events.fold
+        fold = folds_of(rows.users, settings.user_folds)
+        profiles = infer(behaviours, texts, settings, fold)
         model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)
         self._learned(model, _Known.of_users(rows.users, fold, model).after(rows, model))
         return profiles
@@ -513,7 +512,7 @@ class _Known:
                     f"{rows.users[rows.user[row]]!r} in the bank ({last[user[row]]}): give events "
                     "in the order of time, or fit an encoder on all of them"
                 )
-        folds = np.array([fold_of(name, model.n_folds) for name in new], dtype=np.int64)
+        folds = folds_of(new, model.n_folds)
         liked = np.ones(n_rows) if rows.liked is None else rows.liked
         return dataclasses.replace(
             self,
@@ -554,10 +553,7 @@ class _Known:
                 f"{users[user[row]]!r} in the bank ({last[user[row]]}), and a bank keeps no "
                 "earlier profiles: give later rows, or fit an encoder on the events"
             )
-        fold = [
-            self.fold[known] if known >= 0 else fold_of(name, model.n_folds)
-            for name, known in zip(users, number, strict=True)
-        ]
+        fold = folds_of(users, model.n_folds)
         # Of the history, what these users did; then the rows, which are no events themselves.
         code = np.full(len(self.fold), -1)
         code[number[number >= 0]] = np.flatnonzero(number >= 0)
@@ -576,7 +572,7 @@ class _Known:
             len(users),
         )
         tokens = np.empty((len(rows), len(model.encoder.fields)), dtype=np.int32)
-        for at, states in run(model.kernels, history, events, rows, start):
+        for at, states in iter_states(model.kernels, history, events, rows, start):
             block = rows[at]
             tokens[at] = model.encoder.tokens(
                 states, seen[who[block]] + history.seen[block], events.item[block],
@@ -592,7 +588,7 @@ class _Known:
         )
         events = Events(self.item, self.fold[self.user], self.liked)
         states = np.empty_like(start)
-        for at, block in run(model.kernels, history, events, start=start):
+        for at, block in iter_states(model.kernels, history, events, start=start):
             states[at] = block
         if timed:
             np.maximum.at(last, self.user, self.time)

@@ -1,4 +1,4 @@
-"""RecBole's atomic files, read as pandas 3 reads them, with one clear error for what is amiss."""
+"""RecBole's atomic files under pandas 3: what is wrong with a file is one clear error."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from recbole.data.utils import create_samplers, get_dataloader
 from recbole.utils import FeatureSource, FeatureType
 
 from recbole_uip import profiles as profile_stage
-from recbole_uip.behaviours import TEST, TRAIN, VALID, Behaviours
+from recbole_uip.behaviours import TEST, TRAIN, VALID, Behaviours, folds_of
 from recbole_uip.bridge import controls
 from recbole_uip.bridge.atomic_files import Frame, read_atomic_file, split_sequences
 from recbole_uip.bridge.config import UIPConfig
@@ -467,7 +467,8 @@ class UIPDataset(Dataset):
                 "others of its user's training rows, a held-out row's of all of them"
             )
         settings = self.settings = self._resolve(settings)
-        return profile_stage.infer(self.behaviours, self.item_texts(settings), settings)
+        folds = folds_of(self.field2id_token[self.uid_field], settings.user_folds)
+        return profile_stage.infer(self.behaviours, self.item_texts(settings), settings, folds)
 
     def item_texts(self, settings: UIPSettings) -> list[str | None] | None:
         """Text of each item by ``uip_item_text``, or None where no facet reads texts."""

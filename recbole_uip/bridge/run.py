@@ -94,8 +94,8 @@ def run_recbole_uip(
     ------
     SettingsError
         If a setting cannot be used, or another run writes to the same folder; or if validation
-        finds no epoch of a model better than another. Nothing has been trained before but what
-        came first: other datasets, and for the last reason other arms.
+        finds no epoch of a model better than another. Settings are checked before a dataset is
+        trained, so only earlier datasets have results; in the last case earlier arms as well.
     """
     given = {
         **load_config_files(config_files or ()),
@@ -174,7 +174,7 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     if not servable:
         logger.info(
             "no feature bank and no serving files are written: a bank cannot update soft tokens "
-            "that uip_posterior=gradient tunes, for that takes the LM"
+            "that uip_posterior=gradient tunes, because that takes the LM"
         )
     if dataset.profiles.fields and servable:
         artefacts["bank"] = str(output / "bank")
@@ -285,7 +285,7 @@ def _no_best_epoch(config: UIPConfig, arm: ArmSettings, valid_data: Any) -> Sett
 def _subnormals_as_zero() -> Iterator[None]:
     """Numbers below 1e-38 count as 0 in this thread and those that it starts meanwhile.
 
-    Weight decay takes weights without use there (AutoInt's attention on MovieLens is such), and
+    Weight decay drives unused weights there (AutoInt's attention on MovieLens, for example), and
     CPUs are many times slower with them: an epoch took two to three times as long (measured).
     """
     torch.set_flush_denormal(True)

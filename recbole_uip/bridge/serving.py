@@ -264,7 +264,7 @@ class Scorer:
         Raises
         ------
         SettingsError
-            If it has not the fields that the model was trained with.
+            If it lacks fields that the model was trained with.
         """
         return self._bank
 

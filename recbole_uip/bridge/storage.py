@@ -54,7 +54,7 @@ def load_checkpoint(path: str | os.PathLike, device: Any) -> dict:
         reason = str(error).split("\n")[0]
         raise UnsafeFileError(
             f"checkpoint {os.fspath(path)} holds more than weights and plain values ({reason}); "
-            "it is not loaded, for that could run code. Save it again with recbole-uip"
+            "it is not loaded, because that could run code. Save it again with recbole-uip"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""``recbole-uip likelihood``: what codes, put back into the LM, foretell of held-out behaviours."""
+"""``recbole-uip likelihood``: what codes, put back into the LM, predict of held-out behaviours."""
 
 from __future__ import annotations
 

@@ -24,8 +24,12 @@ from recbole_uip.em.weights import Evidence
 __all__ = ["Basis", "Whitening", "fit", "half_means", "merge", "supported_directions", "whiten"]
 
 SMALLEST_VARIANCE = 1e-6
-# Share of the noisiest direction's noise that every other one has at least.
+# Floor of a direction's noise, as a share of the noisiest direction's.
 LEAST_NOISE = 1e-2
+# Floor of the noise within users, as a share of the second moment over all events.
+LEAST_WITHIN = 0.1
+# Events past this many no longer make a user's mean a better sample of how users differ.
+MOST_WEIGHT = 20.0
 # Numbers of leading item directions that are tried.
 DIRECTIONS = (32, 128)
 
@@ -49,18 +53,6 @@ class Basis:
     mean: np.ndarray
     variance: np.ndarray
     directions: tuple[np.ndarray, ...]
-
-    def posterior(self, offset: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Posterior mean deviation from the average user, lambda / (lambda + noise) (y - mean).
-
-        Parameters
-        ----------
-        offset : ndarray, shape (n, rank)
-        noise : ndarray, shape (n,)
-            Infinite without evidence, which gives zero.
-        """
-        shrinkage = self.variance / (self.variance + noise[:, None])
-        return shrinkage * (offset - self.mean)
 
 
 @dataclass(frozen=True)
@@ -280,11 +272,15 @@ def half_means(
         Of the n users that both halves know.
     weight : ndarray of float64, shape (n,)
 
+    Raises
+    ------
+    DataError
+        If fewer than two users have evidence in both halves.
+
     Notes
     -----
     Users with evidence in one half alone are left out. A user's weight is its number of events
-    in the smaller half, up to a limit: past it, more events no longer make a user's mean
-    offset a better sample of how users differ.
+    in the smaller half, at most :data:`MOST_WEIGHT`.
     """
     counted = np.flatnonzero(evidence.count > 0)
     counted = counted[np.argsort(user[counted], kind="stable")]
@@ -305,7 +301,7 @@ def half_means(
             f"only {int(both.sum())} users have two training events that count as evidence: "
             "a basis of between-user directions needs at least 2; leave the facet out"
         )
-    return means[0][both], means[1][both], np.minimum(smaller[both], 20.0)
+    return means[0][both], means[1][both], np.minimum(smaller[both], MOST_WEIGHT)
 
 
 def _event_noise(
@@ -320,5 +316,5 @@ def _event_noise(
     counted = evidence.count > 0
     mass = np.bincount(item[counted], weights=evidence.weight[counted] ** 2, minlength=len(vectors))
     second_moment = mass @ vectors**2 / counted.sum()
-    noise = np.maximum(second_moment - of_users, 0.1 * second_moment)
+    noise = np.maximum(second_moment - of_users, LEAST_WITHIN * second_moment)
     return np.maximum(noise, LEAST_NOISE * noise.max() + np.finfo(float).tiny)

@@ -117,7 +117,7 @@ class Codebook(BaseEstimator):
     max_iter : int
         Largest number of iterations.
     tol : float
-        Iterations end when the objective per sample, in nats, gets better by less.
+        Iterations stop when the objective per sample, in nats, improves by less than this.
     n_init : int
         Number of restarts; the best lower bound is kept.
     start : ndarray, optional
@@ -237,12 +237,14 @@ class Codebook(BaseEstimator):
         check_is_fitted(self)
         return scipy.special.softmax(self._log_joint(*check_samples(offsets, noise)), axis=1)
 
-    def score(self, offsets: np.ndarray, noise: np.ndarray) -> float:
-        """Mean log-likelihood of the offsets."""
+    def score_samples(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Log-likelihood of each offset, in nats, shape (n,)."""
         check_is_fitted(self)
-        return float(
-            scipy.special.logsumexp(self._log_joint(*check_samples(offsets, noise)), axis=1).mean()
-        )
+        return scipy.special.logsumexp(self._log_joint(*check_samples(offsets, noise)), axis=1)
+
+    def score(self, offsets: np.ndarray, noise: np.ndarray) -> float:
+        """Mean log-likelihood of the offsets, in nats."""
+        return float(self.score_samples(offsets, noise).mean())
 
     def posterior_mean(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """E[delta_u | y_u] = sum_k r_uk m_uk, shape (n, r)."""
@@ -282,7 +284,7 @@ class Codebook(BaseEstimator):
         *,
         move: bool = True,
     ) -> None:
-        """M-step of the module's equations, with the posterior of delta in closed form.
+        """M-step of the equations of :mod:`recbole_uip.em.mixture`.
 
         With s = sigma^2 / (sigma^2 + nu) the posterior mean is m_uk = e_k + s (y - e_k) and the
         posterior variance v_u = s nu. Unless ``move``, codewords stay where they are.

@@ -22,29 +22,30 @@ from sklearn.linear_model import RidgeCV
 
 from recbole_uip.behaviours import DataError
 
-__all__ = ["Factors", "Reading", "logistic_factors", "svd_vectors", "user_folds"]
+__all__ = ["Factors", "balanced_folds", "TextPrior", "logistic_factors", "svd_vectors"]
 
 # Prior precisions of items against a prior of one for users. Nothing is sensitive to them.
 ITEM_PRECISION = 3.0
 INTERCEPT_PRECISION = 0.5
 SWEEPS = 2
-# Of these, by how many texts are read; there is one sweep more with texts.
-READING_SWEEPS = 2
-# An item of so many events counts half as much as one of very many, where texts are read.
-READING_EVENTS = 20.0
+# The last sweeps, which shrink item vectors towards a regression on their texts; with texts there
+# is one sweep more in all.
+TEXT_SWEEPS = 2
+# An item of this many events has half the limiting weight in that regression.
+TEXT_EVENTS = 20.0
 PENALTIES = np.logspace(0, 4, 9)
 # Root mean square of the starting vectors: small, so that the first step is taken with care.
 START_SCALE = 0.3
 BLOCK_ROWS = 20_000
 
 
-def user_folds(n_users: int, folds: int, seed: int) -> np.ndarray:
-    """Fold of each user, balanced and random, shape (n_users,)."""
-    return np.random.default_rng(seed).permutation(np.arange(n_users) % folds)
+def balanced_folds(n: int, folds: int, seed: int) -> np.ndarray:
+    """Folds drawn at random, of equal sizes but for one, shape (n,)."""
+    return np.random.default_rng(seed).permutation(np.arange(n) % folds)
 
 
-class Reading(NamedTuple):
-    """What item vectors are by the items' texts alone: ``texts @ slope + intercept``.
+class TextPrior(NamedTuple):
+    """Prior means of item vectors by the items' texts: ``texts @ slope + intercept``.
 
     Attributes
     ----------
@@ -55,9 +56,9 @@ class Reading(NamedTuple):
     slope: np.ndarray
     intercept: np.ndarray
 
-    def mapped(self, mean: np.ndarray, directions: np.ndarray) -> Reading:
-        """The reading of vectors v that are turned to ``(v - mean) @ directions``."""
-        return Reading(self.slope @ directions, (self.intercept - mean) @ directions)
+    def mapped(self, mean: np.ndarray, directions: np.ndarray) -> TextPrior:
+        """The prior of vectors v that are mapped to ``(v - mean) @ directions``."""
+        return TextPrior(self.slope @ directions, (self.intercept - mean) @ directions)
 
 
 class Factors(NamedTuple):
@@ -66,12 +67,12 @@ class Factors(NamedTuple):
     Attributes
     ----------
     vectors : ndarray of float64, shape (n_items, rank)
-    reading : Reading or None
+    text_prior : TextPrior or None
         Their prior mean; None without texts, where it is zero.
     """
 
     vectors: np.ndarray
-    reading: Reading | None
+    text_prior: TextPrior | None
 
 
 def svd_vectors(
@@ -99,6 +100,11 @@ def svd_vectors(
     -------
     ndarray of float64, shape (n_items, rank)
         Zero rows for items without events.
+
+    Raises
+    ------
+    DataError
+        If there are fewer than two users or items.
     """
     matrix = scipy.sparse.csr_array((weight, (user, item)), shape=(n_users, n_items))
     rows, columns = (np.flatnonzero(matrix.count_nonzero(axis=axis)) for axis in (1, 0))
@@ -148,11 +154,19 @@ def logistic_factors(
     Returns
     -------
     Factors
+
+    Raises
+    ------
+    DataError
+        If texts have no directions in which they differ.
     """
+    if texts is not None and texts.shape[1] == 0:
+        raise DataError("the texts of the items of the training rows say the same")
     rank = start.shape[1]
     prior_intercept = scipy.special.logit(rate)
     root_mean_square = np.sqrt((start**2).mean(axis=0))
-    # Column 0: b_u of a user beside the items' ones, and a_i's deviation beside the users' ones.
+    # Column 0 is an intercept: b_u of a user, the deviation of a_i of an item from its prior. The
+    # other side's design has a one there.
     items = np.zeros((len(start), rank + 1))
     items[:, 1:] = START_SCALE * start / np.where(root_mean_square > 0, root_mean_square, 1.0)
     users = np.zeros((n_users, rank + 1))
@@ -162,36 +176,36 @@ def logistic_factors(
     by_user, by_item = np.argsort(user, kind="stable"), np.argsort(item, kind="stable")
     events = np.bincount(item, minlength=len(start))
     sweeps = SWEEPS if texts is None else SWEEPS + 1
-    prior, reading = np.zeros_like(items), None
+    prior, text_prior = np.zeros_like(items), None
     for sweep in range(sweeps):
         offset = prior_intercept[item] + items[item, 0]
         design = np.column_stack([np.ones(len(items)), items[:, 1:]])
-        users = _newton_step(
+        users = _ridge_logistic_step(
             users, user[by_user], item[by_user], liked[by_user], offset[by_user],
             design, user_precision,
         )  # fmt: skip
         offset = prior_intercept[item] + users[user, 0]
         design = np.column_stack([np.ones(n_users), users[:, 1:]])
-        if texts is not None and sweep >= sweeps - READING_SWEEPS:
-            reading = _read(items[:, 1:], texts, events)
-            prior[:, 1:] = texts @ reading.slope + reading.intercept
-        items = _newton_step(
+        if texts is not None and sweep >= sweeps - TEXT_SWEEPS:
+            text_prior = _fit_text_prior(items[:, 1:], texts, events)
+            prior[:, 1:] = texts @ text_prior.slope + text_prior.intercept
+        items = _ridge_logistic_step(
             items, item[by_item], user[by_item], liked[by_item], offset[by_item],
             design, item_precision, prior,
         )  # fmt: skip
-    return Factors(items[:, 1:], reading)
+    return Factors(items[:, 1:], text_prior)
 
 
-def _read(vectors: np.ndarray, texts: np.ndarray, events: np.ndarray) -> Reading:
+def _fit_text_prior(vectors: np.ndarray, texts: np.ndarray, events: np.ndarray) -> TextPrior:
     """Regression of the vectors of items with events on their texts."""
     met = events > 0
-    weight = events[met] / (events[met] + READING_EVENTS)
+    weight = events[met] / (events[met] + TEXT_EVENTS)
     ridge = RidgeCV(PENALTIES, alpha_per_target=True)
     ridge.fit(texts[met], vectors[met], sample_weight=weight / weight.mean())
-    return Reading(np.atleast_2d(ridge.coef_).T, np.atleast_1d(ridge.intercept_))
+    return TextPrior(np.atleast_2d(ridge.coef_).T, np.atleast_1d(ridge.intercept_))
 
 
-def _newton_step(
+def _ridge_logistic_step(
     coefficients: np.ndarray,
     row: np.ndarray,
     column: np.ndarray,

@@ -13,7 +13,7 @@ import numpy as np
 from recbole_uip.em import kernels as em_kernels
 from recbole_uip.em.facet import FieldRecipe
 from recbole_uip.em.kernels import CODE, VALUE, Fields, Kernels, encode, encode_matches
-from recbole_uip.em.states import Events, History, run
+from recbole_uip.em.states import Events, History, iter_states
 
 __all__ = ["Encoder", "FieldInfo"]
 
@@ -192,7 +192,7 @@ class Encoder:
         tokens = np.empty((len(rows), len(self.fields)), dtype=np.int32)
 
         def fill(part: np.ndarray) -> None:
-            for at, states in run(self.kernels, history, events, rows[part]):
+            for at, states in iter_states(self.kernels, history, events, rows[part]):
                 block = rows[part[at]]
                 tokens[part[at]] = self.tokens(
                     states, history.seen[block], events.item[block], events.fold[block]
@@ -245,8 +245,10 @@ class Encoder:
             )
             for field, kind, k in readers
         }
-        for at, states in run(self.kernels, history, events):
+        for at, states in iter_states(self.kernels, history, events):
             known = history.seen[at] > 0
+            if not known.any():
+                continue
             rows, states = at[known], states[known]
             for field, kind, k in readers:
                 if kind == CODE:
@@ -273,7 +275,7 @@ class Encoder:
         ndarray of int32, shape (n, n_match_fields)
         """
         tokens = np.empty((len(rows), len(self.match_columns)), dtype=np.int32)
-        for at, states in run(self.kernels, history, events, rows):
+        for at, states in iter_states(self.kernels, history, events, rows):
             block = rows[at]
             tokens[at] = self.matches(states, history.seen[block], items[at], events.fold[block])
         return tokens

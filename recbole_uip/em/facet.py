@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recbole_uip.behaviours import Behaviours
+from recbole_uip.behaviours import Behaviours, DataError
 from recbole_uip.em import basis as em_basis
 from recbole_uip.em import weights
 from recbole_uip.em.basis import Basis
+from recbole_uip.em.bins import quantile_edges
 from recbole_uip.em.kernels import RunningSums, TasteFilter, pack, profile_values
-from recbole_uip.em.match import quantile_edges
 from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.em.prior import climb, log_evidence
-from recbole_uip.em.states import Events, History, offsets, run
+from recbole_uip.em.states import Events, History, iter_states, offsets
 from recbole_uip.em.weights import Evidence
 from recbole_uip.settings import RATE_FOLDS, CodebookSettings, FacetSettings
 
@@ -25,7 +25,7 @@ __all__ = ["Facet", "FieldRecipe", "Observations"]
 
 logger = logging.getLogger(__name__)
 
-# Parameters but the basis are fitted on the training rows of this many users.
+# All parameters except the bases are fitted on the training rows of this many users.
 SAMPLE_USERS = 2000
 # Where empirical Bayes starts, and on how many users it looks.
 PRIOR_SCALES = (1.0, 0.25)
@@ -87,14 +87,14 @@ class Observations:
             return None
         fold = self.fold[behaviours.user[train]] % n_folds
         item, liked = behaviours.item[train], behaviours.liked[train]
-        return weights.like_rates(item, liked, fold, behaviours.n_items, n_folds)
+        return weights.out_of_fold_rates(item, liked, fold, behaviours.n_items, n_folds)
 
     @property
     def item_rate(self) -> np.ndarray:
         """Like rates, or zeros without labels, shape (n_rate_folds, n_items) or (n_items,)."""
         return np.zeros(self.behaviours.n_items) if self.rate is None else self.rate
 
-    def refitted(self, kind: str, events: np.ndarray) -> tuple[Evidence, np.ndarray | None]:
+    def evidence_of(self, kind: str, events: np.ndarray) -> tuple[Evidence, np.ndarray | None]:
         """Evidence of ``events`` by weight ``kind``, and like rates, from these events alone."""
         behaviours = self.behaviours
         item = behaviours.item[events]
@@ -193,6 +193,11 @@ class Facet:
         observed : Observations
         beside : mapping of str to ndarray of shape (n_items, m), optional
             Whitened vectors of the items' texts, by source, for further directions of the filter.
+
+        Raises
+        ------
+        DataError
+            If there are too few events, users or distinct profiles to fit a parameter on.
         """
         self.basis_ = self.fit_basis(vectors, observed)
         self.beside_ = {
@@ -253,7 +258,7 @@ class Facet:
         return recipes
 
     def report(self) -> dict:
-        """What the fit has to say: prior variances, codebooks and filters."""
+        """Diagnostics of the fit: prior variances, codebooks and filters."""
         report: dict = {"prior_variance": self.basis_.variance.round(5).tolist()}
         if hasattr(self, "prior_scales_"):
             report["filter_scales"] = list(self.prior_scales_)
@@ -269,11 +274,13 @@ class Facet:
         fold_of_event = observed.vector_fold[behaviours.user[train]]
         # In a small catalogue the users of one fold may span less than those of another.
         rank = min(self.settings.n_directions, *(whitened.shape[1] for whitened in vectors))
+        if rank == 0:
+            raise DataError("the vectors of the items of the training rows do not differ")
         bases = []
         for fold, whitened in enumerate(vectors):
             # What a user meets is shaped by the users of the other folds alone.
             chosen = train[fold_of_event != fold] if len(vectors) > 1 else train
-            evidence, _ = observed.refitted(self.settings.weight, chosen)
+            evidence, _ = observed.evidence_of(self.settings.weight, chosen)
             bases.append(
                 em_basis.fit(
                     whitened,
@@ -319,7 +326,7 @@ class Facet:
     ) -> np.ndarray:
         """What profiles with evidence say of the rows' items, shape (at most n,)."""
         kernels, parts = pack([kernel], observed.item_rate), []
-        for at, states in run(kernels, observed.history, observed.events, rows):
+        for at, states in iter_states(kernels, observed.history, observed.events, rows):
             block = rows[at]
             known = observed.history.seen[block] > 0
             if isinstance(kernel, RunningSums):
@@ -340,7 +347,10 @@ class Facet:
             if len(noise) >= wanted:
                 break
         if len(noise) == 0:
-            logger.warning("no training row has any history: every code is [PAD]")
+            logger.warning(
+                "uip_facets.%s: no training row has any history, so every code is [PAD]",
+                self.settings.name,
+            )
             return None
         codebook = ResidualCodebook.of(self.settings, self.codebook, self.seed)
         return codebook.fit(offset[:wanted], noise[:wanted])
@@ -351,7 +361,7 @@ class Facet:
         """Offsets and noise of the rows that have evidence, in the order of ``rows``."""
         kernels = pack([self._sums(self.settings.rank, half_life)], observed.item_rate)
         states = np.empty((len(rows), len(kernels.initial)), dtype=np.float32)
-        for at, block in run(kernels, observed.history, observed.events, rows):
+        for at, block in iter_states(kernels, observed.history, observed.events, rows):
             states[at] = block
         offset, noise, known = offsets(states)
         return offset[known], noise[known]
@@ -383,9 +393,9 @@ class Facet:
         rows = sample[np.isin(observed.behaviours.user[sample], users)]
         half_life = max(self.settings.match.half_life)
 
-        def evidence_of(scales: tuple[float, ...]) -> float:
+        def objective(scales: tuple[float, ...]) -> float:
             kernel = self._filter(half_life, scales)
             return log_evidence(kernel, observed.rate, observed.history, observed.events, rows)
 
         start = (*PRIOR_SCALES, *[BESIDE_SCALE] * len(self.beside_))
-        return climb(evidence_of, start=start)
+        return climb(objective, start=start)

@@ -59,8 +59,8 @@ __all__ = [
 ]
 
 LEARNING_RATES = (0.01, 0.03, 0.1)
-#: Batches are as even as they can be and a multiple of so many, so that a few workers that share
-#: them end together.
+#: Batches are as even as they can be and their number a multiple of this one, so that a few workers
+#: that share them end together.
 BATCHES = 4
 BETAS = (0.9, 0.99)  # few steps: the second moment cannot look back over a thousand of them
 #: What of a batch's result all processes need; the rest stays with the process that made it.
@@ -268,7 +268,7 @@ def ascend(
     active = units.active[mine]
     where, table = state["where"].copy(), state["table"].copy()
     known, visited, own = (state[name].copy() for name in ("known", "visited", "own"))
-    # by profile, so that its result does not hang on who else is in the batch
+    # seeded per profile, so that a result does not depend on the rest of the batch
     turns = np.concatenate(
         [
             start[position] + np.random.default_rng([*seed, profile]).permutation(count)

@@ -1,7 +1,8 @@
 r"""States, and the compiled arithmetic on them: what an event adds, and what a state says.
 
-A *state* is a row of numbers that the events of one user enter one by one, in the order of time.
-A kernel is a stretch of it. There are two.
+A *state* is one user's row of numbers, which each event updates in the order of time. It is the
+concatenation of slices, one for each *kernel*: an update rule and its parameters (item vectors,
+prior, half-life). There are two kinds.
 
 :class:`RunningSums` holds, for the events e of one user,
 
@@ -162,6 +163,7 @@ class Kernels(NamedTuple):
     Attributes
     ----------
     kind, weight, rank : ndarray of int64, shape (n_kernels,)
+        ``SUMS`` or ``FILTER``, index into ``WEIGHTS``, and number of directions.
     keep : ndarray of float64, shape (n_kernels,)
         Retention a.
     start : ndarray of int64, shape (n_kernels + 1,)
@@ -297,7 +299,7 @@ def advance(state, kernels, item, fold, liked):
         if kernels.kind[k] == SUMS:
             _add(state, kernels, k, row, item, fold, liked)
         else:
-            _newton_step(state, kernels, k, row, item, fold, liked)
+            _filter_step(state, kernels, k, row, item, fold, liked)
 
 
 @_compiled
@@ -352,7 +354,7 @@ def _add(state, kernels, k, row, item, fold, liked):
 
 
 @_inlined
-def _newton_step(state, kernels, k, row, item, fold, liked):
+def _filter_step(state, kernels, k, row, item, fold, liked):
     """Drift, then one Newton step towards the event's label."""
     rank, mean, keep = kernels.rank[k], kernels.start[k], kernels.keep[k]
     prior, spent = kernels.prior[k], 1.0 - keep * keep
@@ -565,7 +567,7 @@ def encode(states, seen, kernels, fields, out):
     kernels : Kernels
     fields : Fields
     out : ndarray of int32, shape (n, n_columns)
-        Is written: 0 for [PAD], else from 1.
+        Output, written in place: 0 for [PAD], else from 1.
     """
     scratch, scores = np.empty(_largest(kernels.rank)), np.empty(_largest(fields.size))
     for row in range(len(states)):
@@ -579,7 +581,7 @@ def encode(states, seen, kernels, fields, out):
                 for c in range(column, fields.column[f + 1]):
                     out[row, c] = fields.unknown[c]
             elif fields.kind[f] == VALUE:
-                # A trait is the lift of any item, for all have the same vector.
+                # A trait is the lift of any item: all have the same vector.
                 constant = _posterior(state, kernels, k, scratch)
                 value = _lift(scratch, constant, kernels, k, 0, 0)
                 out[row, column] = _bin(value, _edges(fields, f))
@@ -625,7 +627,7 @@ def encode_matches(states, seen, kernels, fields, items, folds, out):
     fields : Fields
         Each with one column.
     out : ndarray of int32, shape (n, n_fields)
-        Is written.
+        Output, written in place.
     """
     profile = np.empty(_largest(kernels.rank))
     for row in range(len(states)):

@@ -1,8 +1,18 @@
-"""The codebook by EM under known per-user noise, and residual levels of codebooks.
+r"""The codebook by EM under known per-user noise, and residual levels of codebooks.
 
 The model is that of :mod:`recbole_uip.em.codebook`. The codewords e_k are the codebook, the code
-of a user is the component of largest responsibility, and :math:`\\nu_u` falls as more is known of
-a user.
+of a user is the component of largest responsibility, and :math:`\nu_u` falls as more is known of
+a user. The E-step has, direction by direction,
+
+.. math:: r_{uk} \propto \pi_k N(y_u; e_k, \sigma^2 + \nu_u), \quad
+          m_{uk} = e_k + \frac{\sigma^2}{\sigma^2 + \nu_u} (y_u - e_k), \quad
+          v_u = \frac{\sigma^2 \nu_u}{\sigma^2 + \nu_u},
+
+the responsibilities, and the mean and variance of :math:`\delta_u` given code k. The M-step is
+
+.. math:: \pi_k = \frac{1}{n} \sum_u r_{uk}, \quad
+          e_k = \frac{\sum_u r_{uk} m_{uk}}{\sum_u r_{uk}}, \quad
+          \sigma^2 = \frac{1}{n} \sum_{uk} r_{uk} [(m_{uk} - e_k)^2 + v_u].
 """
 
 from __future__ import annotations
@@ -76,8 +86,8 @@ class CodebookMixture(Codebook):
     def _initialize(
         self, offsets: np.ndarray, noise: np.ndarray, random_state: np.random.RandomState
     ) -> None:
-        # Seeds come from offsets shrunk by their noise: k-means++ would else pick the users of
-        # whom least is known, for they lie farthest out.
+        # Seeds come from offsets shrunk by their noise: otherwise k-means++ would pick the noisiest
+        # users, who lie farthest out.
         mean, variance = moments(offsets, noise)
         shrunk = mean + variance / (variance + noise[:, None]) * (offsets - mean)
         self.variance_ = variance
@@ -217,7 +227,7 @@ class ResidualCodebook:
         return sum(level.codewords_[codes[:, i]] for i, level in enumerate(self.levels_))
 
     def report(self) -> list[dict[str, Any]]:
-        """What the fit of each level has to say, as plain values."""
+        """Diagnostics of each level's fit, as plain values."""
         return [
             {
                 "converged": level.converged_,

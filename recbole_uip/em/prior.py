@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from recbole_uip.em.kernels import TasteFilter, pack, profile_values
-from recbole_uip.em.states import Events, History, run
+from recbole_uip.em.states import Events, History, iter_states
 
 __all__ = ["climb", "log_evidence"]
 
@@ -17,21 +17,21 @@ def log_evidence(
 ) -> float:
     """Mean log p(label | the events that its row may see) over ``rows``, in nats.
 
-    Point in time this prequential likelihood is honest on the training rows, for every label is
-    predicted before it is used, and so it is cross-fitted, for a row does not see itself. Static
-    profiles do see it, and the prior variances that suit them best are then too large.
+    With point-in-time profiles this is the prequential likelihood: every label is predicted before
+    it is used. With cross-fitted profiles no row sees itself. Static profiles do see the row's own
+    label, so the variances chosen for them are too large.
 
     Parameters
     ----------
     kernel : TasteFilter
-    rate : ndarray of float64, shape (n_items,) or (n_folds, n_items)
+    rate : ndarray of float64, shape (n_items,) or (n_rate_folds, n_items)
         Smoothed like rates.
     history : History
     events : Events
     rows : ndarray of int64, shape (n,)
     """
     total, kernels = 0.0, pack([kernel], rate)
-    for at, states in run(kernels, history, events, rows):
+    for at, states in iter_states(kernels, history, events, rows):
         block = rows[at]
         logits = profile_values(states, kernels, 0, events.item[block], events.fold[block])
         total -= np.logaddexp(0.0, (1.0 - 2.0 * events.liked[block]) * logits).sum()

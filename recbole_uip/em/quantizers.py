@@ -55,7 +55,7 @@ __all__ = [
     "transport_potentials",
 ]
 
-NEVER = np.finfo(float).tiny  # weight of a code that no rule gives
+NEVER = np.finfo(float).tiny  # weight of a code that the rule never assigns
 
 
 class Quantizer(Codebook):

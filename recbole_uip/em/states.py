@@ -17,8 +17,8 @@ __all__ = [
     "History",
     "cross_fitted_history",
     "index_history",
+    "iter_states",
     "offsets",
-    "run",
     "whole_history",
 ]
 
@@ -143,7 +143,7 @@ def cross_fitted_history(
     user, time, is_event, n_users
         As in :func:`index_history`; time only orders what is seen.
     n_parts : int
-        Each user's events are dealt out at random to so many parts of like size.
+        Each user's events are dealt out at random to this many parts of equal size.
     seed : int
     """
     events = np.flatnonzero(is_event)
@@ -209,7 +209,7 @@ def offsets(state: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return offset, noise, known
 
 
-def run(
+def iter_states(
     kernels: Kernels,
     history: History,
     events: Events,
@@ -244,7 +244,7 @@ def run(
     for low in range(0, len(order), BLOCK_ROWS):
         at = order[low : low + BLOCK_ROWS]
         states = np.empty((len(at), len(kernels.initial)), dtype=np.float32)
-        # A timeline that the block before has begun is begun anew.
+        # A timeline that a block boundary cuts is replayed from its start.
         _walk(
             kernels, history.events, history.first, *events, timeline[at], seen[at], start, states
         )

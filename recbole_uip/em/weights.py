@@ -8,7 +8,14 @@ import numpy as np
 
 from recbole_uip.behaviours import DataError
 
-__all__ = ["Evidence", "event_counts", "evidence", "like_rate", "like_rates", "smoothed_rate"]
+__all__ = [
+    "Evidence",
+    "event_counts",
+    "evidence",
+    "like_rate",
+    "out_of_fold_rates",
+    "smoothed_rate",
+]
 
 PRIOR_COUNT = 10.0
 
@@ -41,6 +48,8 @@ def like_rate(
     liked : ndarray, shape (n_events,)
         1 where liked, 0 where not.
     n_items : int
+    prior_count : float
+        Events of the overall rate that every item is given.
 
     Returns
     -------
@@ -51,7 +60,7 @@ def like_rate(
     return smoothed_rate(counts, likes, prior_count)
 
 
-def like_rates(
+def out_of_fold_rates(
     item: np.ndarray, liked: np.ndarray, fold: np.ndarray, n_items: int, n_folds: int
 ) -> np.ndarray:
     """Like rates that each fold of users meets: :func:`like_rate` of the other folds' events.
@@ -109,6 +118,8 @@ def evidence(
     ------
     DataError
         If ``negative`` or ``contrast`` is asked of feedback without labels.
+    ValueError
+        If ``kind`` is unknown.
     """
     count = event_counts(kind, liked, len(item))
     if kind == "contrast":
@@ -117,7 +128,7 @@ def evidence(
 
 
 def event_counts(kind: str, liked: np.ndarray | None, n_events: int) -> np.ndarray:
-    """What each event adds to the number of events N; see :func:`evidence`.
+    """What each event adds to the number of events N; see :func:`evidence`, also for errors.
 
     Returns
     -------

@@ -280,7 +280,7 @@ class _Slice:
         held_out = chosen & train & (rng.random(len(behaviours)) < HELD_OUT)
         is_event = chosen & train & ~held_out
         history = whole_history(behaviours.user, behaviours.time, is_event, behaviours.n_users)
-        fold = collaborative.user_folds(behaviours.n_users, settings.user_folds, settings.seed)
+        fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
         return cls(
             Observations(behaviours, history, fold, settings.folds),
             take_snapshots(history, (), train),

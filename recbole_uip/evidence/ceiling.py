@@ -53,7 +53,6 @@ __all__ = [
     "ceiling",
     "components",
     "format_ceiling",
-    "item_folds",
     "judge",
     "predict_held_out",
     "r_squared",
@@ -87,13 +86,13 @@ class Target:
         In units where one event has unit noise.
     variance : ndarray of float64, shape (rank,)
         Between-user variances of the directions.
-    rate : ndarray of float64, shape (n_items,)
+    intercept : ndarray of float64, shape (n_items,)
         Logits of the items' smoothed like rates.
     """
 
     vectors: np.ndarray
     variance: np.ndarray
-    rate: np.ndarray
+    intercept: np.ndarray
 
 
 # --- what texts say -----------------------------------------------------------------------------
@@ -194,11 +193,6 @@ def behaviour_target(behaviours: Behaviours, rows: np.ndarray, rank: int, seed: 
     return Target(fitted.vectors, fitted.variance, logit(rate))
 
 
-def item_folds(n_items: int, folds: int, seed: int) -> np.ndarray:
-    """Fold of each item, balanced and random, shape (n_items,)."""
-    return collaborative.user_folds(n_items, folds, seed)
-
-
 def _ridge(features: np.ndarray, targets: np.ndarray, weight: np.ndarray) -> RidgeCV:
     """Ridge regression of items that weigh ``weight``; each target has its own penalty."""
     model = RidgeCV(PENALTIES, alpha_per_target=targets.ndim > 1)
@@ -283,12 +277,12 @@ def read_from_texts(
         logit of the like rate); the last, ``other users``, is of half the users from the others.
     """
     train = behaviours.in_time_order(behaviours.train)
-    fold = item_folds(len(items), ITEM_FOLDS, seed)
+    fold = collaborative.balanced_folds(len(items), ITEM_FOLDS, seed)
 
     def judged(source: str, each: np.ndarray, target: Target, rows: np.ndarray) -> dict[str, Any]:
         weight = np.bincount(behaviours.item[rows], minlength=behaviours.n_items)[items]
         weight = weight.astype(np.float64)
-        wanted = np.column_stack([target.vectors, target.rate])[items]
+        wanted = np.column_stack([target.vectors, target.intercept])[items]
         found = predict_held_out(each, wanted, weight, fold)
         shares = r_squared(wanted, found, weight)
         overall = r_squared(wanted[:, :-1], found[:, :-1], weight, target.variance)
@@ -301,9 +295,9 @@ def read_from_texts(
 
     target = behaviour_target(behaviours, train, rank, seed)
     results = [judged(source, each, target, train) for source, each in features.items()]
-    half = collaborative.user_folds(behaviours.n_users, 2, seed)[behaviours.user[train]]
+    half = collaborative.balanced_folds(behaviours.n_users, 2, seed)[behaviours.user[train]]
     one, other = (behaviour_target(behaviours, train[half == part], rank, seed) for part in (0, 1))
-    known = np.column_stack([other.vectors, other.rate])[items]
+    known = np.column_stack([other.vectors, other.intercept])[items]
     results.append(judged("other users", known, one, train[half == 0]))
     return results
 
@@ -338,7 +332,7 @@ def unseen_scores(
         ``constant`` (leniency alone), ``collaborative`` (which has no vector for such an item),
         ``<source>, own`` and ``<source>, mapped``, and ``collaborative, seen``, the bound.
     """
-    fold = item_folds(behaviours.n_items, ITEM_FOLDS, settings.seed)
+    fold = collaborative.balanced_folds(behaviours.n_items, ITEM_FOLDS, settings.seed)
     scores: dict[str, np.ndarray] = {}
 
     def put(name: str, at: np.ndarray, values: np.ndarray) -> None:
@@ -397,7 +391,7 @@ class _World:
         history = states.index_history(
             behaviours.user, behaviours.time, is_event, behaviours.n_users, settings.refresh
         )
-        folds = collaborative.user_folds(behaviours.n_users, settings.user_folds, settings.seed)
+        folds = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
         self.settings = settings
         self.observed = Observations(behaviours, history, folds, settings.folds)
 
@@ -434,7 +428,8 @@ class _World:
         kernel = facet.fields()[-1].kernel
         kernels = pack([kernel], self.observed.item_rate)
         mean = np.empty((len(rows), kernel.rank + 1))
-        for at, found in states.run(kernels, self.observed.history, self.observed.events, rows):
+        observed = self.observed
+        for at, found in states.iter_states(kernels, observed.history, observed.events, rows):
             mean[at] = found[:, : kernel.rank + 1]
         return facet, mean[:, 0], mean[:, 1:]
 

@@ -1,4 +1,4 @@
-r"""Does a code, put back into the LM as a soft token, foretell what its user does later?
+r"""Does a code, put back into the LM as a soft token, predict what its user does later?
 
 A codeword e_k is a soft token theta_k(s) = theta0 + s P (e_k - mu) (see
 :mod:`recbole_uip.bank.export_peft`). Here the LM itself says what that is worth, forward pass by
@@ -233,7 +233,7 @@ def _last_codes(task: Task, inferred: profiles.Profiles) -> np.ndarray:
     history = states.whole_history(events.user, events.time, events.train, events.n_users)
     encoder = inferred.encoder
     tokens = np.zeros((events.n_users, len(encoder.profile_columns)), dtype=np.int32)
-    for at, block in states.run(encoder.kernels, history, inferred.events):
+    for at, block in states.iter_states(encoder.kernels, history, inferred.events):
         tokens[at] = encoder.profiles(block, history.seen[at])
     return tokens
 
@@ -324,7 +324,7 @@ def _field_figures(
         own, other = said(judged, step, judged.own), said(judged, step, others)
         own_at[step] = own, other
         lifts = np.concatenate([own - base, other - base])
-        foretold = step * np.concatenate([first_order, first_order_others])
+        predicted_lifts = step * np.concatenate([first_order, first_order_others])
         steps.append(
             {
                 "step": step,
@@ -336,7 +336,7 @@ def _field_figures(
                 "predicted_own_other": float(
                     (weight * step * (first_order - first_order_others)).mean()
                 ),
-                "correlation": _correlation(foretold, lifts),
+                "correlation": _correlation(predicted_lifts, lifts),
             }
         )
     best = max(steps, key=lambda each: each["tuning"] - each["tuning_error"])["step"]

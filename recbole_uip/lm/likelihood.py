@@ -350,7 +350,7 @@ class _SoftLlama(llama.FoldedLlama):
         packed : (T, places), optional
             Texts of different lengths lie one after another in x, for products with weights need
             no padding; only attention has them at ``places`` in n rows of T, on the right of
-            which there is padding. No real token sees it, for the mask is causal.
+            which there is padding. No real token sees it: the mask is causal.
 
         Returns
         -------

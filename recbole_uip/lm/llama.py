@@ -452,7 +452,7 @@ def head_log_probs(
     Parameters
     ----------
     hidden : Tensor, shape (m, d)
-        At most :data:`HEAD_ROWS` at a time, for all m rows of logits are there at once.
+        At most :data:`HEAD_ROWS` at a time, since all rows of logits are in memory at once.
     head : Tensor, shape (vocabulary, d)
     targets : Tensor of int64, shape (m,)
 

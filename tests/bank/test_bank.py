@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from recbole_uip.bank import bank as bank_module
 from recbole_uip.bank.bank import FeatureBank, user_table
 from recbole_uip.bank.build import bank_of_profiles
-from recbole_uip.bank.model import fold_of
 from recbole_uip.bank.store import BankError
+from recbole_uip.behaviours import folds_of
 from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 
@@ -361,7 +361,7 @@ def test_a_killed_process_loses_the_uncommitted_batch_alone(full_bank, users):
 
 
 def test_new_users_are_spread_over_folds():
-    counts = np.bincount([fold_of(str(user), 4) for user in range(1000)])
+    counts = np.bincount(folds_of(map(str, range(1000)), 4))
     assert counts.min() > 200
 
 

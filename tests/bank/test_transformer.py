@@ -27,7 +27,7 @@ from sklearn.utils import estimator_checks
 from recbole_uip import ProfileEncoder
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.store import BankError
-from recbole_uip.behaviours import TEST, TRAIN, Behaviours
+from recbole_uip.behaviours import TEST, TRAIN, Behaviours, folds_of
 from recbole_uip.em.weights import like_rate
 from recbole_uip.profiles import infer
 from recbole_uip.settings import SettingsError, UIPSettings
@@ -90,7 +90,8 @@ def behaviours_of(table, split):
 def inferred(table, split=None, texts=None, **keys):
     split = np.zeros(len(table), np.int8) if split is None else split
     settings = UIPSettings.from_dict({"uip_facets": FACETS, "uip_history": "observed", **keys})
-    profiles = infer(behaviours_of(table, split), texts, settings)
+    folds = folds_of(np.unique(table.user_id.to_numpy(str)), settings.user_folds)
+    profiles = infer(behaviours_of(table, split), texts, settings, folds)
     return np.column_stack([field.values for field in profiles.fields])
 
 

@@ -129,12 +129,6 @@ def test_fisher_captures_less_of_how_users_differ():
     np.testing.assert_allclose(captured[1], captured[0], rtol=0.1)
 
 
-def test_posterior_shrinks_with_noise():
-    prior = basis.Basis(np.zeros((1, 2)), np.array([1.0, 0.0]), np.array([2.0, 0.5]), ())
-    posterior = prior.posterior(np.array([[3.0, 1.0]] * 3), np.array([0.0, 0.5, np.inf]))
-    np.testing.assert_allclose(posterior, [[2.0, 1.0], [1.6, 0.5], [0.0, 0.0]])
-
-
 def test_too_few_users_is_said():
     evidence = weights.Evidence(np.ones(2), np.ones(2))
     with pytest.raises(ValueError, match="only 1 users have two training events"):

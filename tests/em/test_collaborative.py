@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 
 from recbole_uip.em import collaborative
-from recbole_uip.em.collaborative import logistic_factors, svd_vectors, user_folds
+from recbole_uip.em.collaborative import balanced_folds, logistic_factors, svd_vectors
 from recbole_uip.em.weights import like_rate
 
 from .conftest import make_world
@@ -63,4 +63,4 @@ def test_blocks_of_users_do_not_change_factors(monkeypatch):
 
 
 def test_folds_are_balanced():
-    assert np.bincount(user_folds(10, 4, seed=0)).tolist() == [3, 3, 2, 2]
+    assert np.bincount(balanced_folds(10, 4, seed=0)).tolist() == [3, 3, 2, 2]

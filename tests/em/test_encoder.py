@@ -23,7 +23,7 @@ def encoded(inferred):
     """States and tokens of every row, in the input's order."""
     kernels = inferred.encoder.kernels
     all_states = np.empty((len(inferred.history.timeline), len(kernels.initial)), np.float32)
-    for at, block in states.run(kernels, inferred.history, inferred.events):
+    for at, block in states.iter_states(kernels, inferred.history, inferred.events):
         all_states[at] = block
     return all_states, inferred.encoder.transform(inferred.history, inferred.events)
 
@@ -51,12 +51,17 @@ def test_codes_are_of_largest_responsibility(inferred, encoded):
     assert (tokens[~known, column(inferred, "uip_company")] == 0).all() and (~known).any()
 
 
+def posterior(basis, offset, noise):
+    """Posterior mean deviation from the average user, lambda / (lambda + noise) (y - mean)."""
+    return basis.variance / (basis.variance + noise[:, None]) * (offset - basis.mean)
+
+
 def test_traits_are_bins_of_the_lift_of_any_item(inferred, encoded):
     all_states, tokens = encoded
     facet = inferred.facets["leniency"]
     offset, noise, known = states.offsets(stretch(inferred, all_states, 0))
     assert len(np.unique(facet.vectors_)) == 1
-    lift = facet.basis_.posterior(offset, noise)[:, 0] * np.float64(facet.vectors_[0, 0, 0])
+    lift = posterior(facet.basis_, offset, noise)[:, 0] * np.float64(facet.vectors_[0, 0, 0])
     expected = np.searchsorted(facet.edges_["uip_leniency_5"], lift, side="right") + 1
     np.testing.assert_array_equal(
         tokens[:, column(inferred, "uip_leniency_5")], np.where(known, expected, 0)
@@ -68,7 +73,7 @@ def test_matches_of_sums_are_bins_of_the_lift(inferred, encoded, world):
     facet = inferred.facets["sums"]
     offset, noise, known = states.offsets(stretch(inferred, all_states, 5))
     vectors = facet.vectors_[inferred.events.fold % 4, world.behaviours.item].astype(float)
-    lift = (facet.basis_.posterior(offset, noise) * vectors).sum(axis=1)
+    lift = (posterior(facet.basis_, offset, noise) * vectors).sum(axis=1)
     edges = facet.edges_["uip_sums_match"]
     # Sums in another order: values within rounding of an edge may fall on either side.
     clear = np.abs(lift[:, None] - edges).min(axis=1) > 1e-9

@@ -28,7 +28,7 @@ def final_states(world, kernel):
     _, first_row = np.unique(behaviours.user, return_index=True)
     kernels = pack([kernel], expit(world.intercept))
     out = np.empty((behaviours.n_users, len(kernels.initial)))
-    for at, state in states.run(kernels, history, events_of(world), first_row):
+    for at, state in states.iter_states(kernels, history, events_of(world), first_row):
         out[at] = state
     return out
 

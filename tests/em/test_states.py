@@ -97,7 +97,7 @@ def test_history_is_strictly_earlier(table):
 @hypothesis_settings(deadline=None, max_examples=60)
 def test_states_follow_the_equations_and_batch_equals_streaming_bit_for_bit(table):
     history, events, kernels = history_of(table), events_of(table), kernels_of(table)
-    ((at, batch),) = states.run(kernels, history, events)
+    ((at, batch),) = states.iter_states(kernels, history, events)
     assert sorted(at) == list(range(len(table["user"])))
     for row, state in zip(at, batch, strict=True):
         first = history.first[table["user"][row]]
@@ -123,7 +123,7 @@ def test_blocks_do_not_change_states(world, monkeypatch):
 
     def table():
         out = np.full((len(behaviours), len(kernels.initial)), np.nan)
-        for at, state in states.run(kernels, history, events):
+        for at, state in states.iter_states(kernels, history, events):
             out[at] = state
         return out
 
@@ -139,7 +139,7 @@ def test_sums_forget_with_their_half_life():
     history = states.index_history(np.zeros(4, dtype=np.int64), np.arange(4.0), np.arange(4) < 3, 1)
     zeros = np.zeros(4, dtype=np.int64)
     events = states.Events(zeros, zeros, np.array([1.0, -2.0, 0.5, 0.0]))
-    ((at, state),) = states.run(kernels, history, events, np.array([3]))
+    ((at, state),) = states.iter_states(kernels, history, events, np.array([3]))
     assert at.tolist() == [0]
     # ages 2, 1 and 0 at half-life 1: factors 1/4, 1/2 and 1.
     np.testing.assert_allclose(state[0], [3 * (0.25 - 1.0 + 0.5), 1.75, 1 + 1 / 4 + 1 / 16])

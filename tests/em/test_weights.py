@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from recbole_uip.em.weights import evidence, like_rate, like_rates
+from recbole_uip.em.weights import evidence, like_rate, out_of_fold_rates
 
 ITEM = np.array([0, 0, 0, 1])
 LIKED = np.array([1.0, 1.0, 0.0, 0.0])
@@ -15,12 +15,12 @@ def test_like_rate_is_smoothed_towards_the_overall_rate():
 def test_a_fold_meets_like_rates_of_the_others(rng):
     item, fold = rng.integers(0, 7, 500), rng.integers(0, 3, 500)
     liked = (rng.random(500) < 0.6).astype(float)
-    rates = like_rates(item, liked, fold, n_items=9, n_folds=3)
+    rates = out_of_fold_rates(item, liked, fold, n_items=9, n_folds=3)
     for own in range(3):
         others = fold != own
         np.testing.assert_allclose(rates[own], like_rate(item[others], liked[others], 9))
         flipped = np.where(others, liked, 1.0 - liked)
-        np.testing.assert_array_equal(rates[own], like_rates(item, flipped, fold, 9, 3)[own])
+        np.testing.assert_array_equal(rates[own], out_of_fold_rates(item, flipped, fold, 9, 3)[own])
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 
 from recbole_uip import cli
 from recbole_uip.behaviours import TEST
+from recbole_uip.em.collaborative import balanced_folds
 from recbole_uip.evidence import ceiling as module
 from recbole_uip.evidence.ceiling import (
     behaviour_target,
     components,
-    item_folds,
     judge,
     predict_held_out,
     r_squared,
@@ -39,7 +39,7 @@ def test_a_linear_function_of_features_is_read_and_noise_is_not(rng):
     features = rng.normal(size=(n, 10))
     linear = features @ rng.normal(size=(10, 2))
     targets = np.column_stack([linear, rng.normal(size=n)])
-    weight, fold = rng.integers(1, 50, n).astype(float), item_folds(n, 4, 0)
+    weight, fold = rng.integers(1, 50, n).astype(float), balanced_folds(n, 4, 0)
     predicted = predict_held_out(features, targets, weight, fold)
     shares = r_squared(targets, predicted, weight)
     assert shares[:2].min() > 0.999
@@ -52,13 +52,13 @@ def test_a_linear_function_of_features_is_read_and_noise_is_not(rng):
 def test_more_features_than_items_do_not_leak(rng):
     """In sample they would explain everything."""
     features, targets = rng.normal(size=(80, 200)), rng.normal(size=(80, 3))
-    predicted = predict_held_out(features, targets, np.ones(80), item_folds(80, 4, 0))
+    predicted = predict_held_out(features, targets, np.ones(80), balanced_folds(80, 4, 0))
     assert r_squared(targets, predicted, np.ones(80)).max() < 0.1
 
 
 def test_an_item_does_not_shape_its_own_prediction(rng):
     features, targets = rng.normal(size=(60, 5)), rng.normal(size=(60, 2))
-    fold, weight = item_folds(60, 3, 0), np.ones(60)
+    fold, weight = balanced_folds(60, 3, 0), np.ones(60)
     before = predict_held_out(features, targets, weight, fold)
     changed = targets.copy()
     changed[fold == 1] += 5
@@ -73,7 +73,7 @@ def test_items_without_weight_teach_nothing(rng):
     weight[:10] = 0
     changed = targets.copy()
     changed[:10] = 99
-    fold = item_folds(60, 3, 0)
+    fold = balanced_folds(60, 3, 0)
     both = [predict_held_out(features, each, weight, fold) for each in (targets, changed)]
     np.testing.assert_array_equal(*both)
 
@@ -114,7 +114,7 @@ def test_held_out_labels_do_not_shape_the_target(world):
         behaviour_target(each, each.in_time_order(each.train), 2) for each in (behaviours, flipped)
     )
     np.testing.assert_array_equal(one.vectors, other.vectors)
-    np.testing.assert_array_equal(one.rate, other.rate)
+    np.testing.assert_array_equal(one.intercept, other.intercept)
 
 
 # --- unseen items -------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_no_event_of_a_hidden_item_shapes_its_score(world, scores):
     """Other labels for one item's rows change no score of its fold's items, seen ones apart."""
     rows, before = scores
     behaviours = world.behaviours
-    fold = item_folds(behaviours.n_items, module.ITEM_FOLDS, SETTINGS.seed)
+    fold = balanced_folds(behaviours.n_items, module.ITEM_FOLDS, SETTINGS.seed)
     item = int(np.flatnonzero(fold == 0)[0])
     liked = np.where(behaviours.item == item, 1 - behaviours.liked, behaviours.liked)
     flipped = dataclasses.replace(behaviours, liked=liked)

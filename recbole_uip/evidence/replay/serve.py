@@ -34,7 +34,7 @@ from recbole_uip.bank.export_atomic import read_layout
 from recbole_uip.behaviours import in_seconds
 from recbole_uip.bridge.run import finite, peak_memory, versions
 from recbole_uip.bridge.serving import Scorer
-from recbole_uip.em.states import Events, run, whole_history
+from recbole_uip.em.states import Events, iter_states, whole_history
 from recbole_uip.evidence.figures import machine
 from recbole_uip.evidence.replay.ab import SALT, Comparison, compare, in_arm_b, periods, redrawn
 from recbole_uip.evidence.statistics import N_BOOT, auc, logloss
@@ -312,7 +312,7 @@ def starting_bank(folder: str | os.PathLike, stream: Stream) -> FeatureBank:
     history = whole_history(stream.user, stream.time, known, n_users)
     events = Events(model.numbers(stream.items), folds[stream.user], stream.liked)
     states = np.empty((n_users, len(model.kernels.initial)), np.float32)
-    for at, block in run(model.kernels, history, events):
+    for at, block in iter_states(model.kernels, history, events):
         states[at] = block
     last_time = np.full(n_users, -np.inf)
     np.maximum.at(last_time, stream.user[known], stream.time[known])

@@ -1,4 +1,4 @@
-"""The item's side of a profile: quantile bins of scalars, [PAD] = 0 kept for no history."""
+"""Quantile bins: how a scalar, such as leniency or a match with an item, becomes a token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from recbole_uip.em.match import quantile_edges
+from recbole_uip.em.bins import quantile_edges
 
 
 def test_bins_hold_equal_shares():

@@ -430,17 +430,18 @@ def _posterior(state, kernels, k, profile):
 
 @_inlined
 def _lift(profile, constant, kernels, k, item, fold):
-    """What a profile says of an item: g' m, and for the filter the logit a_i + b_u + g' m."""
+    """What a profile says of an item: g' m, and for the filter b_u + g' m."""
     row = _vector(kernels, k, item, fold)
-    value = constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
-    if kernels.kind[k] == FILTER:
-        value += _of_item(kernels.intercept, item, fold)
-    return value
+    return constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
 
 
 @_compiled
 def profile_values(states, kernels, k, items, folds):
-    """What each state says of an item by kernel ``k``: its lift, or predicted logit.
+    """What each state says of an item by kernel ``k``: its lift over the item's own intercept a_i.
+
+    The intercept is left out, for the item's other users shape it: within one item, rows that are
+    liked meet a lower rate of the others than rows that are not, which would tell a training row
+    its own label. An item's rate is for the CTR model to learn.
 
     Parameters
     ----------

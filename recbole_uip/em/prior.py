@@ -33,7 +33,9 @@ def log_evidence(
     total, kernels = 0.0, pack([kernel], rate)
     for at, states in iter_states(kernels, history, events, rows):
         block = rows[at]
-        logits = profile_values(states, kernels, 0, events.item[block], events.fold[block])
+        item, fold = events.item[block], events.fold[block]
+        logits = profile_values(states, kernels, 0, item, fold)
+        logits += kernels.intercept[fold % len(kernels.intercept), item]
         total -= np.logaddexp(0.0, (1.0 - 2.0 * events.liked[block]) * logits).sum()
     return total / len(rows)
 

@@ -4,6 +4,7 @@ Leaks through RecBole's splits are tested in tests/bridge; here are the fitted p
 """
 
 import dataclasses
+import itertools
 import logging
 import subprocess
 import sys
@@ -186,6 +187,39 @@ def test_a_user_meets_vectors_that_their_labels_did_not_shape(world, inferred, f
         mine = slice(fold * behaviours.n_items, (fold + 1) * behaviours.n_items)
         same = np.array_equal(before.basis_.vectors[mine], after.basis_.vectors[mine])
         assert same == (fold == 0)
+
+
+def test_folds_out_of_range_are_refused(world):
+    fold = np.arange(world.behaviours.n_users)
+    with pytest.raises(ValueError, match="fold must be from 0 to 15, got 299"):
+        infer(world.behaviours, None, settings(), fold)
+
+
+def test_means_of_rows_without_history(world, monkeypatch):
+    """A block of rows may have none that saw an event."""
+    found = infer(world.behaviours, None, settings())
+    expected = found.means()
+    monkeypatch.setattr(states, "BLOCK_ROWS", 1)
+    assert (found.history.seen == 0).any()
+    for name, values in found.means().items():
+        np.testing.assert_array_equal(values, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("facet", "message"),
+    [
+        ({"source": "words"}, "the vectors of the items of the training rows do not differ"),
+        (
+            {"source": "collaborative", "texts": ["words"], "match": {"rank": 3}},
+            "the texts of the items of the training rows say the same",
+        ),
+    ],
+)
+def test_texts_that_say_the_same_are_one_clear_error(world, facet, message):
+    texts = [text for _, text in zip(range(80), itertools.cycle(["Red", "red!", "(RED)"]))]
+    wanted = settings(uip_facets={"interests": facet}, uip_item_text="{title}")
+    with pytest.raises(SettingsError, match=f"uip_facets.interests: {message}"):
+        infer(world.behaviours, texts, wanted)
 
 
 def test_items_that_nobody_met_have_no_collaborative_vector(world):

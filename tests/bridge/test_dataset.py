@@ -8,7 +8,7 @@ import torch
 from recbole.data import data_preparation as recbole_data_preparation
 from recbole.utils import FeatureSource, FeatureType, init_seed
 
-from recbole_uip.behaviours import TEST, TRAIN, VALID
+from recbole_uip.behaviours import TEST, TRAIN, VALID, folds_of
 from recbole_uip.bridge import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.dataset import ROW
 from recbole_uip.settings import METHODS, ArmSettings, SettingsError
@@ -57,6 +57,15 @@ def test_rows_are_the_inputs_rows(small):
     assert dataset.id2token("item_id", behaviours.item).tolist() == raw[1].tolist()
     assert (behaviours.liked == (raw[2] >= 4)).all()
     assert (behaviours.time == raw[3]).all()
+
+
+def test_folds_are_those_that_a_bank_gives_the_same_users(small):
+    dataset = UIPDataset(small.config())
+    dataset.build()
+    users = [str(user) for user in dataset.id2token("user_id", dataset.behaviours.user)]
+    expected = folds_of(users, dataset.settings.user_folds)
+    np.testing.assert_array_equal(dataset.profiles.events.fold, expected)
+    assert len(set(expected)) > 4
 
 
 def test_time_order_is_exact_and_stable(small):
@@ -178,7 +187,7 @@ def test_item_texts_reach_the_profile_stage(small, monkeypatch):
 
     seen = {}
 
-    def infer(behaviours, texts, settings):
+    def infer(behaviours, texts, settings, fold):
         seen["texts"] = texts
         return profiles.Profiles((), static=False)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -189,76 +189,81 @@ def infer(
     if not (fold.min() >= 0 and fold.max() < settings.user_folds):
         raise ValueError(f"fold must be from 0 to {settings.user_folds - 1}, got {fold.max()}")
     observed = Observations(behaviours, history, fold, settings.folds)
-    result = Profiles((), rule == "static", history=history, events=observed.events)
-    tuned = settings.tuned_facets
-    closed = [facet for facet in settings.facets if facet not in tuned]
-    of_texts = {
-        source: _text_vectors(source, behaviours, item_texts, settings, result)
-        for source in TEXT_SOURCES
-        if any(source in facet.text_sources for facet in closed)
-    }
+    cost: dict[str, float] = {}
+    closed = [facet for facet in settings.facets if facet not in settings.tuned_facets]
+    text_vectors, texts = {}, {}
+    for source in TEXT_SOURCES:
+        if any(source in facet.text_sources for facet in closed):
+            text_vectors[source], texts[source] = _text_vectors(
+                source, behaviours, item_texts, settings, cost
+            )
 
-    def fit(facet_settings: FacetSettings) -> Facet:
+    def fit(facet: FacetSettings) -> tuple[Facet, list[TextPrior]]:
         try:
-            vectors, text_priors = _item_vectors(facet_settings, observed, of_texts, settings)
-            if text_priors:
-                result.text_priors[facet_settings.name] = text_priors
-            beside = {source: of_texts[source] for source in facet_settings.texts}
-            return Facet(
-                facet_settings, settings.codebook, empty=settings.empty, seed=settings.seed
-            ).fit(vectors, observed, beside)
+            vectors, priors = _item_vectors(facet, observed, text_vectors, settings)
+            own_texts = {source: text_vectors[source] for source in facet.texts}
+            fitted = Facet(facet, settings.codebook, empty=settings.empty, seed=settings.seed)
+            return fitted.fit(vectors, observed, own_texts), priors
         except DataError as error:
-            raise SettingsError(f"uip_facets.{facet_settings.name}: {error}") from error
+            raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
 
-    for facet in _in_parallel(fit, closed):
-        result.facets[facet.settings.name] = facet
-        result.report[facet.settings.name] = facet.report()
-    result.encoder = Encoder.of(
-        {name: facet.fields() for name, facet in result.facets.items()}, observed.item_rate
+    fitted = _in_parallel(fit, closed)
+    facets = {name: facet for name, (facet, _) in fitted.items()}
+    encoder = Encoder.from_recipes(
+        {name: facet.fields() for name, facet in facets.items()}, observed.item_rate
     )
-    tokens = result.encoder.transform(history, result.events)
+    tokens = encoder.transform(history, observed.events)
     fields = [
         ProfileField(info.name, info.facet, info.kind, info.size, np.ascontiguousarray(values))
-        for info, values in zip(result.encoder.fields, tokens.T, strict=True)
+        for info, values in zip(encoder.fields, tokens.T, strict=True)
     ]
-    if tuned:
-        fields += _tuned_fields(observed, item_texts, settings, result)
+    tuned: dict[str, Tuned] = {}
+    if settings.tuned_facets:
+        from recbole_uip.tuning import tune
+
+        tuned = tune(observed, item_texts or (), settings, cost)
+        fields += [field for each in tuned.values() for field in _tuned_fields(each, settings)]
     order = [facet.name for facet in settings.facets]
-    result.fields = tuple(sorted(fields, key=lambda each: order.index(each.facet)))
-    result.cost["em_seconds"] = time.perf_counter() - started - result.cost.get("lm_seconds", 0.0)
-    return result
+    cost["em_seconds"] = time.perf_counter() - started - cost.get("lm_seconds", 0.0)
+    return Profiles(
+        fields=tuple(sorted(fields, key=lambda each: order.index(each.facet))),
+        static=rule == "static",
+        cost=cost,
+        report={name: facet.report() for name, facet in facets.items()}
+        | {name: each.report for name, each in tuned.items()},
+        facets=facets,
+        encoder=encoder,
+        history=history,
+        events=observed.events,
+        texts=texts,
+        text_priors={name: priors for name, (_, priors) in fitted.items() if priors},
+        tuned=tuned,
+    )
 
 
-def _tuned_fields(
-    observed: Observations,
-    item_texts: Sequence[str | None] | None,
-    settings: UIPSettings,
-    result: Profiles,
-) -> list[ProfileField]:
-    """Fields of the facets whose soft tokens are tuned by gradients."""
-    from recbole_uip.tuning import tune
-
-    result.tuned = tune(observed, item_texts or (), settings, result.cost)
-    fields = []
-    for name, tuned in result.tuned.items():
-        result.report[name] = tuned.report
-        for field_name, values in zip(tuned.names, tuned.tokens(settings.empty).T, strict=True):
-            values = np.ascontiguousarray(values)
-            fields.append(ProfileField(field_name, name, "code", tuned.size, values))
-    return fields
+def _tuned_fields(tuned: Tuned, settings: UIPSettings) -> list[ProfileField]:
+    """Fields of a facet whose soft tokens were tuned by gradients."""
+    tokens = tuned.tokens(settings.empty).T
+    return [
+        ProfileField(name, tuned.settings.name, "code", tuned.size, np.ascontiguousarray(values))
+        for name, values in zip(tuned.names, tokens, strict=True)
+    ]
 
 
 def _in_parallel(
-    fit: Callable[[FacetSettings], Facet], facets: Sequence[FacetSettings]
-) -> Iterator[Facet]:
-    """Fitted facets, in order. Each has one thread: small eigenproblems gain little by more."""
+    fit: Callable[[FacetSettings], tuple[Facet, list[TextPrior]]], facets: Sequence[FacetSettings]
+) -> dict[str, tuple[Facet, list[TextPrior]]]:
+    """What ``fit`` makes of each facet, by name, in their order.
+
+    Each has one thread: small eigenproblems gain little by more.
+    """
     workers = max(1, min(len(facets), joblib.cpu_count()))
     # Those that take longest come first, so that all threads end together.
     order = sorted(facets, key=lambda each: (each.source == "collaborative", each.n_directions))
     with threadpool_limits(1 if workers > 1 else None), ThreadPoolExecutor(workers) as pool:
         fitted = {facet.name: pool.submit(fit, facet) for facet in reversed(order)}
-        for facet in tqdm(facets, desc="profiles", leave=False, delay=2):
-            yield fitted[facet.name].result()
+        names = tqdm([facet.name for facet in facets], desc="profiles", leave=False, delay=2)
+        return {name: fitted[name].result() for name in names}
 
 
 def _time_rule(behaviours: Behaviours, settings: UIPSettings) -> str:
@@ -312,7 +317,7 @@ def _history(behaviours: Behaviours, settings: UIPSettings, rule: str) -> states
 def _item_vectors(
     facet: FacetSettings,
     observed: Observations,
-    of_texts: Mapping[str, np.ndarray],
+    text_vectors: Mapping[str, np.ndarray],
     settings: UIPSettings,
 ) -> tuple[list[np.ndarray], list[TextPrior]]:
     """Whitened item vectors of a facet, by its source: one array for each fold of users.
@@ -323,10 +328,10 @@ def _item_vectors(
         return [np.ones((observed.behaviours.n_items, 1))], []
     if facet.source in TEXT_SOURCES:
         # Texts know nobody's labels, but the basis that a facet makes of their vectors does.
-        return [of_texts[facet.source]] * settings.folds, []
+        return [text_vectors[facet.source]] * settings.folds, []
     texts = None
     if facet.texts:
-        leading = [of_texts[source][:, :TEXT_DIRECTIONS] for source in facet.texts]
+        leading = [text_vectors[source][:, :TEXT_DIRECTIONS] for source in facet.texts]
         texts = np.concatenate(leading, axis=1)
     return collaborative_vectors(
         facet.weight, facet.n_directions, observed, settings.seed, texts=texts
@@ -385,22 +390,22 @@ def _text_vectors(
     behaviours: Behaviours,
     item_texts: Sequence[str | None] | None,
     settings: UIPSettings,
-    result: Profiles,
-) -> np.ndarray:
-    """Whitened vectors of every item by its text, shape (n_items, m).
+    cost: dict[str, float],
+) -> tuple[np.ndarray, TextVectors]:
+    """Whitened vectors of every item by its text, shape (n_items, m), and what made them.
 
-    Items without text have the mean vector, and so say nothing.
+    Items without text have the mean vector, and so say nothing. What the LM spends is added to
+    ``cost``.
     """
     if item_texts is None:
         item_texts = [None] * behaviours.n_items
     rows, counts = rated_texts(item_texts, behaviours.item[behaviours.train], source)
     texts = [item_texts[row] for row in rows]
-    vectors, about = _raw_vectors(source, texts, behaviours.liked is None, settings, result.cost)
+    vectors, about = _raw_vectors(source, texts, behaviours.liked is None, settings, cost)
     whitening = basis.whiten(vectors, counts, keep=LM_DIRECTIONS)
-    result.texts[source] = TextVectors(whitening, **about)
     spread = np.zeros((len(item_texts), whitening.vectors.shape[1]))
     spread[rows] = whitening.vectors
-    return spread
+    return spread, TextVectors(whitening, **about)
 
 
 def _raw_vectors(

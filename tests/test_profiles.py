@@ -57,7 +57,7 @@ def parameters(profiles):
     """Everything that was fitted, as one list of arrays."""
     out = []
     for facet in profiles.facets.values():
-        for basis in (facet.basis_, *facet.beside_.values()):
+        for basis in (facet.basis_, *facet.text_bases_.values()):
             out += [basis.vectors, basis.mean, basis.variance]
         for codebook in facet.codebooks_.values():
             for level in codebook.levels_:

@@ -193,7 +193,7 @@ def _read_events(
         len(bank.model.items),
     )
     folds = np.array([bank.state_of(token)[2] for token in users.to_pylist()], dtype=np.int64)
-    return users, behaviours, Events.of(behaviours, folds)
+    return users, behaviours, Events.from_behaviours(behaviours, folds)
 
 
 def _numbered(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:

@@ -74,7 +74,7 @@ class ProfileModel:
     tables: dict[str, np.ndarray]
 
     @classmethod
-    def of(
+    def from_profiles(
         cls, profiles: Profiles, items: Sequence[str], settings: UIPSettings, implicit: bool
     ) -> ProfileModel:
         """The model behind inferred profiles.
@@ -305,8 +305,8 @@ def _of_whitened(source: str, facet: Facet, profiles: Profiles) -> list[np.ndarr
     first, column = 0, facet.basis_.vectors.shape[1]
     for other in facet.settings.texts[: facet.settings.texts.index(source)]:
         first += min(profiles.texts[other].whitening.vectors.shape[1], TEXT_DIRECTIONS)
-        column += facet.beside_[other].vectors.shape[1]
-    own = facet.beside_[source].directions
+        column += facet.text_bases_[other].vectors.shape[1]
+    own = facet.text_bases_[source].directions
     maps = []
     for fold, text_prior in enumerate(profiles.text_priors[facet.settings.name]):
         turned = np.zeros((width, facet.vectors_.shape[2]))

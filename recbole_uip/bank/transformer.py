@@ -335,7 +335,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         )
         fold = folds_of(rows.users, settings.user_folds)
         profiles = infer(behaviours, texts, settings, fold)
-        model = ProfileModel.of(profiles, items, settings, behaviours.liked is None)
+        model = ProfileModel.from_profiles(profiles, items, settings, behaviours.liked is None)
         self._learned(model, _Known.of_users(rows.users, fold, model).after(rows, model))
         return profiles
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recbole_uip.cli.bank_export import add_export
+from recbole_uip.cli.bank_serve import add_serve
 from recbole_uip.cli.options import OVERRIDES, add_config_files, start
-from recbole_uip.serve import add_serve
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:

@@ -64,7 +64,9 @@ class Encoder:
     match_fields: Fields
 
     @classmethod
-    def of(cls, recipes: Mapping[str, Sequence[FieldRecipe]], rate: np.ndarray) -> Encoder:
+    def from_recipes(
+        cls, recipes: Mapping[str, Sequence[FieldRecipe]], rate: np.ndarray
+    ) -> Encoder:
         """Pack the fields of each facet, by its name.
 
         Parameters

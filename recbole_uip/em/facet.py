@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_USERS = 2000
 # Where empirical Bayes starts, and on how many users it looks.
 PRIOR_SCALES = (1.0, 0.25)
-BESIDE_SCALE = 0.0625
+TEXT_SCALE = 0.0625
 PRIOR_USERS = 200
 
 
@@ -68,7 +68,7 @@ class Observations:
     @functools.cached_property
     def events(self) -> Events:
         """The rows as events."""
-        return Events.of(self.behaviours, self.fold)
+        return Events.from_behaviours(self.behaviours, self.fold)
 
     @functools.cached_property
     def rate(self) -> np.ndarray | None:
@@ -152,14 +152,14 @@ class Facet:
     ----------
     basis_ : Basis
         Item vectors of all folds of users, fold by fold, in one frame.
-    beside_ : dict of str to Basis
-        The same of the texts beside them, by source.
+    text_bases_ : dict of str to Basis
+        The same of the items' texts, by source.
     vectors_ : ndarray of float32, shape (n_folds, n_items, rank)
         All of these side by side, as states add them up.
     codebooks_ : dict of str to ResidualCodebook
         By field name; None where no training row has any history.
     prior_scales_ : tuple of float
-        (lambda_0, factor of the basis's variances, factors of those beside) of the filter; only
+        (lambda_0, factor of the basis's variances, factors of the texts') of the filter; only
         with a match field that it makes.
     edges_ : dict of str to ndarray
         Inner bin edges, by field name.
@@ -182,7 +182,7 @@ class Facet:
         self,
         vectors: Sequence[np.ndarray],
         observed: Observations,
-        beside: Mapping[str, np.ndarray] | None = None,
+        texts: Mapping[str, np.ndarray] | None = None,
     ) -> Facet:
         """Fit basis, prior, codebooks and bin edges on the training rows.
 
@@ -191,7 +191,7 @@ class Facet:
         vectors : sequence of ndarray, each of shape (n_items, m)
             Whitened item vectors for each fold of users, or one array for all users.
         observed : Observations
-        beside : mapping of str to ndarray of shape (n_items, m), optional
+        texts : mapping of str to ndarray of shape (n_items, m), optional
             Whitened vectors of the items' texts, by source, for further directions of the filter.
 
         Raises
@@ -200,16 +200,16 @@ class Facet:
             If there are too few events, users or distinct profiles to fit a parameter on.
         """
         self.basis_ = self.fit_basis(vectors, observed)
-        self.beside_ = {
-            source: self.fit_basis([texts] * len(vectors), observed)
-            for source, texts in (beside or {}).items()
+        self.text_bases_ = {
+            source: self.fit_basis([each] * len(vectors), observed)
+            for source, each in (texts or {}).items()
         }
         shape = (len(vectors), observed.behaviours.n_items, -1)
-        every = [self.basis_, *self.beside_.values()]
+        every = [self.basis_, *self.text_bases_.values()]
         together = np.concatenate([basis.vectors for basis in every], axis=1)
         self.vectors_ = together.astype(np.float32).reshape(shape)
         if self.settings.source == "collaborative":
-            self.vectors_[~self._known_items(observed, beside or {})] = 0.0
+            self.vectors_[~self._known_items(observed, texts or {})] = 0.0
         self.codebooks_: dict[str, ResidualCodebook | None] = {}
         self.edges_: dict[str, np.ndarray] = {}
         sample = self._sample_rows(observed)
@@ -227,7 +227,7 @@ class Facet:
                 self.edges_[name] = quantile_edges(values, match.bins)
         return self
 
-    def _known_items(self, observed: Observations, beside: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _known_items(self, observed: Observations, texts: Mapping[str, np.ndarray]) -> np.ndarray:
         """Items of which users of other folds or a text tell, bool, shape (n_folds, n_items).
 
         The vectors of the others are zeros less the mean of the items, which tells nothing.
@@ -241,8 +241,8 @@ class Facet:
                 for fold in range(n_folds)
             ]
         )
-        for texts in beside.values():
-            known |= texts.any(axis=1)
+        for vectors in texts.values():
+            known |= vectors.any(axis=1)
         return known
 
     def fields(self) -> list[FieldRecipe]:
@@ -302,7 +302,7 @@ class Facet:
 
     def _filter(self, half_life: float, scales: tuple[float, ...]) -> TasteFilter:
         leniency, *others = scales
-        variances = [basis.variance for basis in (self.basis_, *self.beside_.values())]
+        variances = [basis.variance for basis in (self.basis_, *self.text_bases_.values())]
         if self.settings.source == "constant":
             # All that there is to say is leniency, the filter's first trait.
             variances = []
@@ -352,7 +352,7 @@ class Facet:
                 self.settings.name,
             )
             return None
-        codebook = ResidualCodebook.of(self.settings, self.codebook, self.seed)
+        codebook = ResidualCodebook.from_settings(self.settings, self.codebook, self.seed)
         return codebook.fit(offset[:wanted], noise[:wanted])
 
     def _offsets(
@@ -397,5 +397,5 @@ class Facet:
             kernel = self._filter(half_life, scales)
             return log_evidence(kernel, observed.rate, observed.history, observed.events, rows)
 
-        start = (*PRIOR_SCALES, *[BESIDE_SCALE] * len(self.beside_))
+        start = (*PRIOR_SCALES, *[TEXT_SCALE] * len(self.text_bases_))
         return climb(objective, start=start)

@@ -604,7 +604,7 @@ class GradientPosterior:
             return None
         chosen = np.random.default_rng(self.seed).permutation(chosen)[: self.codebook.sample]
         old = self.codebooks_[f]
-        codebook = ResidualCodebook.of(self.facets[f], self.codebook, self.seed)
+        codebook = ResidualCodebook.from_settings(self.facets[f], self.codebook, self.seed)
         start = None if old is None else [level.numbers for level in old.levels_]
         return codebook.fit(self.offset_[f][chosen], self.noise_[chosen, f], start)
 

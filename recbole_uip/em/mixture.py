@@ -186,7 +186,9 @@ class ResidualCodebook:
         self.parameters = parameters
 
     @classmethod
-    def of(cls, facet: FacetSettings, codebook: CodebookSettings, seed: int) -> ResidualCodebook:
+    def from_settings(
+        cls, facet: FacetSettings, codebook: CodebookSettings, seed: int
+    ) -> ResidualCodebook:
         """As ``uip_facets`` and ``uip_codebook`` say, to be fitted."""
         parameters = dataclasses.asdict(codebook)
         del parameters["sample"]

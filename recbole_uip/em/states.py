@@ -41,7 +41,7 @@ class Events(NamedTuple):
     liked: np.ndarray
 
     @classmethod
-    def of(cls, behaviours: Behaviours, fold: np.ndarray) -> Events:
+    def from_behaviours(cls, behaviours: Behaviours, fold: np.ndarray) -> Events:
         """The rows of ``behaviours``; ``fold`` is that of each user, shape (n_users,)."""
         liked = behaviours.liked
         liked = np.ones(len(behaviours)) if liked is None else liked.astype(np.float64)

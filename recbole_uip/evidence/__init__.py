@@ -1,1 +1,1 @@
-"""What profiles gain and cost: summaries over seeds, and benchmarks against their floors."""
+"""What profiles gain and cost: experiments, statistics, reports, replays and benchmarks."""

@@ -426,7 +426,7 @@ def _stage_figures(task: Task, bandwidth: float, repeats: int) -> list[Figure]:
         )
     ]
     for name, facet in result.facets.items():
-        encoder = Encoder.of({name: facet.fields()}, result.encoder.kernels.rate)
+        encoder = Encoder.from_recipes({name: facet.fields()}, result.encoder.kernels.rate)
         each = timed(lambda e=encoder: e.transform(result.history, result.events), repeats)
         size = _state_bytes(encoder, n_rows)
         figures.append(

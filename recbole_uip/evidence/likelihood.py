@@ -167,7 +167,7 @@ def measure(task: Task, users: int = 40, behaviours: int = 5, codes: int = 4) ->
     settings, events = task.settings, task.behaviours
     inferred = profiles.infer(events, task.texts, settings)
     items = [str(item) for item in range(events.n_items)]
-    model = ProfileModel.of(inferred, items, settings, implicit=events.liked is None)
+    model = ProfileModel.from_profiles(inferred, items, settings, implicit=events.liked is None)
     fields = _fields(task, model)
     if not fields:
         raise SettingsError(

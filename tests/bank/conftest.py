@@ -47,7 +47,7 @@ def items():
 
 @pytest.fixture
 def model(inferred, items, bank_settings):
-    return ProfileModel.of(inferred, items, bank_settings, implicit=False)
+    return ProfileModel.from_profiles(inferred, items, bank_settings, implicit=False)
 
 
 def folds_of(inferred, behaviours):

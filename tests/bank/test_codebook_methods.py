@@ -46,7 +46,7 @@ def bank(inferred, behaviours, tmp_path):
     """All users before their first event."""
     settings, profiles = inferred
     items = [f"i{number}" for number in range(N_ITEMS)]
-    model = ProfileModel.of(profiles, items, settings, implicit=False)
+    model = ProfileModel.from_profiles(profiles, items, settings, implicit=False)
     table = user_table(
         model,
         [f"u{number}" for number in range(N_USERS)],

@@ -421,7 +421,7 @@ def lm_model(tiny_lm, cache, facets, implicit=False):
     )
     items = [f"i{number}" for number in range(N_ITEMS)]
     profiles = infer(behaviours, texts, settings)
-    return ProfileModel.of(profiles, items, settings, implicit), texts
+    return ProfileModel.from_profiles(profiles, items, settings, implicit), texts
 
 
 ONE = {"taste": {"prompt": "taste", "source": "lm", "weight": "all", "codes": 4, "rank": 3}}

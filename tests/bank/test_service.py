@@ -23,7 +23,7 @@ import uvicorn
 from recbole_uip.bank.bank import FeatureBank, user_table
 from recbole_uip.bank.limits import ServiceSettings
 from recbole_uip.bank.service import BankService, create_app
-from recbole_uip.serve import add_serve
+from recbole_uip.cli.bank_serve import add_serve
 from recbole_uip.settings import SettingsError
 
 
@@ -356,7 +356,7 @@ def test_concurrent_events_and_look_ups(empty_bank, model, tmp_path, users):
 
 PROGRAM = """
 import argparse
-from recbole_uip.serve import add_serve
+from recbole_uip.cli.bank_serve import add_serve
 parser = argparse.ArgumentParser()
 add_serve(parser.add_subparsers())
 namespace = parser.parse_args()
@@ -455,7 +455,7 @@ def test_the_command_line(empty_bank):
 
 def test_the_service_needs_neither_recbole_nor_torch():
     code = (
-        "import sys, recbole_uip.bank.service, recbole_uip.serve; "
+        "import sys, recbole_uip.bank.service, recbole_uip.cli.bank_serve; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'recbole', 'torch'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -64,7 +64,7 @@ def bank(request, behaviours, texts, settings, tmp_path):
     parsed = UIPSettings.from_dict({**settings, "uip_facets": chosen})
     profiles = infer(behaviours, texts, parsed)
     items = [f"i{number}" for number in range(N_ITEMS)]
-    model = ProfileModel.of(profiles, items, parsed, implicit=False)
+    model = ProfileModel.from_profiles(profiles, items, parsed, implicit=False)
     users = [f"u{number}" for number in range(N_USERS)]
     table = user_table(
         model,

@@ -16,7 +16,9 @@ def taste_filter(world, half_life=np.inf, rank=2, prior=None):
 
 
 def events_of(world):
-    return states.Events.of(world.behaviours, np.zeros(world.behaviours.n_users, dtype=np.int64))
+    return states.Events.from_behaviours(
+        world.behaviours, np.zeros(world.behaviours.n_users, dtype=np.int64)
+    )
 
 
 def final_states(world, kernel):

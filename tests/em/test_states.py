@@ -119,7 +119,7 @@ def test_blocks_do_not_change_states(world, monkeypatch):
         [RunningSums(vectors, np.zeros(2), np.ones(2), "contrast", 10.0)],
         np.full(behaviours.n_items, 0.5),
     )
-    events = states.Events.of(behaviours, np.zeros(behaviours.n_users, dtype=np.int64))
+    events = states.Events.from_behaviours(behaviours, np.zeros(behaviours.n_users, dtype=np.int64))
 
     def table():
         out = np.full((len(behaviours), len(kernels.initial)), np.nan)

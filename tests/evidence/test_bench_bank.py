@@ -5,7 +5,7 @@ import pytest
 
 from recbole_uip import cli
 from recbole_uip.evidence import bench_bank as module
-from recbole_uip.evidence import figures, load
+from recbole_uip.evidence import bench_http, figures
 from recbole_uip.evidence.figures import format_bench
 
 from ..bridge.conftest import Atomic, make_rows
@@ -17,7 +17,7 @@ FACETS = {"mood": {"source": "constant", "bins": 6, "half_life": [5, "inf"]}}
 def line(tmp_path, rng, monkeypatch):
     """The command that benches a bank of a toy dataset's items, without an LM."""
     monkeypatch.setattr(figures, "COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(load, "SECONDS", 1)
+    monkeypatch.setattr(bench_http, "SECONDS", 1)
     for name in ("LOOK_UPS", "UPDATES"):
         monkeypatch.setattr(module, name, 3000)
     items = [(f"i{i}", "title", "genre") for i in range(15)]

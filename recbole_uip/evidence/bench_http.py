@@ -81,7 +81,7 @@ def _server(folder: Path) -> Iterator[str | None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = f"from recbole_uip.serve import serve; serve({str(folder)!r}, port={port})"
+    code = f"from recbole_uip.cli.bank_serve import serve; serve({str(folder)!r}, port={port})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

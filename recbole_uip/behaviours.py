@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,16 +16,18 @@ TRAIN, VALID, TEST = 0, 1, 2
 _SECONDS = 1e11
 
 
-def folds_of(users: Iterable[str], n_folds: int) -> np.ndarray:
+def folds_of(users: Iterable[str], n_folds: int, seed: int) -> np.ndarray:
     """Fold of each user, int64: the same wherever and whenever the user comes.
 
     Parameters
     ----------
     users : iterable of str
         Their tokens.
-    n_folds : int
+    n_folds, seed : int
     """
-    return np.array([zlib.crc32(user.encode()) % n_folds for user in users], dtype=np.int64)
+    key = str(seed).encode()
+    hashes = (hashlib.blake2b(user.encode(), digest_size=4, key=key).digest() for user in users)
+    return np.array([int.from_bytes(each, "little") % n_folds for each in hashes], dtype=np.int64)
 
 
 class DataError(ValueError):

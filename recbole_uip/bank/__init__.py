@@ -1,11 +1,13 @@
 """The feature bank: profiles by user token, kept fresh without a language model.
 
 ``store`` (files, commits, the one writer), ``model`` (what is fitted, and the item catalogue),
+``users`` (users as rows),
 ``bank`` (look up, match, update, refit), ``events`` and ``build`` (banks from event files of any
 size). Nothing here knows RecBole.
 """
 
-from recbole_uip.bank.bank import FeatureBank, RefitReport
+from recbole_uip.bank.bank import FeatureBank
+from recbole_uip.bank.refit import RefitReport
 from recbole_uip.bank.store import BankError
 
 __all__ = ["BankError", "FeatureBank", "RefitReport"]

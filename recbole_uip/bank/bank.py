@@ -4,278 +4,44 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import joblib
-import numba
 import numpy as np
 import pyarrow as pa
-import scipy.optimize
-import scipy.spatial.distance
 
 from recbole_uip.bank import store
 from recbole_uip.bank.model import ProfileModel
+from recbole_uip.bank.refit import RefitReport, refit_field
 from recbole_uip.bank.store import BankError, Snapshot, Writer
 from recbole_uip.bank.tokens import TokenIndex, token_array
-from recbole_uip.behaviours import folds_of
-from recbole_uip.em.codebook import unpack
-from recbole_uip.em.kernels import CODE, Kernels, advance, advance_many, encode, score_candidates
-from recbole_uip.em.mixture import ResidualCodebook
-from recbole_uip.em.states import offsets
+from recbole_uip.bank.users import (
+    COLUMNS,
+    NO_TIME,
+    BaseUsers,
+    WritableUsers,
+    by_users,
+    distinct,
+    in_parts,
+    put_rows,
+    stable_order,
+    user_schema,
+    user_table,
+)
+from recbole_uip.em.kernels import CODE, advance, advance_many, encode, score_candidates
 
-__all__ = ["FeatureBank", "RefitReport", "advance_in_parallel", "user_schema", "user_table"]
+__all__ = ["FeatureBank"]
 
 # Merge deltas into one base when there are more of them, or they hold more than this share.
 MAX_DELTAS = 16
 MAX_DELTA_SHARE = 0.5
 BATCH_ROWS = 200_000
-# Fewer events, or rows, are not worth a second thread.
-PARALLEL_EVENTS = 50_000
 # Rows whose states are copied and encoded together.
 ENCODED_ROWS = 2048
 # Fewer item tokens are found sooner in a dict.
 MANY_ITEMS = 10_000
-NO_TIME = -math.inf
-COLUMNS = ("folds", "seen", "last_time", "states", "codes")
-
-
-def user_schema(model: ProfileModel) -> pa.Schema:
-    """Columns of a user segment."""
-    return pa.schema(
-        [
-            ("user", pa.string()),
-            ("fold", pa.int16()),
-            ("seen", pa.int64()),
-            ("last_time", pa.float64()),
-            ("state", pa.list_(pa.float32(), len(model.kernels.initial))),
-            ("codes", pa.list_(pa.int32(), len(model.profile_names))),
-        ]
-    )
-
-
-def user_table(
-    model: ProfileModel,
-    users: Sequence[str] | pa.Array,
-    folds: np.ndarray,
-    seen: np.ndarray,
-    last_time: np.ndarray,
-    states: np.ndarray,
-    codes: np.ndarray | None = None,
-) -> pa.Table:
-    """A user segment; codes are made of the states where they are not given.
-
-    Parameters
-    ----------
-    model : ProfileModel
-    users : sequence of n str, or pyarrow.Array
-    folds, seen : ndarray of int, shape (n,)
-    last_time : ndarray of float64, shape (n,)
-    states : ndarray of float32, shape (n, width)
-    codes : ndarray of int32, shape (n, n_profile_fields), optional
-    """
-    codes = model.encoder.profiles(states, np.asarray(seen, np.int64)) if codes is None else codes
-    schema = user_schema(model)
-    columns = [
-        users.cast(pa.string()) if isinstance(users, pa.Array) else pa.array(users, pa.string()),
-        pa.array(folds, pa.int16()),
-        pa.array(seen, pa.int64()),
-        pa.array(last_time, pa.float64()),
-        pa.FixedSizeListArray.from_arrays(pa.array(states.reshape(-1)), states.shape[1]),
-        pa.FixedSizeListArray.from_arrays(
-            pa.array(codes.reshape(-1), pa.int32()), type=schema.field("codes").type
-        ),
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-def advance_in_parallel(
-    states: np.ndarray,
-    rows: np.ndarray,
-    first: np.ndarray,
-    kernels: Kernels,
-    items: np.ndarray,
-    folds: np.ndarray,
-    liked: np.ndarray,
-) -> None:
-    """:func:`~recbole_uip.em.kernels.advance_many` on all cores, no user on two of them.
-
-    Parameters
-    ----------
-    states : ndarray of float32, shape (n_states, width)
-    rows : ndarray of int64, shape (n_events,)
-        Row of ``states`` that each event enters, ascending.
-    first : ndarray of int64, shape (n_distinct,)
-        Where each distinct row begins in ``rows``.
-    kernels, items, folds, liked
-    """
-
-    def advance_part(events: slice, _: slice) -> None:
-        advance_many(states, rows[events], kernels, items[events], folds[events], liked[events])
-
-    _by_rows(advance_part, first, len(rows))
-
-
-def _by_rows(work: Callable[[slice, slice], None], first: np.ndarray, n_events: int) -> None:
-    """Call ``work`` with parts of sorted events, on all cores, no row in two parts.
-
-    Parameters
-    ----------
-    work : callable
-        Takes a part of the events, and the part of the distinct rows that they enter.
-    first : ndarray of int64, shape (n_distinct,)
-        Where each distinct row begins.
-    n_events : int
-    """
-    if n_events < PARALLEL_EVENTS:
-        work(slice(0, n_events), slice(0, len(first)))
-        return
-    workers = joblib.cpu_count()
-    # More parts than threads, in case that one of them has less of a core than another.
-    wanted = np.linspace(0, n_events, 4 * workers + 1)[1:-1]
-    cuts = [0, *np.unique(np.searchsorted(first, wanted)), len(first)]
-    ends = np.append(first, n_events)
-
-    def part(rows: tuple[int, int]) -> None:
-        work(slice(int(ends[rows[0]]), int(ends[rows[1]])), slice(*rows))
-
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(part, itertools.pairwise(cuts)))
-
-
-@numba.njit(cache=True, nogil=True)
-def _counting_order(rows, n_rows):
-    """Stable order of rows from 0 to ``n_rows`` - 1: argsort by counting, shape (n,), int64."""
-    place = np.zeros(n_rows + 1, np.int64)
-    for row in rows:
-        place[row + 1] += 1
-    for row in range(n_rows):
-        place[row + 1] += place[row]
-    order = np.empty(len(rows), np.int64)
-    for event in range(len(rows)):
-        order[place[rows[event]]] = event
-        place[rows[event]] += 1
-    return order
-
-
-@numba.njit(cache=True, nogil=True)
-def _put_rows(array, rows, values):
-    """``array[rows] = values``, which numpy does slowly where a row is short."""
-    for row in range(len(rows)):
-        for column in range(values.shape[1]):
-            array[rows[row], column] = values[row, column]
-
-
-def _stable_order(rows: np.ndarray, n_rows: int, time: np.ndarray | None) -> np.ndarray:
-    """Order of events by row, then by time, then as they are given."""
-    by_time = None
-    # A stream is in the order of time already.
-    if time is not None and (time[1:] < time[:-1]).any():
-        by_time = np.argsort(time, kind="stable")
-        rows = rows[by_time]
-    if n_rows <= 8 * len(rows):
-        order = _counting_order(rows, n_rows)
-    else:
-        order = np.argsort(rows, kind="stable")
-    return order if by_time is None else by_time[order]
-
-
-@dataclass(frozen=True)
-class RefitReport:
-    """What a new codebook changed.
-
-    Attributes
-    ----------
-    moved : dict of str to float
-        Share of users whose code changed, by field.
-    users : pyarrow.Table
-        Columns user, field, old, new: one row for each code that changed.
-    """
-
-    moved: dict[str, float]
-    users: pa.Table
-
-
-class _Rows:
-    """States and codes of users in memory that may be written to; grows by doubling."""
-
-    def __init__(self, width: int, n_codes: int) -> None:
-        self.n = 0
-        self.number = np.empty(0, np.int64)  # of the user in the index
-        self.dirty = np.empty(0, bool)  # whether it differs from what is committed
-        self.folds = np.empty(0, np.int64)
-        self.seen = np.empty(0, np.int64)
-        self.last_time = np.empty(0)
-        self.states = np.empty((0, width), np.float32)
-        self.codes = np.empty((0, n_codes), np.int32)
-
-    def reserve(self, n: int) -> int:
-        """Make room for ``n`` more rows, and return the number of the first."""
-        first, self.n = self.n, self.n + n
-        if self.n > len(self.seen):
-            capacity = max(self.n, 2 * len(self.seen), 16)
-            for name in ("number", "dirty", *COLUMNS):
-                old = getattr(self, name)
-                new = np.empty((capacity, *old.shape[1:]), old.dtype)
-                new[:first] = old[:first]
-                setattr(self, name, new)
-        return first
-
-
-class _Base:
-    """Users of the base segment, memory-mapped, chunk by chunk."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
-        self.n = table.num_rows
-        batches = table.to_batches()
-        self.first = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self.starts = self.first.tolist()
-        self.folds, self.seen, self.last_time, self.states, self.codes = (
-            [_numpy(batch.column(name)) for batch in batches]
-            for name in ("fold", "seen", "last_time", "state", "codes")
-        )
-
-    def place(self, row: int) -> tuple[int, int]:
-        """Chunk of a row, and where it stands there."""
-        if len(self.starts) == 2:
-            return 0, row
-        chunk = bisect.bisect_right(self.starts, row) - 1
-        return chunk, row - self.starts[chunk]
-
-    def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Values of a column at many rows."""
-        chunks = getattr(self, name)
-        # Of rows, ``take`` copies ten in the time in which indexing copies one.
-        if len(chunks) == 1:
-            return chunks[0].take(rows, axis=0)
-        if len(rows) == 1:
-            number, place = self.place(int(rows[0]))
-            return chunks[number][place : place + 1]
-        chunk = np.searchsorted(self.first, rows, side="right") - 1
-        # numpy sorts short integers by counting.
-        order = np.argsort(chunk.astype(np.min_scalar_type(len(chunks))), kind="stable")
-        ends = np.cumsum([0, *np.bincount(chunk, minlength=len(chunks))])
-        ordered = rows[order]
-        out = np.empty((len(rows), *chunks[0].shape[1:]), chunks[0].dtype)
-        for number, (low, high) in enumerate(itertools.pairwise(ends)):
-            if low < high:
-                here = ordered[low:high] - self.first[number]
-                chunks[number].take(here, axis=0, out=out[low:high], mode="clip")
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        return out.take(place, axis=0)
-
-
-def _numpy(column: pa.Array) -> np.ndarray:
-    if not pa.types.is_fixed_size_list(column.type):
-        return column.to_numpy()
-    return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
 class FeatureBank:
@@ -386,8 +152,8 @@ class FeatureBank:
         self._sha256 = snapshot.sha256
         self.model = ProfileModel.from_parts(snapshot.metadata, snapshot.tables, snapshot.items)
         self._set_unknown()
-        self._base = _Base(snapshot.users[0])
-        self._own = _Rows(len(self.model.kernels.initial), len(self.fields))
+        self._base = BaseUsers(snapshot.users[0])
+        self._own = WritableUsers(len(self.model.kernels.initial), len(self.fields))
         # A user's number is the row in the base, or for a user who came later a number above.
         self._users = TokenIndex(snapshot.users[0]["user"])
         # By number: 1 + the row of ``_own`` that holds the user's state, 0 where the base does.
@@ -401,7 +167,7 @@ class FeatureBank:
             self._take(delta)
 
     def _take(self, delta: pa.Table) -> None:
-        part = _Base(delta)
+        part = BaseUsers(delta)
         rows = self._rows_to_write(self._enter(delta["user"]))
         everything = np.arange(part.n)
         for name in COLUMNS:
@@ -422,7 +188,7 @@ class FeatureBank:
             return self._unknown_codes.copy()
         if row := self._moved.item(number):
             return self._own.codes[row - 1].copy()  # which the next event changes
-        # As _Base.place, in line: a call would take as long as all of this.
+        # As BaseUsers.place, in line: a call would take as long as all of this.
         base = self._base
         chunk = bisect.bisect_right(base.starts, number) - 1
         return base.codes[chunk][number - base.starts[chunk]]
@@ -444,7 +210,7 @@ class FeatureBank:
         """A copy of a user's state, the number of its events, and the user's fold."""
         number = self._users.get(user)
         if number < 0:
-            return self._initial.copy(), 0, int(folds_of([user], self.model.n_folds)[0])
+            return self._initial.copy(), 0, int(self.model.folds_of([user])[0])
         if row := self._moved.item(number):
             row, own = row - 1, self._own
             return own.states[row].copy(), int(own.seen[row]), int(own.folds[row])
@@ -598,7 +364,7 @@ class FeatureBank:
         if not len(rows):
             return
         own, encoder = self._own, self.model.encoder
-        order = _stable_order(rows, own.n, time)
+        order = stable_order(rows, own.n, time)
         rows, items, liked = rows[order], items[order], liked[order]
         first = np.flatnonzero(np.diff(rows, prepend=-1))
         touched, ends = rows[first], np.append(first[1:], len(rows))
@@ -613,9 +379,9 @@ class FeatureBank:
             for low in range(users.start, users.stop, ENCODED_ROWS):
                 block = touched[low : min(low + ENCODED_ROWS, users.stop)]
                 codes = encoder.profiles(own.states.take(block, axis=0), own.seen[block])
-                _put_rows(own.codes, block, codes)
+                put_rows(own.codes, block, codes)
 
-        _by_rows(advance_part, first, len(rows))
+        by_users(advance_part, first, len(rows))
         if time is not None:
             last = time[order[ends - 1]]
             own.last_time[touched] = np.maximum(own.last_time[touched], last)
@@ -625,6 +391,16 @@ class FeatureBank:
         """Add items to the catalogue; only their texts go through the LM.
 
         It takes effect at once, and is durable after :meth:`commit`.
+
+        Parameters
+        ----------
+        items : sequence of n str
+        texts : sequence of n str or None
+
+        Raises
+        ------
+        BankError
+            If the bank is open for reading only, or as :meth:`ProfileModel.with_items` says.
         """
         self._check_writable()
         self.model = self.model.with_items(items, texts)
@@ -641,6 +417,15 @@ class FeatureBank:
         ----------
         sample : int, optional
             Number of users to fit on; ``uip_codebook.sample`` by default.
+
+        Returns
+        -------
+        RefitReport
+
+        Raises
+        ------
+        BankError
+            If the bank is open for reading only, or fewer users than codes have evidence.
         """
         self._check_writable()
         everyone = np.arange(len(self))
@@ -652,7 +437,7 @@ class FeatureBank:
         fields = encoder.profile_fields
         numbers, unknown = fields.numbers.copy(), fields.unknown.copy()
         for f in np.flatnonzero(fields.kind == CODE):
-            codebook = _refit_field(self.model, int(f), states, numbers, sample)
+            codebook = refit_field(self.model, int(f), states, numbers, sample)
             if codebook is not None and self.model.settings.empty == "prior":
                 unknown[fields.column[f] : fields.column[f + 1]] = codebook.prior_codes() + 1
         fields = fields._replace(numbers=numbers, unknown=unknown)
@@ -782,14 +567,7 @@ class FeatureBank:
                 values = getattr(self._own, name).take(moved[in_own] - 1, axis=0)
                 there[in_own if len(in_own) < len(here) else ...] = values
 
-        n = len(numbers)
-        if n < PARALLEL_EVENTS:
-            gather(slice(0, n))
-            return
-        workers = joblib.cpu_count()
-        cuts = np.linspace(0, n, 4 * workers + 1).astype(int)
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(gather, itertools.starmap(slice, itertools.pairwise(cuts))))
+        in_parts(gather, len(numbers))
 
     def _not_late(
         self, tokens: pa.Array, user: np.ndarray, time: np.ndarray, late: str
@@ -818,7 +596,7 @@ class FeatureBank:
         rows = self._moved[numbers] - 1
         elsewhere = np.flatnonzero(rows < 0)
         if len(elsewhere):
-            movers = _distinct(numbers[elsewhere], len(self._users))
+            movers = distinct(numbers[elsewhere], len(self._users))
             n_old, own = int(np.searchsorted(movers, self._base.n)), self._own
             first = own.reserve(len(movers))
             begun, new = first + n_old, ()
@@ -830,7 +608,7 @@ class FeatureBank:
             own.states[new_rows] = self._initial
             own.codes[new_rows] = self._unknown_codes
             own.seen[new_rows], own.last_time[new_rows] = 0, NO_TIME
-            own.folds[new_rows] = folds_of(new, self.model.n_folds)
+            own.folds[new_rows] = self.model.folds_of(new)
             own.number[first : own.n], own.dirty[first : own.n] = movers, False
             self._moved[movers] = np.arange(first + 1, own.n + 1)
             rows[elsewhere] = self._moved[numbers[elsewhere]] - 1
@@ -849,7 +627,13 @@ class FeatureBank:
         return pa.RecordBatchReader.from_batches(user_schema(self.model), batches())
 
     def table_of(self, users: Sequence[str] | pa.Array) -> pa.Table:
-        """States and codes of known users (:func:`user_table`)."""
+        """States and codes of known users (:func:`user_table`).
+
+        Raises
+        ------
+        BankError
+            If a user is not in the bank.
+        """
         tokens = token_array(users)
         numbers = self._users.find_many(tokens)
         if len(unknown := np.flatnonzero(numbers < 0)):
@@ -871,55 +655,8 @@ class FeatureBank:
         return user_table(self.model, self._users.take(numbers), **columns)
 
 
-def _distinct(numbers: np.ndarray, n: int) -> np.ndarray:
-    """Distinct ones of numbers below ``n``, ascending."""
-    if 8 * len(numbers) < n:
-        return np.unique(numbers)
-    met = np.zeros(n, bool)
-    met[numbers] = True
-    return np.flatnonzero(met)
-
-
 def _late(user: str, time: float, last: float) -> str:
     return (
         f"time={time} of user {user!r} is earlier than the user's last event in the bank ({last}): "
         "give events in the order of time, or update_many with late='drop' or late='apply'"
     )
-
-
-def _refit_field(
-    model: ProfileModel, f: int, states: np.ndarray, numbers: np.ndarray, sample: int
-) -> ResidualCodebook | None:
-    """Fit the codebook of code field ``f`` on users' states; write it into ``numbers``.
-
-    None where the field has no codes.
-    """
-    kernels, fields, settings = model.kernels, model.encoder.profile_fields, model.settings
-    k, n_codes = fields.kernel[f], int(fields.size[f])
-    if n_codes == 0:
-        return None
-    levels = int(fields.column[f + 1] - fields.column[f])
-    rank = int(kernels.rank[k])
-    offset, noise, known = offsets(states[:, kernels.start[k] : kernels.start[k + 1]])
-    chosen = np.random.default_rng(settings.seed).permutation(np.flatnonzero(known))[:sample]
-    if len(chosen) < n_codes:
-        raise BankError(
-            f"{len(chosen)} users have evidence for {model.profile_names[fields.column[f]]}, fewer "
-            f"than its {n_codes} codes: refit when there are more"
-        )
-    size, first = n_codes * (rank + 1) + rank, int(fields.first[f])
-    old = numbers[first : first + levels * size].copy()
-    codebook = ResidualCodebook(
-        n_codes,
-        levels,
-        method=settings.codebook.method,
-        max_iter=settings.codebook.max_iter,
-        tol=settings.codebook.tol,
-        random_state=settings.seed,
-    ).fit(offset[chosen], noise[chosen], start=np.split(old, levels))
-    for before, level in zip(unpack(old, n_codes, rank), codebook.levels_, strict=True):
-        distance = scipy.spatial.distance.cdist(before.codewords, level.codewords_, "sqeuclidean")
-        _, order = scipy.optimize.linear_sum_assignment(distance)
-        level.reorder(order)
-    numbers[first : first + levels * size] = codebook.numbers
-    return codebook

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from recbole_uip.bank.bank import FeatureBank, advance_in_parallel, user_schema, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.events import EventFile
 from recbole_uip.bank.model import NO_ITEM, ProfileModel
+from recbole_uip.bank.users import advance_in_parallel, user_schema, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import iter_states, whole_history
 from recbole_uip.em.weights import smoothed_rate
@@ -147,7 +148,9 @@ def fit_model(
     logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
     timed = behaviours.time is not None
     settings = dataclasses.replace(settings, time=default_time(timed), history="observed")
-    profiles = infer(behaviours, item_texts, settings, folds_of(users, settings.user_folds))
+    profiles = infer(
+        behaviours, item_texts, settings, folds_of(users, settings.user_folds, settings.seed)
+    )
     model = ProfileModel.from_profiles(profiles, items, settings, behaviours.liked is None)
     if behaviours.liked is not None:
         # Number 0, no item, has no events.
@@ -205,7 +208,7 @@ def _user_batches(
             first, user = _runs(block["user"])
             tokens = block["user"].take(first)
             n = len(first)
-            folds = folds_of(tokens.to_pylist(), model.n_folds)
+            folds = model.folds_of(tokens.to_pylist())
             liked = (
                 block["liked"].to_numpy() if "liked" in block.column_names else np.ones(len(user))
             )

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 from recbole_uip import __version__
 from recbole_uip import profiles as profile_stage
 from recbole_uip.bank.store import BankError
+from recbole_uip.behaviours import folds_of
 from recbole_uip.em.encoder import Encoder
 from recbole_uip.em.facet import Facet
 from recbole_uip.em.kernels import Kernels
@@ -190,6 +191,10 @@ class ProfileModel:
     @functools.cached_property
     def _number_of(self) -> dict[str, int]:
         return {item: number for number, item in enumerate(self.items) if number != UNKNOWN_ITEM}
+
+    def folds_of(self, users: Iterable[str]) -> np.ndarray:
+        """Fold of each user by its token, shape (n,), int64."""
+        return folds_of(users, self.n_folds, self.settings.seed)
 
     def number(self, item: str) -> int:
         """Item number of a token; :data:`UNKNOWN_ITEM` if the catalogue lacks it.

@@ -26,10 +26,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_uip.bank import build
-from recbole_uip.bank.bank import FeatureBank, user_schema, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.events import EventColumns
 from recbole_uip.bank.model import ProfileModel
-from recbole_uip.behaviours import folds_of
+from recbole_uip.bank.users import user_schema, user_table
 from recbole_uip.em.kernels import advance_many
 from recbole_uip.settings import SettingsError, UIPSettings
 
@@ -369,7 +369,7 @@ def _states(model: ProfileModel, batches: Iterator[pa.RecordBatch]) -> Iterator[
             continue
         row, tokens = _runs(batch["user"])
         n = len(tokens)
-        folds = folds_of(tokens, model.n_folds)
+        folds = model.folds_of(tokens)
         seen, states = np.bincount(row), np.tile(model.kernels.initial, (n, 1))
         if held and held[0][0] == tokens[0]:
             seen[0] += held[2][0]

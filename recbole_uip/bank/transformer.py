@@ -16,8 +16,9 @@ import pyarrow as pa
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from recbole_uip.bank.bank import NO_TIME, FeatureBank, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.model import NO_ITEM, UNKNOWN_ITEM, ProfileModel
+from recbole_uip.bank.users import NO_TIME, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import Events, index_history, iter_states, whole_history
 from recbole_uip.profiles import Profiles, infer
@@ -333,7 +334,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
             n_users=len(rows.users),
             n_items=len(items),
         )
-        fold = folds_of(rows.users, settings.user_folds)
+        fold = folds_of(rows.users, settings.user_folds, settings.seed)
         profiles = infer(behaviours, texts, settings, fold)
         model = ProfileModel.from_profiles(profiles, items, settings, behaviours.liked is None)
         self._learned(model, _Known.of_users(rows.users, fold, model).after(rows, model))
@@ -512,7 +513,7 @@ class _Known:
                     f"{rows.users[rows.user[row]]!r} in the bank ({last[user[row]]}): give events "
                     "in the order of time, or fit an encoder on all of them"
                 )
-        folds = folds_of(new, model.n_folds)
+        folds = model.folds_of(new)
         liked = np.ones(n_rows) if rows.liked is None else rows.liked
         return dataclasses.replace(
             self,
@@ -553,7 +554,7 @@ class _Known:
                 f"{users[user[row]]!r} in the bank ({last[user[row]]}), and a bank keeps no "
                 "earlier profiles: give later rows, or fit an encoder on the events"
             )
-        fold = folds_of(users, model.n_folds)
+        fold = model.folds_of(users)
         # Of the history, what these users did; then the rows, which are no events themselves.
         code = np.full(len(self.fold), -1)
         code[number[number >= 0]] = np.flatnonzero(number >= 0)

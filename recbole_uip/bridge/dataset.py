@@ -467,7 +467,8 @@ class UIPDataset(Dataset):
                 "others of its user's training rows, a held-out row's of all of them"
             )
         settings = self.settings = self._resolve(settings)
-        folds = folds_of(self.field2id_token[self.uid_field], settings.user_folds)
+        users = self.field2id_token[self.uid_field]
+        folds = folds_of(users, settings.user_folds, settings.seed)
         return profile_stage.infer(self.behaviours, self.item_texts(settings), settings, folds)
 
     def item_texts(self, settings: UIPSettings) -> list[str | None] | None:

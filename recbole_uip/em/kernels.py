@@ -430,18 +430,20 @@ def _posterior(state, kernels, k, profile):
 
 @_inlined
 def _lift(profile, constant, kernels, k, item, fold):
-    """What a profile says of an item: g' m, and for the filter b_u + g' m."""
+    """What a profile says of an item; see :func:`profile_values`."""
     row = _vector(kernels, k, item, fold)
-    return constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
+    value = constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
+    if kernels.kind[k] == FILTER and kernels.rank[k] == 0:
+        value += _of_item(kernels.intercept, item, fold)
+    return value
 
 
 @_compiled
 def profile_values(states, kernels, k, items, folds):
-    """What each state says of an item by kernel ``k``: its lift over the item's own intercept a_i.
+    """What each state says of an item by kernel ``k``.
 
-    The intercept is left out, for the item's other users shape it: within one item, rows that are
-    liked meet a lower rate of the others than rows that are not, which would tell a training row
-    its own label. An item's rate is for the CTR model to learn.
+    Of running sums the lift g' m; of a filter with taste b_u + g' m, what the user adds to the
+    logit; of a filter of leniency alone the logit itself, a_i + b_u.
 
     Parameters
     ----------

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.model import ProfileModel
+from recbole_uip.bank.users import user_table
 from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 

@@ -15,9 +15,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recbole_uip.bank import bank as bank_module
-from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank import users as users_module
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bank.store import BankError
+from recbole_uip.bank.users import user_table
 from recbole_uip.behaviours import folds_of
 from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
@@ -361,7 +363,7 @@ def test_a_killed_process_loses_the_uncommitted_batch_alone(full_bank, users):
 
 
 def test_new_users_are_spread_over_folds():
-    counts = np.bincount(folds_of(map(str, range(1000)), 4))
+    counts = np.bincount(folds_of(map(str, range(1000)), 4, 0))
     assert counts.min() > 200
 
 
@@ -397,12 +399,16 @@ def test_threads_chunks_and_arrow_change_nothing(
             single.update(tokens[row], met[row], liked[row], time[row])
         expected = single.look_up_many(names)
         states = {user: single.state_of(user) for user in names}
-    for name in ("PARALLEL_EVENTS", "MANY_ITEMS", "ENCODED_ROWS"):
-        monkeypatch.setattr(bank_module, name, 10)
+    for module, name in (
+        (users_module, "PARALLEL_EVENTS"),
+        (bank_module, "MANY_ITEMS"),
+        (bank_module, "ENCODED_ROWS"),
+    ):
+        monkeypatch.setattr(module, name, 10)
     if not sort_by_counting:
-        counting = bank_module._counting_order
+        counting = users_module._counting_order
         monkeypatch.setattr(
-            bank_module, "_counting_order", lambda rows, _: np.argsort(rows, kind="stable")
+            users_module, "_counting_order", lambda rows, _: np.argsort(rows, kind="stable")
         )
         rows = rng.integers(0, 50, 1000)
         np.testing.assert_array_equal(counting(rows, 50), np.argsort(rows, kind="stable"))

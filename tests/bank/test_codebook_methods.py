@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.exceptions import ConvergenceWarning
 
-from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.model import ProfileModel
+from recbole_uip.bank.users import user_table
 from recbole_uip.em.kernels import nearest_codes
 from recbole_uip.em.states import offsets
 from recbole_uip.profiles import infer

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import uvicorn
 
-from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.limits import ServiceSettings
 from recbole_uip.bank.service import BankService, create_app
+from recbole_uip.bank.users import user_table
 from recbole_uip.cli.bank_serve import add_serve
 from recbole_uip.settings import SettingsError
 

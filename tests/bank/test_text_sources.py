@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from recbole_uip import lm
-from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.export_peft import soft_tokens
 from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError
+from recbole_uip.bank.users import user_table
 from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 

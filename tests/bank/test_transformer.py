@@ -90,7 +90,7 @@ def behaviours_of(table, split):
 def inferred(table, split=None, texts=None, **keys):
     split = np.zeros(len(table), np.int8) if split is None else split
     settings = UIPSettings.from_dict({"uip_facets": FACETS, "uip_history": "observed", **keys})
-    folds = folds_of(np.unique(table.user_id.to_numpy(str)), settings.user_folds)
+    folds = folds_of(np.unique(table.user_id.to_numpy(str)), settings.user_folds, settings.seed)
     profiles = infer(behaviours_of(table, split), texts, settings, folds)
     return np.column_stack([field.values for field in profiles.fields])
 

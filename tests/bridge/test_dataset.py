@@ -63,7 +63,7 @@ def test_folds_are_those_that_a_bank_gives_the_same_users(small):
     dataset = UIPDataset(small.config())
     dataset.build()
     users = [str(user) for user in dataset.id2token("user_id", dataset.behaviours.user)]
-    expected = folds_of(users, dataset.settings.user_folds)
+    expected = folds_of(users, dataset.settings.user_folds, dataset.settings.seed)
     np.testing.assert_array_equal(dataset.profiles.events.fold, expected)
     assert len(set(expected)) > 4
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.service import BankService, create_app
+from recbole_uip.bank.users import user_table
 from recbole_uip.bridge import run as run_module
 from recbole_uip.bridge import serving
 from recbole_uip.bridge.config import context_models

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from recbole_uip import cli
-from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank.bank import FeatureBank
+from recbole_uip.bank.users import user_table
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.evidence.replay.report import format_replay
 from recbole_uip.evidence.replay.serve import read_stream, replay, starting_bank

@@ -29,8 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from recbole_uip.bank.bank import FeatureBank, user_table
+from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.export_atomic import read_layout
+from recbole_uip.bank.users import user_table
 from recbole_uip.behaviours import in_seconds
 from recbole_uip.bridge.run import finite, peak_memory, versions
 from recbole_uip.bridge.serving import Scorer

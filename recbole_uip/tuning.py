@@ -246,49 +246,56 @@ def groups(
             f"likelihood of feedback endings, and needs {missing}: take another weight"
         )
     texts = _Texts.of(behaviours, item_texts, settings, endings, cost)
+    return [
+        _make_group(chosen, feedback, texts, observed, settings, snapshots)
+        for feedback in (False, True)
+        if (chosen := tuple(f for f in facets if (f.weight == "contrast") == feedback))
+    ]
+
+
+def _make_group(
+    facets: tuple[FacetSettings, ...],
+    feedback: bool,
+    texts: _Texts,
+    observed: Observations,
+    settings: UIPSettings,
+    snapshots: Snapshots,
+) -> Group:
+    """The facets whose likelihood is of feedback, or those whose likelihood is of texts."""
+    behaviours = observed.behaviours
+    numbers = [settings.tuned_facets.index(facet) for facet in facets]
+    scores = (texts.scores.feedback if feedback else texts.scores.text)[:, numbers]
+    counts, maps, variances = [], [], []
+    for f, facet in enumerate(facets):
+        try:
+            counts.append(weights.event_counts(facet.weight, behaviours.liked, len(behaviours)))
+            facet_maps, variance = _facet_maps(facet, scores[:, f], texts, observed, settings)
+        except DataError as error:
+            raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
+        maps.append(facet_maps)
+        variances.append(variance)
+    likelihood = SoftTokenLikelihood(
+        texts.backbone, texts.prompt, numbers, settings.gradient.recompute
+    )
+    frame = Frame(likelihood.theta0, tuple(maps), tuple(variances))
+    pieces, active, first = _pieces(
+        behaviours, settings, observed.history, snapshots, np.stack(counts, axis=1), texts.known
+    )
+    passages = _passages(observed, texts, pieces, feedback)
+    _check_lengths(passages, likelihood)
+    units = Units(
+        first,
+        _numbered(passages),
+        np.array([likelihood.n_tokens(passage) for passage in passages], dtype=np.int64),
+        active,
+        np.full(len(pieces), np.nan),
+        np.zeros((len(pieces), frame.size), np.float32),
+    )
     profile_fold = observed.vector_fold[snapshots.timeline % behaviours.n_users]
-    made = []
-    for feedback in (False, True):
-        chosen = tuple(facet for facet in facets if (facet.weight == "contrast") == feedback)
-        if not chosen:
-            continue
-        numbers = [facets.index(facet) for facet in chosen]
-        scores = texts.scores.feedback if feedback else texts.scores.text
-        counts, moves = [], []
-        for facet, number in zip(chosen, numbers, strict=True):
-            try:
-                counts.append(weights.event_counts(facet.weight, behaviours.liked, len(behaviours)))
-                moves.append(_moves(facet, scores[:, number], texts, observed, settings))
-            except DataError as error:
-                raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
-        likelihood = SoftTokenLikelihood(
-            texts.backbone, texts.prompt, numbers, settings.gradient.recompute
-        )
-        frame = Frame(
-            likelihood.theta0, tuple(maps for maps, _ in moves), tuple(each for _, each in moves)
-        )
-        events, active, first = _pieces(
-            behaviours, settings, observed.history, snapshots, np.stack(counts, axis=1), texts.known
-        )
-        passages = _passages(observed, texts, events, feedback)
-        _check_lengths(passages, likelihood)
-        cost_of = [likelihood.n_tokens(passage) for passage in passages]
-        units = Units(
-            first,
-            _numbered(passages),
-            np.array(cost_of, dtype=np.int64),
-            active,
-            np.full(len(events), np.nan),
-            np.zeros((len(events), frame.size), np.float32),
-        )
-        if settings.likelihood == "item" and events:
-            rows = np.concatenate(events)
-            units = _scored_units(
-                units, frame, scores[:, numbers], texts, observed, rows,
-                profile_fold[units.owner], feedback,
-            )  # fmt: skip
-        made.append(Group(chosen, frame, units, profile_fold, passages, likelihood))
-    return made
+    if settings.likelihood == "item" and pieces:
+        rows, fold = np.concatenate(pieces), profile_fold[units.owner]
+        units = _scored_units(units, frame, scores, texts, observed, rows, fold, feedback)
+    return Group(facets, frame, units, profile_fold, passages, likelihood)
 
 
 @dataclass(frozen=True)
@@ -344,7 +351,7 @@ class _Texts:
         return self.place >= 0
 
 
-def _moves(
+def _facet_maps(
     facet: FacetSettings,
     scores: np.ndarray,
     texts: _Texts,

@@ -40,6 +40,11 @@ ROW = "uip_row"
 
 # Keys that say where things go or which of the fields a model is given, not what the fields are.
 _INERT = ("uip_output", "uip_cache", "uip_arms", "uip_user_id", "uip_lm_device")
+# What RecBole's datasets know of each field, by its name.
+_FIELD_TABLES = (
+    "field2type", "field2source", "field2seqlen", "field2id_token", "field2token_id",
+)  # fmt: skip
+PHASES = ("train", "valid", "test")
 # Of RecBole's keys, those that shape the data beside the ones it lists itself.
 _DATA_KEYS = ("dataset", "data_path", "seed", "repeatable", "eval_args")
 
@@ -319,9 +324,7 @@ class UIPDataset(Dataset):
         view = copy.copy(self)
         view.config = config
         view._splits = None
-        for name in ("field2type", "field2source", "field2seqlen"):
-            setattr(view, name, dict(getattr(self, name)))
-        for name in ("field2id_token", "field2token_id"):
+        for name in _FIELD_TABLES:
             setattr(view, name, dict(getattr(self, name)))
         view.inter_feat = Interaction(dict(self.inter_feat.interaction))
         if self.user_feat is not None:
@@ -387,8 +390,7 @@ class UIPDataset(Dataset):
 
     def _samples_negatives(self) -> bool:
         return any(
-            self.config[f"{phase}_neg_sample_args"]["distribution"] != "none"
-            for phase in ("train", "valid", "test")
+            self.config[f"{phase}_neg_sample_args"]["distribution"] != "none" for phase in PHASES
         )
 
     def _check_order(self) -> None:
@@ -419,7 +421,7 @@ class UIPDataset(Dataset):
     def _check_labels(self) -> None:
         if self.label_field in self.inter_feat:
             return
-        for phase in ("train", "valid", "test"):
+        for phase in PHASES:
             if self.config[f"{phase}_neg_sample_args"]["distribution"] == "none":
                 key = "train_neg_sample_args" if phase == "train" else f"eval_args.mode.{phase}"
                 raise SettingsError(
@@ -501,14 +503,8 @@ class UIPDataset(Dataset):
             for feat in (self.inter_feat, self.user_feat):
                 if feat is not None and field.name in feat:
                     feat.drop(field.name)
-            for table in (
-                self.field2type,
-                self.field2source,
-                self.field2seqlen,
-                self.field2id_token,
-                self.field2token_id,
-            ):
-                table.pop(field.name, None)
+            for name in _FIELD_TABLES:
+                getattr(self, name).pop(field.name, None)
         self._match_fields = ()
 
     def _controlled(
@@ -656,14 +652,13 @@ def data_preparation(
 
 
 def _dataloaders(config: UIPConfig, dataset: UIPDataset, splits: list) -> tuple[Any, Any, Any]:
-    phases = ("train", "valid", "test")
     with recbole_refusals():
         samplers = create_samplers(config, dataset, splits)
         return tuple(
             get_dataloader(config, phase)(
                 config, split, sampler, shuffle=config["shuffle"] if phase == "train" else False
             )
-            for phase, split, sampler in zip(phases, splits, samplers, strict=True)
+            for phase, split, sampler in zip(PHASES, splits, samplers, strict=True)
         )
 
 

@@ -433,7 +433,7 @@ def _lift(profile, constant, kernels, k, item, fold):
     """What a profile says of an item; see :func:`profile_values`."""
     row = _vector(kernels, k, item, fold)
     value = constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
-    if kernels.kind[k] == FILTER and kernels.rank[k] == 0:
+    if kernels.kind[k] == FILTER:
         value += _of_item(kernels.intercept, item, fold)
     return value
 
@@ -442,8 +442,7 @@ def _lift(profile, constant, kernels, k, item, fold):
 def profile_values(states, kernels, k, items, folds):
     """What each state says of an item by kernel ``k``.
 
-    Of running sums the lift g' m; of a filter with taste b_u + g' m, what the user adds to the
-    logit; of a filter of leniency alone the logit itself, a_i + b_u.
+    Of running sums the lift g' m, of a filter the predicted logit a_i + b_u + g' m.
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ import pytest
 import scipy.special
 
 from recbole_uip.em import states
-from recbole_uip.em.kernels import TasteFilter, pack, profile_values, score_candidates
+from recbole_uip.em.kernels import profile_values, score_candidates
 from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 
@@ -84,23 +84,15 @@ def test_matches_of_sums_are_bins_of_the_lift(inferred, encoded, world):
     assert clear.mean() > 0.99
 
 
-def test_values_of_a_filter_with_taste_are_what_the_user_adds(inferred, encoded, world):
+def test_values_of_the_filter_are_logits(inferred, encoded, world):
     all_states, _ = encoded
     kernels, item, fold = inferred.encoder.kernels, world.behaviours.item, inferred.events.fold
     values = profile_values(all_states, kernels, 3, item, fold)
     mean = stretch(inferred, all_states, 3)[:, :4].astype(float)
     vectors = inferred.facets["company"].vectors_[fold % 4, item].astype(float)
-    expected = mean[:, 0] + (mean[:, 1:] * vectors).sum(axis=1)
+    expected = scipy.special.logit(kernels.rate[fold, item]) + mean[:, 0]
+    expected += (mean[:, 1:] * vectors).sum(axis=1)
     np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_values_of_a_filter_of_leniency_are_logits():
-    alone = TasteFilter(np.ones((1, 2, 1), np.float32), np.array([0.5]), np.inf)
-    kernels = pack([alone], np.array([[0.2, 0.6], [0.3, 0.7]]))
-    state = np.array([[0.25, 0.4]], dtype=np.float32)
-    for fold in range(2):
-        value = profile_values(state, kernels, 0, np.array([1]), np.array([fold]))
-        np.testing.assert_allclose(value, scipy.special.logit(kernels.rate[fold, 1]) + 0.25)
 
 
 def test_one_user_with_many_items_gives_the_same_tokens(inferred, encoded):

@@ -164,45 +164,56 @@ def atomic_files(
     types |= {column: "float" for column in (layout.time, layout.label) if column is not None}
     types |= dict.fromkeys(fields, "token")
     _write_interactions(Path(profiles_parquet), folder / name, types, fields, separator, encoding)
-    load_col: dict[str, list[str]] = {"inter": list(types)}
     given = settings.pop("load_col", None) or {}
+    load_col = {"inter": list(types)}
+    load_col |= _copy_side_files(source, folder / name, given, separator, encoding)
+    config = {"data_path": str(output), **_recbole_config(layout, load_col), **settings}
+    path = folder / f"{name}.yaml"
+    with atomic_write(path, "w") as file:
+        yaml.safe_dump(config, file, sort_keys=False, allow_unicode=True)
+    return path
+
+
+def _copy_side_files(
+    source: Path, stem: Path, given: Mapping[str, Any], separator: str, encoding: str
+) -> dict[str, list[str]]:
+    """Copy the ``.user`` and ``.item`` files; the columns of each that RecBole is to load."""
+    load_col = {}
     for kind in ("user", "item"):
         file = _side_file(source, kind)
         if file is None:
             continue
-        with atomic_write(folder / f"{name}.{kind}") as copy, file.open("rb") as original:
-            shutil.copyfileobj(original, copy)
+        with atomic_write(stem.with_name(f"{stem.name}.{kind}")) as copy, file.open("rb") as old:
+            shutil.copyfileobj(old, copy)
         if not given:
             load_col[kind] = _columns(file, separator, encoding)
         elif given.get(kind):
             load_col[kind] = list(given[kind])
-    config = {
-        "data_path": str(output),
+    return load_col
+
+
+def _recbole_config(layout: Layout, load_col: Mapping[str, list[str]]) -> dict[str, Any]:
+    """RecBole's settings for rows that are filtered, labelled and split already."""
+    labelled = layout.label is not None
+    return {
         "USER_ID_FIELD": layout.user,
         "ITEM_ID_FIELD": layout.item,
         **({} if layout.time is None else {"TIME_FIELD": layout.time}),
-        **({} if layout.label is None else {"LABEL_FIELD": layout.label}),
+        **({"LABEL_FIELD": layout.label} if labelled else {}),
         "threshold": None,
-        "load_col": load_col,
+        "load_col": dict(load_col),
         "benchmark_filename": list(SPLITS),
         "eval_args": {
             # RecBole wants all four, and with benchmark_filename reads the mode alone.
             "split": {"RS": [0.8, 0.1, 0.1]},
             "order": "RO",
             "group_by": None,
-            "mode": "labeled" if layout.label is not None else "uni10",
+            "mode": "labeled" if labelled else "uni10",
         },
-        "train_neg_sample_args": None
-        if layout.label is not None
-        else {"distribution": "uniform", "sample_num": 1},
+        "train_neg_sample_args": None if labelled else {"distribution": "uniform", "sample_num": 1},
         "metrics": ["AUC", "LogLoss"],
         "valid_metric": "AUC",
-        **settings,
     }
-    path = folder / f"{name}.yaml"
-    with atomic_write(path, "w") as file:
-        yaml.safe_dump(config, file, sort_keys=False, allow_unicode=True)
-    return path
 
 
 def _write_interactions(

@@ -179,7 +179,7 @@ class FeatureBank:
         states, seen = self._initial[None, :], np.zeros(1, np.int64)
         self._unknown_codes = self.model.encoder.profiles(states, seen)[0]
 
-    # TextPrior.
+    # Reading.
 
     def look_up(self, user: str) -> np.ndarray:
         """Codes of a user, shape (n_fields,); those of an empty history for an unknown one."""
@@ -394,13 +394,13 @@ class FeatureBank:
 
         Parameters
         ----------
-        items : sequence of n str
-        texts : sequence of n str or None
+        items, texts
+            As in :meth:`ProfileModel.with_items`, whose errors it raises as well.
 
         Raises
         ------
         BankError
-            If the bank is open for reading only, or as :meth:`ProfileModel.with_items` says.
+            If the bank is open for reading only.
         """
         self._check_writable()
         self.model = self.model.with_items(items, texts)

@@ -22,7 +22,7 @@ from sklearn.linear_model import RidgeCV
 
 from recbole_uip.behaviours import DataError
 
-__all__ = ["Factors", "balanced_folds", "TextPrior", "logistic_factors", "svd_vectors"]
+__all__ = ["Factors", "TextPrior", "balanced_folds", "logistic_factors", "svd_vectors"]
 
 # Prior precisions of items against a prior of one for users. Nothing is sensitive to them.
 ITEM_PRECISION = 3.0

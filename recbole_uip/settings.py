@@ -259,8 +259,9 @@ class LMSettings:
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     dtype : str
         ``auto``, ``float32`` or ``bfloat16``.
-    batch_tokens : int
-        Token budget of one batch.
+    batch_tokens : int or None
+        Token budget of one batch; None for what suits the device, see
+        :class:`~recbole_uip.lm.Backbone`.
     text_tokens : int
         Tokens of an item's text that the LM reads, at most: what they cost grows with their
         number, and their memory faster.
@@ -270,7 +271,7 @@ class LMSettings:
     adapter: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    batch_tokens: int = 1024
+    batch_tokens: int | None = None
     text_tokens: int = 256
 
 
@@ -356,8 +357,8 @@ class UIPSettings:
                     given.get("uip_lm_dtype", "auto"),
                     ("auto", "float32", "bfloat16"),
                 ),
-                batch_tokens=_positive(
-                    "uip_lm_batch_tokens", given.get("uip_lm_batch_tokens", 1024)
+                batch_tokens=_positive_or_auto(
+                    "uip_lm_batch_tokens", given.get("uip_lm_batch_tokens", "auto")
                 ),
                 text_tokens=_positive("uip_lm_text_tokens", given.get("uip_lm_text_tokens", 256)),
             ),
@@ -405,7 +406,7 @@ class UIPSettings:
             "uip_lm": self.lm.name,
             "uip_lm_adapter": self.lm.adapter,
             "uip_lm_dtype": self.lm.dtype,
-            "uip_lm_batch_tokens": self.lm.batch_tokens,
+            "uip_lm_batch_tokens": self.lm.batch_tokens or "auto",
             "uip_lm_text_tokens": self.lm.text_tokens,
             "uip_codebook": dataclasses.asdict(self.codebook),
             "uip_posterior": self.posterior,
@@ -573,6 +574,14 @@ def _positive(key: str, value: Any, minimum: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise SettingsError(f"{key}={value!r} must be an integer of at least {minimum}")
     return value
+
+
+def _positive_or_auto(key: str, value: Any) -> int | None:
+    if value == "auto":
+        return None
+    if isinstance(value, str):
+        raise SettingsError(f"{key}={value!r} must be auto or an integer of at least 1")
+    return _positive(key, value)
 
 
 def _parse_path(key: str, value: Any) -> Path | None:

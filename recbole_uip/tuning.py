@@ -222,7 +222,7 @@ def posterior_of(group: Group, settings: UIPSettings) -> GradientPosterior:
         group.frame,
         settings.gradient,
         settings.codebook,
-        batch_tokens=settings.lm.batch_tokens,
+        batch_tokens=group.likelihood.backbone.batch_tokens,
         seed=settings.seed,
     )
 
@@ -538,7 +538,7 @@ def _content_key(
         prompt.ending and dataclasses.astuple(prompt.ending),
         chosen,
         [about[f"uip_{name}"] for name in ("gradient", "likelihood", "codebook")],
-        about["uip_lm_batch_tokens"],
+        backbone.batch_tokens,
         settings.seed,
     ]
     key = hashlib.sha256(json.dumps(parts).encode())

@@ -48,18 +48,22 @@ def even_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
 
 
 def in_parallel(
-    function: Callable[[Number], Result], numbers: Iterable[Number], n_workers: int
+    function: Callable[[Number], Result],
+    numbers: Iterable[Number],
+    n_workers: int,
+    on_cpu: bool = True,
 ) -> Iterator[tuple[Number, Result]]:
     """``(number, function(number))``, in order, ``n_workers`` at a time.
 
-    Threads that each work on a batch of their own never wait for one another; threads that
-    share every matrix product do so thousands of times per batch, and on a machine that has
-    other work, too, that costs most of the speed (measured: a factor of three).
+    On a CPU they share its threads. Threads that each work on a batch of their own never wait
+    for one another; threads that share every matrix product do so thousands of times per batch,
+    and on a machine that has other work, too, that costs most of the speed (measured: a factor of
+    three).
     """
     import torch
 
     n_threads = torch.get_num_threads()
-    share = max(1, n_threads // n_workers)
+    share = max(1, n_threads // n_workers) if on_cpu else n_threads
     pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(share,))
     waiting: deque[tuple[Number, Future[Result]]] = deque()
     try:
@@ -90,12 +94,13 @@ class Work:
     workers : int
         Threads.
     on_cpu : bool
-        Whether processes talk by gloo rather than by the GPUs' own library.
+        Whether threads share the CPU's, and processes talk by gloo rather than by the GPUs' own
+        library.
     """
 
     def __init__(self, folder: Path, workers: int = 1, on_cpu: bool = True) -> None:
         self.folder = Path(folder)
-        self.workers = workers
+        self.workers, self.on_cpu = workers, on_cpu
         self.rank, self.size = 0, n_processes()
         if self.size > 1:
             from accelerate import PartialState
@@ -132,7 +137,7 @@ class Work:
             return result
 
         with tqdm(total=len(missing), desc=phase, unit="batch", leave=False, delay=2) as bar:
-            for number, result in in_parallel(work, missing, self.workers):
+            for number, result in in_parallel(work, missing, self.workers, self.on_cpu):
                 results[number] = result
                 bar.update()
         if self.size > 1:

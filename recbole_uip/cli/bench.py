@@ -59,6 +59,9 @@ def add_bench(subcommands: argparse._SubParsersAction) -> None:
         "--peers", type=int, default=4, metavar="N",
         help="users for the comparison with the authors' formulation (default: 4; 0: none)",
     )  # fmt: skip
+    gradient.add_argument(
+        "--speed", action="store_true", help="how fast the E-step is, and nothing else"
+    )
 
 
 def _stage(
@@ -115,6 +118,7 @@ def _bench_gradient(namespace: Namespace, overrides: list[str], command: str) ->
         command_line=overrides,
         users=namespace.users,
         peers=namespace.peers,
+        compare=not namespace.speed,
         command=command,
     )
     _show_bench(results, namespace.json)

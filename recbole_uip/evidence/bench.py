@@ -309,6 +309,7 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     logger.info("resolving %s", settings.lm.name)
     backbone = lm.load(settings.lm, settings.cache)
     weights, device, dtype = matrices(backbone.model), backbone.device, backbone.dtype
+    batch_tokens = backbone.batch_tokens
     ending = prompts.build(backbone, task.prompts, task.endings).ending
     ending_tokens = len(ending.common) if ending else None
     del backbone
@@ -318,7 +319,7 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     (cache / "models").symlink_to(models, target_is_directory=True)
 
     def ceiling() -> float:
-        return matmul_ceiling(weights.layers, settings.lm.batch_tokens, dtype, device)
+        return matmul_ceiling(weights.layers, batch_tokens, dtype, device)
 
     def score() -> lm.Scores:
         return lm.score(texts, task.prompts, task.endings, settings.lm, cache)

@@ -65,6 +65,16 @@ _NOTES = [
 ]
 
 
+_AGREEMENT = (
+    "{facet}, {least} to {most} behaviours ({profiles} profiles): correlation of the closed form "
+    "with the tuned tokens {mode:.2f}, with the measured offsets {offset:.2f}"
+)
+_RELINEARIZED = (
+    "{facets}: scores recomputed at codewords, {rounds} rounds with the closed form's, "
+    "{lm_tokens:,} LM tokens, {seconds:.1f} s; curvature {curvature}"
+)
+
+
 @dataclass(frozen=True)
 class CausalPrompt(Prompt):
     """The authors' prompt: the same words, but every position sees all before it."""
@@ -80,15 +90,19 @@ class _Counted:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self.run = self.predicted = 0
+        #: LM tokens; of these, the ones that go through the layers; and those that are predicted.
+        self.tokens = self.run = self.predicted = 0
         self._lock = threading.Lock()
 
     def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         passages = [self.group.passages[u] for u in units]
         tokens = sum(len(passage.tokens) for passage in passages)
+        texts = 0 if passages[0].verbs else len(passages)
+        both = tokens + len(passages) * len(self.group.facets)
         with self._lock:
-            self.run += tokens + len(passages) * len(self.group.facets)
-            self.predicted += 0 if passages[0].verbs else tokens
+            self.tokens += both
+            self.run += both - texts  # a text's last token predicts nothing
+            self.predicted += tokens if texts else 0
         return self.group(units, theta)
 
 
@@ -114,6 +128,7 @@ def bench_gradient(
     command_line: Sequence[str] = (),
     users: int = 200,
     peers: int = 4,
+    compare: bool = True,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Measure the gradient posterior: speed, agreement with the closed form, true likelihood.
@@ -131,6 +146,8 @@ def bench_gradient(
         Users, drawn at random among those with enough training rows.
     peers : int
         Of these, users for the comparison with the authors' formulation; 0 leaves it out.
+    compare : bool
+        Whether to say more than how fast the E-step is.
     command : str, optional
         How this was started, for the record.
 
@@ -157,96 +174,110 @@ def bench_gradient(
     groups = slice_.groups(task)
     backbone = groups[0].likelihood.backbone
     here |= {"device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch.")}
-    if backbone.device.type == "cuda":
+    on_cpu = backbone.device.type == "cpu"
+    if not on_cpu:
         here["gpu"] = torch.cuda.get_device_name(backbone.device)
     shapes = matrices(backbone.model)
 
     def ceiling() -> float:
-        tokens = task.settings.lm.batch_tokens
-        return matmul_ceiling(shapes.layers, tokens, backbone.dtype, backbone.device)
+        return matmul_ceiling(shapes.layers, backbone.batch_tokens, backbone.dtype, backbone.device)
 
     fastest = ceiling()
-    figures, notes, agreement, likelihood, relinearized = [], [*_NOTES], [], [], []
-    seconds, run_tokens, flops = 0.0, 0, 0
+    results: dict[str, Any] = {"agreement": [], "likelihood": [], "relinearized": []}
+    notes, spent = [*_NOTES], _Spent()
     with tempfile.TemporaryDirectory(prefix="uip-bench-") as folder:
         for number, group in enumerate(groups):
-            counted = _Counted(group)
+            spent.compiling += _warm_up(group)
+            work = Work(Path(folder, str(number)), n_workers(backbone), on_cpu)
             posterior = _posterior(task, group)
-            work = Work(Path(folder, str(number)), n_workers(backbone))
-            spent = slice_.fit(posterior, group, counted, work)
-            seconds, run_tokens = seconds + spent, run_tokens + counted.run
-            flops += tuning_flops(shapes, counted.run, counted.predicted)
-            label = ", ".join(facet.name for facet in group.facets)
-            curve = posterior.curves_[-1]
-            fall = float(-np.minimum(np.diff(curve), 0).sum())
-            notes.append(
-                f"{label}: learning rate {posterior.learning_rate_:g}, curvature "
-                f"{', '.join(f'{c:.3g}' for c in posterior.curvature_)}; mean log posterior "
-                f"{curve[0]:.2f} to {curve[-1]:.2f} in {len(curve) - 1} steps, falls on the way "
-                f"{fall:.2g} in all"
-            )
-            agreement += slice_.agreement(posterior, group)
-            between = _posterior(task, group, "relinearize")
-            counted = _Counted(group)
-            work = Work(Path(folder, f"relinearized-{number}"), n_workers(backbone))
-            spent = slice_.fit(between, group, counted, work)
-            relinearized.append(
-                {
-                    "facets": label,
-                    "rounds": between.n_iter_,
-                    "lm_tokens": counted.run,
-                    "seconds": spent,
-                    "curvature": between.curvature_.tolist(),
-                }
-            )
-            likelihood += slice_.likelihood(task, posterior, between, group)
+            spent.add(*slice_.fit(posterior, group, work), shapes)
+            notes.append(_course(posterior, group))
+            if compare:
+                work = Work(Path(folder, f"relinearized-{number}"), n_workers(backbone), on_cpu)
+                for name_, found in slice_.compare(task, posterior, group, work).items():
+                    results[name_] += found
     fastest = max(fastest, ceiling())
-    counts = {"users": users, "lm_tokens": run_tokens, "flops": flops}
-    figures.append(
-        Figure(
-            "tuning",
-            f"E-step: {users} users, {run_tokens:,} LM tokens ({run_tokens / seconds:,.0f} tok/s)",
-            seconds, "s", flops / fastest, counts,
-        )
-    )  # fmt: skip
-    figures.append(
-        Figure("flops", f"  of {flops / 1e12:,.2f} TFLOP", flops / seconds, "FLOP/s", fastest)
-    )
-    figures.append(Figure("memory", "peak memory of the process", peak_memory(), "B"))
+    if not on_cpu:
+        notes.append(f"compiling the LM's stages, once a process: {spent.compiling:.1f} s")
     notes += [
-        "{facet}, {least} to {most} behaviours ({profiles} profiles): correlation of the closed "
-        "form with the tuned tokens {mode:.2f}, with the measured offsets {offset:.2f}".format(
-            **each
-        )
-        for each in agreement
-    ]
-    notes += [
-        "{facets}: scores recomputed at codewords, {rounds} rounds with the closed form's, "
-        "{lm_tokens:,} LM tokens, {seconds:.1f} s; curvature ".format(**each)
-        + ", ".join(f"{c:.3g}" for c in each["curvature"])
-        for each in relinearized
-    ]
-    notes += [
-        "{facets}, nats a behaviour, {which} ({behaviours}): ".format(**each)
-        + ", ".join(f"{where} {value:.4f}" for where, value in each["at"].items())
-        for each in likelihood
+        *(_AGREEMENT.format(**each) for each in results["agreement"]),
+        *(_RELINEARIZED.format(**each) for each in results["relinearized"]),
+        *(
+            "{facets}, nats a behaviour, {which} ({behaviours}): ".format(**each)
+            + ", ".join(f"{where} {value:.4f}" for where, value in each["at"].items())
+            for each in results["likelihood"]
+        ),
     ]
     authors = None
-    if peers:
+    if peers and compare:
         authors = _against_authors(task, slice_, peers, backbone)
         notes += authors["lines"]
     return {
         "dataset": name,
         "machine": here,
-        "figures": [each.to_dict() for each in figures],
-        "agreement": agreement,
-        "likelihood": likelihood,
-        "relinearized": relinearized,
+        "figures": [each.to_dict() for each in spent.figures(users, fastest)],
+        **results,
         "authors": authors,
         "notes": notes,
         "versions": versions(),
         "command": command or f"bench_gradient({name!r})",
     }
+
+
+@dataclass
+class _Spent:
+    """What tuning has taken, of all groups together."""
+
+    seconds: float = 0.0
+    compiling: float = 0.0
+    lm_tokens: int = 0
+    flops: int = 0
+
+    def add(self, seconds: float, counted: _Counted, shapes: Matrices) -> None:
+        self.seconds += seconds
+        self.lm_tokens += counted.tokens
+        self.flops += tuning_flops(shapes, counted.run, counted.predicted)
+
+    def figures(self, users: int, fastest: float) -> list[Figure]:
+        counts = {"users": users, "lm_tokens": self.lm_tokens, "flops": self.flops}
+        speed = f"{self.lm_tokens:,} LM tokens ({self.lm_tokens / self.seconds:,.0f} tok/s)"
+        floor = self.flops / fastest
+        return [
+            Figure("tuning", f"E-step: {users} users, {speed}", self.seconds, "s", floor, counts),
+            Figure(
+                "flops",
+                f"  of {self.flops / 1e12:,.2f} TFLOP",
+                self.flops / self.seconds,
+                "FLOP/s",
+                fastest,
+            ),
+            Figure("memory", "peak memory of the process", peak_memory(), "B"),
+        ]
+
+
+def _warm_up(group: Group) -> float:
+    """Seconds of a first pass over the longest texts, for which a GPU's code is compiled."""
+    longest = np.argsort(group.units.cost)[-256:]
+    theta = np.repeat(group.likelihood.theta0[None], len(longest), axis=0)
+    started = time.perf_counter()
+    group(longest, theta)
+    return time.perf_counter() - started
+
+
+def _course(posterior: GradientPosterior, group: Group) -> str:
+    """How the E-step of a group went, in words."""
+    curve = posterior.curves_[-1]
+    fall = float(-np.minimum(np.diff(curve), 0).sum())
+    return (
+        f"{_names(group)}: learning rate {posterior.learning_rate_:g}, curvature "
+        f"{', '.join(f'{c:.3g}' for c in posterior.curvature_)}; mean log posterior "
+        f"{curve[0]:.2f} to {curve[-1]:.2f} in {len(curve) - 1} steps, falls on the way "
+        f"{fall:.2g} in all"
+    )
+
+
+def _names(group: Group) -> str:
+    return ", ".join(facet.name for facet in group.facets)
 
 
 def _posterior(task: Task, group: Group, e_step: str = "adam") -> GradientPosterior:
@@ -301,19 +332,37 @@ class _Slice:
             {},
         )
 
-    def fit(
-        self, posterior: GradientPosterior, group: Group, likelihood: _Counted, work: Work
-    ) -> float:
-        """Seconds that fitting takes."""
+    def fit(self, posterior: GradientPosterior, group: Group, work: Work) -> tuple[float, _Counted]:
+        """Fit a posterior of a group; seconds, and what went through the LM."""
         n = len(self.snapshots)
         judged = np.zeros(n, dtype=bool)
         judged[:: max(2, round(1 / max(posterior.settings.held_out, 0.05)))] = True
-        logger.info("tuning %s", ", ".join(facet.name for facet in group.facets))
+        logger.info("tuning %s", _names(group))
+        counted = _Counted(group)
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            posterior.fit(group.units, group.fold, self.snapshots.fitted, judged, likelihood, work)
-        return time.perf_counter() - started
+            posterior.fit(group.units, group.fold, self.snapshots.fitted, judged, counted, work)
+        return time.perf_counter() - started, counted
+
+    def compare(
+        self, task: Task, posterior: GradientPosterior, group: Group, work: Work
+    ) -> dict[str, list[dict[str, Any]]]:
+        """The tuned tokens beside the closed form and scores recomputed at codewords."""
+        between = _posterior(task, group, "relinearize")
+        seconds, counted = self.fit(between, group, work)
+        relinearized = {
+            "facets": _names(group),
+            "rounds": between.n_iter_,
+            "lm_tokens": counted.tokens,
+            "seconds": seconds,
+            "curvature": [round(float(c), 2) for c in between.curvature_],
+        }
+        return {
+            "agreement": self.agreement(posterior, group),
+            "likelihood": self.likelihood(task, posterior, between, group),
+            "relinearized": [relinearized],
+        }
 
     def agreement(self, posterior: GradientPosterior, group: Group) -> list[dict[str, Any]]:
         """Correlations of the closed form's posterior means with what tuning found."""
@@ -379,7 +428,7 @@ class _Slice:
                 at[where] = float(group.likelihood.value(passages, theta).mean())
             results.append(
                 {
-                    "facets": ", ".join(facet.name for facet in group.facets),
+                    "facets": _names(group),
                     "which": which,
                     "behaviours": len(passages),
                     "at": at,

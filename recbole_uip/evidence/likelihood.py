@@ -106,7 +106,6 @@ class _Speaker:
 
     def __init__(self, task: Task, model: ProfileModel) -> None:
         settings = dataclasses.replace(task.settings.lm, dtype="float32")
-        self.batch_tokens = settings.batch_tokens
         self.model = model
         self.backbone = lm.load(settings, task.settings.cache)
         self.prompt = prompts.build(self.backbone, task.prompts, task.endings)
@@ -131,7 +130,7 @@ class _Speaker:
             theta = soft_tokens(self.model, field.name, code, step, field.scores)
             ids = prompts.text_ids(self.backbone, texts)
             likelihoods, logits, spent = lm.likelihoods(
-                self.backbone, self.prompt, torch.from_numpy(theta), ids, self.batch_tokens
+                self.backbone, self.prompt, torch.from_numpy(theta), ids, self.backbone.batch_tokens
             )
             self.lm_tokens += spent
             found = logits if field.scores == "feedback" else likelihoods

@@ -34,6 +34,11 @@ __all__ = ["Backbone", "ModelError", "ModelSource", "load", "resolve", "resolve_
 logger = logging.getLogger(__name__)
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+#: Tokens of a batch, where the settings do not say: enough for a core's caches, and for a GPU.
+CPU_BATCH, GPU_BATCH = 1024, 32_768
+#: Of a token, per layer and unit of its width, while gradients are made; and the share of a GPU's
+#: memory that one batch may take, of which there are two.
+BYTES_KEPT, MEMORY_SHARE = 30, 0.4
 HUB_TIMEOUT = 5.0  # seconds; behind a firewall the hub must fail quickly
 
 
@@ -98,6 +103,8 @@ class Backbone:
         their embeddings follow those of the vocabulary.
     text_tokens : int or None
         Tokens of a text that the LM reads, at most.
+    batch_tokens : int
+        Token budget of one batch.
     """
 
     model: PreTrainedModel
@@ -107,6 +114,7 @@ class Backbone:
     fingerprint: str
     virtual_ids: tuple[int, ...] = ()
     text_tokens: int | None = None
+    batch_tokens: int = CPU_BATCH
 
     @property
     def embed_dim(self) -> int:
@@ -235,8 +243,27 @@ def load(settings: LMSettings, cache: Path, source: ModelSource | None = None) -
     model.requires_grad_(False)
     model.eval().to(device)
     return Backbone(
-        model, tokenizer, device, dtype, source.fingerprint, virtual_ids, settings.text_tokens
+        model,
+        tokenizer,
+        device,
+        dtype,
+        source.fingerprint,
+        virtual_ids,
+        settings.text_tokens,
+        settings.batch_tokens or _batch_that_suits(model, device),
     )
+
+
+def _batch_that_suits(model: PreTrainedModel, device: torch.device) -> int:
+    """Tokens of a batch that keep the device busy and, with their gradients, fit into memory."""
+    if device.type == "cpu":
+        return CPU_BATCH
+    import torch
+
+    config = model.config.get_text_config()
+    token = BYTES_KEPT * config.num_hidden_layers * config.hidden_size
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return int(min(max(MEMORY_SHARE * memory / token, CPU_BATCH), GPU_BATCH))
 
 
 def _merge_adapter(

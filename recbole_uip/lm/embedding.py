@@ -128,7 +128,6 @@ def _embed_missing(
         lengths,
         lambda batch: {"vectors": mean_states(backbone, lead, batch)},
         backbone,
-        settings.batch_tokens,
         store,
         "embedding texts",
     )

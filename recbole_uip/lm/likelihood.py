@@ -11,22 +11,24 @@ are tuned, the others at θ⁰,
 with s_v = ±1 for liked and disliked and b_v an intercept. With b_v = logit p_i − f_i(θ⁰), p_i the
 item's like rate, the gradient at θ⁰ is (y − p_i) ∇f_i: the evidence of a contrast facet.
 
-Weights get no gradient, only soft tokens do. For LMs of Llama's layout (:mod:`llama`) a prompt is
-run in three parts, each behind the keys and values of those before: names and lead once for all,
-soft tokens once a passage, the passage's own tokens. The block mask is all in the second part; the
-third is plainly causal, so PyTorch takes whichever fast attention it has. Logits are made at
-predicted tokens alone, and never all at once. Other LMs go through transformers' public API.
+Weights get no gradient, only soft tokens do. For LMs of Llama's layout (:mod:`llama`) names and
+lead of a prompt are run once for all, and behind their keys and values each passage: its soft
+tokens, then its own. Passages lie one after another, for products with weights need no padding; in
+attention as many share a row as fit, and the mask keeps them apart. Logits are made at predicted
+tokens alone, and never all at once. Other LMs go through transformers' public API.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from recbole_uip.lm import llama
@@ -35,6 +37,11 @@ from recbole_uip.lm.backbone import Backbone
 from recbole_uip.lm.prompt import Ending, Prompt
 
 __all__ = ["Passage", "SoftTokenLikelihood", "feedback_passage", "text_passage"]
+
+TILE = 64  # a GPU multiplies matrices of multiples of this fast, others by fractions of its speed
+LONGEST_PLAIN = (
+    256  # keys of a row of attention on a GPU, above which it is better not to keep scores
+)
 
 
 @dataclass(frozen=True)
@@ -169,14 +176,14 @@ class SoftTokenLikelihood:
         else:
             counts = [len(text) for text in texts]
             positions = [position for count in counts for position in range(count)]
-        rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts)).to(device)
-        at = rows, torch.tensor(positions, device=device)
+        rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts))
+        at = rows, torch.tensor(positions)
         if passages[0].verbs:
             values = self._verbs(passages, theta, texts, at)
         else:
             targets = torch.tensor([token for text in texts for token in text], device=device)
             values = self._tokens(theta, texts, at, targets)
-        return values.new_zeros(len(texts)).index_add(0, rows, values)
+        return values.new_zeros(len(texts)).index_add(0, rows.to(device), values)
 
     def value_and_gradient(
         self, passages: Sequence[Passage], theta: np.ndarray
@@ -251,6 +258,30 @@ class SoftTokenLikelihood:
         return prompts.logits(self.backbone, self.prompt, every, texts)
 
 
+@dataclass(frozen=True)
+class _Packing:
+    """Where the tokens of passages, which lie one after another, are in rows of attention.
+
+    Products with weights need no padding; attention has its rows of T places, each with as many
+    whole passages as fit.
+
+    Attributes
+    ----------
+    shape : (n, T)
+    place : Tensor of int64, shape (m,)
+        Of each token, among the n T places.
+    source : Tensor of int64, shape (n T,)
+        The token of each place; any token where there is none.
+    mask : Tensor of bool, shape (n, T, C + T)
+        Whom the token at each place sees: of the C constants of the prompt, then of its own row.
+    """
+
+    shape: tuple[int, int]
+    place: torch.Tensor
+    source: torch.Tensor
+    mask: torch.Tensor
+
+
 class _SoftLlama(llama.FoldedLlama):
     """Hidden states behind prompts whose soft tokens differ, for LMs of Llama's layout."""
 
@@ -264,9 +295,9 @@ class _SoftLlama(llama.FoldedLlama):
     ) -> None:
         super().__init__(backbone)
         self.recompute = recompute
-        # PyTorch's fused attention for CPUs takes half of the time of a backward pass over short
-        # texts (measured); plain products, the heads that share keys side by side, do not.
-        self.fused = self.device.type != "cpu"
+        self.on_gpu = self.device.type == "cuda"
+        # On a GPU what lies between the products moves more bytes than they do, unless it is fused.
+        self.compiled = self.on_gpu and bool(importlib.util.find_spec("triton"))
         self.n_prefix = len(prompt)
         self.positions = prompt.soft_positions[facets]
         fixed = torch.ones(len(prompt), dtype=torch.bool)
@@ -275,17 +306,22 @@ class _SoftLlama(llama.FoldedLlama):
         mask = prompt.mask().to(self.device)
         x = self.embedding[prompt.token_ids.clamp(min=0).to(self.device)].to(self.wide)
         x = x.index_copy(0, prompt.soft_positions.to(self.device), theta0.to(x))
+        alone = torch.arange(len(constant), device=self.device)
+        packing = _Packing((1, len(constant)), alone, alone, mask[constant][:, constant][None])
+        none = self.embedding.new_empty(self.n_kv, 0, self.head_dim)
         with torch.no_grad():
             # nothing before a soft token sees it, so what does not move is run once
             hidden, self.constant = self._run(
-                x[constant][None], constant, None, mask[constant][:, constant]
+                x[constant], constant, [(none, none)] * len(self.layers), packing
             )
         # the last facet's position predicts the first token
-        self.last = None if self.n_prefix - 1 in self.positions else hidden[:, -1:]
-        # what soft tokens see: the constants, then one another
-        self.soft_mask = torch.cat(
-            [mask[self.positions][:, constant], mask[self.positions][:, self.positions]], 1
-        )
+        self.last = None if self.n_prefix - 1 in self.positions else hidden[-1:]
+        # what each soft token sees, and in the last row what a passage's own tokens see: everything
+        rows = [*self.positions.tolist(), self.n_prefix - 1]
+        self.sees_constant = mask[rows][:, constant]
+        self.sees_constant[-1] = True
+        self.sees_soft = functional.pad(mask[rows][:, self.positions], (0, 1))
+        self.sees_soft[-1] = True
 
     def hidden(
         self,
@@ -299,69 +335,90 @@ class _SoftLlama(llama.FoldedLlama):
         ----------
         theta : Tensor, shape (n, G, d)
         texts : n sequences of int
-        at : (rows, positions), Tensors of shape (m,)
+        at : (rows, positions), Tensors of shape (m,), on the CPU
             Text and number of each token that is predicted.
 
         Returns
         -------
         Tensor, shape (m, d)
         """
-        n, device = len(texts), self.device
-        constant = [tuple(side.expand(n, -1, -1, -1) for side in layer) for layer in self.constant]
-        soft, moved = self._run(theta.to(self.wide), self.positions, constant, self.soft_mask)
-        states = soft[:, -1] if self.last is None else self.last[:, 0].expand(n, -1)
-        lengths = torch.tensor([len(text) for text in texts])
-        # states of all first predictions, then those behind each token, text by text
-        before = torch.cumsum(lengths, 0) - lengths
-        rows, positions = at[0].cpu(), at[1].cpu()
-        where = torch.where(positions == 0, rows, n + before[rows] + positions - 1).to(device)
+        n, n_soft = theta.shape[:2]
+        # soft tokens, then the text, passage by passage
+        lengths = torch.tensor([len(text) for text in texts]) + n_soft
+        start = torch.cumsum(lengths, 0) - lengths
+        passage = torch.repeat_interleave(torch.arange(n), lengths)
+        column = torch.arange(len(passage)) - start[passage]
+        is_text = column >= n_soft
+        soft = self.positions[column.clamp(max=n_soft - 1)]
+        positions = torch.where(is_text, self.n_prefix + column - n_soft, soft)
+        order = torch.empty(len(passage), dtype=torch.int64)
+        order[~is_text] = torch.arange(n * n_soft)
+        order[is_text] = torch.arange(n * n_soft, len(passage))
+        ids = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
+        embedded = self.embedding[ids.to(self.device)].to(self.wide)
+        x = torch.cat([theta.to(self.wide).flatten(0, 1), embedded])[order.to(self.device)]
+        packing = self._pack(lengths, passage, column, n_soft)
+        run, _ = self._run(x, positions, self.constant, packing)
+        rows, numbers = at
+        where = start[rows] + n_soft + numbers - 1
+        if self.last is not None:
+            where = torch.where(numbers == 0, len(run), where)
+            run = torch.cat([run, self.last])
+        return run[where.to(self.device)]
+
+    def _pack(
+        self, lengths: torch.Tensor, passage: torch.Tensor, column: torch.Tensor, n_soft: int
+    ) -> _Packing:
         longest = int(lengths.max())
-        if longest:
-            past = [
-                tuple(torch.cat(sides, 2) for sides in zip(*pair, strict=True))
-                for pair in zip(constant, moved, strict=True)
-            ]
-            ids = torch.tensor([token for text in texts for token in text], device=device)
-            column = torch.cat([torch.arange(length) for length in lengths.tolist()])
-            place = torch.repeat_interleave(torch.arange(n) * longest, lengths) + column
-            x = self.embedding[ids].to(self.wide)
-            run, _ = self._run(
-                x, self.n_prefix + column, past, self._causal(longest), (longest, place.to(device))
-            )
-            states = torch.cat([states, run])
-        return states[where]
+        if self.on_gpu:
+            # room for two, so that few places stay empty
+            n_constant = self.sees_constant.shape[1]
+            longest = TILE * math.ceil((n_constant + 2 * longest) / TILE) - n_constant
+        starts, end = [], 0
+        for length in lengths.tolist():
+            left = longest - end % longest
+            if length > left:
+                end += left
+            starts.append(end)
+            end += length
+        shape = math.ceil(end / longest), longest
+        place = torch.tensor(starts)[passage] + column
+        n_places = math.prod(shape)
+        source = torch.zeros(n_places, dtype=torch.int64).scatter(
+            0, place, torch.arange(len(place))
+        )
+        owner = torch.full((n_places,), -1).scatter(0, place, passage)
+        kind = torch.full((n_places,), n_soft).scatter(0, place, column.clamp(max=n_soft))
+        place, source, owner, kind = (each.to(self.device) for each in (place, source, owner, kind))
+        owner, kind = owner.view(shape), kind.view(shape)
+        own = (owner[:, :, None] == owner[:, None]) & self.sees_soft[
+            kind[:, :, None], kind[:, None]
+        ]
+        mask = torch.cat([self.sees_constant[kind], own.tril()], -1)
+        return _Packing(shape, place, source, mask)
 
-    def _causal(self, length: int) -> torch.Tensor:
-        """A passage's tokens see the whole prompt, and one another from the left."""
-        if self.fused:
-            return causal_lower_right(length, self.n_prefix + length)
-        every = torch.ones(length, self.n_prefix + length, dtype=torch.bool)
-        return every.tril(self.n_prefix)
-
-    def _run(self, x, positions, past, mask, packed=None):
+    def _run(self, x, positions, past, packing):
         """Run tokens behind the keys and values ``past`` of each layer.
 
         Parameters
         ----------
-        x : Tensor, shape (n, T, d); or (m, d), packed
-        positions : Tensor, shape (T,) or (m,)
-        past : list of (keys, values), or None
-        mask : Tensor of bool or attention bias, (T, past + T)
-        packed : (T, places), optional
-            Texts of different lengths lie one after another in x, for products with weights need
-            no padding; only attention has them at ``places`` in n rows of T, on the right of
-            which there is padding. No real token sees it: the mask is causal.
+        x : Tensor, shape (m, d)
+        positions : Tensor, shape (m,)
+        past : list of (keys, values), each of shape (kv_heads, C, head_dim)
+        packing : _Packing
 
         Returns
         -------
         hidden : Tensor, like x
-        pairs : list of (keys, values), each of shape (n, kv_heads, T, head_dim)
+        pairs : list of (keys, values)
+            Of the first row of attention.
         """
         cos, sin = (part[:, None] for part in self.rotation(positions, self.dtype))
+        left, right = sin.chunk(2, -1)
+        sin = torch.cat([-left, right], -1)
         pairs = []
-        for index, layer in enumerate(self.layers):
-            behind = (None, None) if past is None else past[index]
-            arguments = layer, x, cos, sin, *behind, mask, packed
+        for layer, (keys, values) in zip(self.layers, past, strict=True):
+            arguments = layer, x, cos, sin, keys, values, packing
             if self.recompute and torch.is_grad_enabled():
                 x, *pair = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
@@ -369,41 +426,112 @@ class _SoftLlama(llama.FoldedLlama):
             pairs.append(tuple(pair))
         return functional.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype), pairs
 
-    def _layer(self, layer, x, cos, sin, past_keys, past_values, mask, packed):
-        width = x.shape[-1:]
-        normed = functional.rms_norm(x, width, None, self.eps).to(self.dtype)
-        heads = functional.linear(normed, layer.qkv, layer.qkv_bias)
-        heads = heads.unflatten(-1, (-1, self.head_dim))
-        rotated, value = heads.split([self.n_heads + self.n_kv, self.n_kv], -2)
-        heads = torch.cat([_rotate(rotated, cos, sin), value], -2)
-        if packed is not None:
-            longest, places = packed
-            n = len(past_keys)
-            padded = heads.new_zeros(n * longest, *heads.shape[1:])
-            heads = padded.index_copy(0, places, heads).unflatten(0, (n, longest))
-        query, key, value = heads.transpose(1, 2).split([self.n_heads, self.n_kv, self.n_kv], 1)
-        keys, values = key, value
-        if past_keys is not None:
-            keys, values = torch.cat([past_keys, key], 2), torch.cat([past_values, value], 2)
-        mixed = self._attend(query, keys, values, mask).transpose(1, 2).flatten(2)
-        if packed is not None:
-            mixed = mixed.flatten(0, 1).index_select(0, places)
-        x = x + functional.linear(mixed, layer.out)
-        normed = functional.rms_norm(x, width, None, self.eps).to(self.dtype)
-        gate, up = functional.linear(normed, layer.gate_up).chunk(2, -1)
-        return x + functional.linear(functional.silu(gate) * up, layer.down), key, value
-
-    def _attend(self, query, keys, values, mask):
-        if self.fused:
-            return functional.scaled_dot_product_attention(
-                query, keys, values, mask, scale=self.scaling, enable_gqa=self.group > 1
+    def _layer(self, layer, x, cos, sin, past_keys, past_values, packing):
+        before, attend, after = _before_attention, _attend, _after_attention
+        if self.compiled and x.requires_grad and packing.shape[0] > 1:
+            # neither values alone nor a single row are worth a compilation of their own
+            before, attend, after = (
+                _compiled(stage, n_varying)
+                for stage, n_varying in ((before, 3), (attend, 3), (after, 2))
             )
-        n, _, length, _ = query.shape
-        query = (query * self.scaling).reshape(n, self.n_kv, self.group * length, -1)
-        scores = (query @ keys.transpose(2, 3)).view(n, self.n_kv, self.group, length, -1)
-        attention = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1)
-        mixed = attention.view(n, self.n_kv, self.group * length, -1) @ values
-        return mixed.view(n, self.n_heads, length, -1)
+        if self.on_gpu and packing.mask.shape[2] > LONGEST_PLAIN:
+            attend = _attend_fused
+        rotated = self.n_heads + self.n_kv
+        turned, value = before(x, cos, sin, layer.qkv, layer.qkv_bias, rotated, self.eps)
+        turned, value = (
+            _Take.apply(part, packing.source, packing.place).unflatten(0, packing.shape)
+            for part in (turned, value)
+        )
+        mixed = attend(turned, value, packing.mask, past_keys, past_values, self.scaling)
+        mixed = _Take.apply(mixed, packing.place, packing.source)
+        x = after(x, mixed, layer.out, layer.gate_up, layer.down, self.eps)
+        return x, turned[0, :, self.n_heads :].transpose(0, 1), value[0].transpose(0, 1)
+
+
+class _Take(torch.autograd.Function):
+    """Rows ``there`` of x; ``back`` are those of the result, for the gradient.
+
+    To and from padded rows, either is the inverse of the other but for padding, which no token
+    sees: what stands there, and what flows back from there, does not matter.
+    """
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(0, back), None, None
+
+
+def _before_attention(x, cos, sin, qkv, bias, n_rotated, eps):
+    """Queries and keys of a layer, rotated, (m, heads + kv_heads, head_dim), and its values."""
+    normed = functional.rms_norm(x, x.shape[-1:], None, eps).to(qkv.dtype)
+    heads = functional.linear(normed, qkv, bias).unflatten(-1, (-1, cos.shape[-1]))
+    turned, value = heads[:, :n_rotated], heads[:, n_rotated:]
+    swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return turned * cos + swapped * sin, value
+
+
+def _attend(turned, value, mask, past_keys, past_values, scaling):
+    """Attention of rows (n, T, heads, head_dim) to the past and themselves, (n T, d).
+
+    By plain products, the heads that share keys side by side: for short rows PyTorch's fused
+    attention takes half of the time of a whole pass, on CPU and GPU alike.
+    """
+    query, keys, values = _by_kv_head(turned, value, past_keys, past_values)
+    n, length = turned.shape[:2]
+    scores = (query * scaling) @ keys.transpose(2, 3)
+    scores = scores.unflatten(2, (-1, length)).masked_fill(~mask[:, None, None], -torch.inf)
+    mixed = torch.softmax(scores, -1).flatten(2, 3) @ values
+    return mixed.view(n, -1, length, mixed.shape[-1]).transpose(1, 2).reshape(n * length, -1)
+
+
+def _attend_fused(turned, value, mask, past_keys, past_values, scaling):
+    """As :func:`_attend`, by PyTorch's fused attention, which keeps no scores."""
+    query, keys, values = _by_kv_head(turned, value, past_keys, past_values)
+    n, length = turned.shape[:2]
+    mask = mask.repeat(1, query.shape[2] // length, 1)[:, None]
+    mixed = functional.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
+    return mixed.view(n, -1, length, mixed.shape[-1]).transpose(1, 2).reshape(n * length, -1)
+
+
+def _by_kv_head(turned, value, past_keys, past_values):
+    """Queries (n, kv_heads, group T, head_dim), keys and values (n, kv_heads, C + T, head_dim)."""
+    n, length, n_kv, size = value.shape
+    n_heads = turned.shape[2] - n_kv
+    query = turned[:, :, :n_heads].transpose(1, 2).reshape(n, n_kv, -1, size)
+    keys, values = (
+        torch.cat([past.expand(n, -1, -1, -1), own.transpose(1, 2)], 2)
+        for past, own in ((past_keys, turned[:, :, n_heads:]), (past_values, value))
+    )
+    return query, keys, values
+
+
+def _after_attention(x, mixed, out, gate_up, down, eps):
+    """What a layer gives, (m, d): its input, what attention adds to it, and what the MLP adds."""
+    x = x + functional.linear(mixed, out)
+    normed = functional.rms_norm(x, x.shape[-1:], None, eps).to(gate_up.dtype)
+    gate, up = functional.linear(normed, gate_up).chunk(2, -1)
+    return x + functional.linear(functional.silu(gate) * up, down)
+
+
+@functools.cache
+def _compiled(stage, n_varying):
+    """The stage with all between its products fused.
+
+    Its first ``n_varying`` arguments may be of any number of tokens, or of rows of attention.
+    """
+    fused = torch.compile(stage, dynamic=False)
+
+    def run(*arguments):
+        for varying in arguments[:n_varying]:
+            torch._dynamo.maybe_mark_dynamic(varying, 0)
+        return fused(*arguments)
+
+    return run
 
 
 class _LogProbs(torch.autograd.Function):
@@ -417,7 +545,8 @@ class _LogProbs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         values = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for chunk in torch.arange(len(hidden), device=hidden.device).split(llama.HEAD_ROWS):
+        rows = llama.HEAD_ROWS[hidden.device.type]
+        for chunk in torch.arange(len(hidden), device=hidden.device).split(rows):
             values[chunk], slope = llama.head_log_probs(
                 hidden[chunk], head, targets[chunk], gradient is not None
             )
@@ -431,9 +560,3 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx, d_values):
         (gradient,) = ctx.saved_tensors
         return (gradient * d_values[:, None]).to(gradient.dtype), None, None
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding, without the in-place steps that autograd would have to copy for."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin

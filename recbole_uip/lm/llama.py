@@ -34,7 +34,8 @@ from recbole_uip.lm.prompt import Prompt
 __all__ = ["HEAD_ROWS", "FoldedLlama", "LlamaScorer", "Prefix", "head_log_probs", "supports"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-HEAD_ROWS = 512  # rows of the vocabulary projection at a time: bounds its memory
+#: Rows of the vocabulary projection at a time: bounds its memory.
+HEAD_ROWS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -359,7 +360,7 @@ class LlamaScorer(FoldedLlama):
             for column in (rows, positions, targets)
         )
         total = torch.zeros(len(texts), dtype=self.wide, device=self.device)
-        for chunk in torch.arange(len(rows), device=self.device).split(HEAD_ROWS):
+        for chunk in torch.arange(len(rows), device=self.device).split(HEAD_ROWS[self.device.type]):
             row, position = rows[chunk], positions[chunk]
             value, gradient = head_log_probs(normed[row, position], self.head, targets[chunk])
             total.index_add_(0, row, value)

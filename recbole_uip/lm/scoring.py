@@ -188,9 +188,7 @@ def _score_missing(
     lengths = np.array([len(row) + n_ending for row in ids])
     run, lm_tokens, more = _runner(backbone, prompt, store, int(lengths.max()))
     lengths += more
-    columns = put_through(
-        texts, ids, lengths, run, backbone, settings.batch_tokens, store, "scoring texts"
-    )
+    columns = put_through(texts, ids, lengths, run, backbone, store, "scoring texts")
     return columns, lm_tokens + int(lengths.sum())
 
 
@@ -200,7 +198,6 @@ def put_through(
     lengths: np.ndarray,
     run: Callable[[list[list[int]]], dict[str, torch.Tensor]],
     backbone: Backbone,
-    batch_tokens: int,
     store: ScoreStore,
     description: str,
 ) -> dict[str, np.ndarray]:
@@ -216,8 +213,6 @@ def put_through(
     run : callable
         Takes the ids of a batch; columns by name, one row for each of them.
     backbone : Backbone
-    batch_tokens : int
-        Token budget of one batch.
     store : ScoreStore
     description : str
         Of the progress bar.
@@ -243,9 +238,12 @@ def put_through(
 
     bar = tqdm(total=int(lengths.sum()), desc=description, unit="tok", leave=False, delay=2)
     try:
-        batches = even_batches(lengths, batch_tokens)
+        batches = even_batches(lengths, backbone.batch_tokens)
         for batch, result in in_parallel(
-            lambda batch: run([ids[row] for row in batch]), batches, n_workers(backbone)
+            lambda batch: run([ids[row] for row in batch]),
+            batches,
+            n_workers(backbone),
+            backbone.device.type == "cpu",
         ):
             result["n_tokens"] = torch.tensor([len(ids[row]) for row in batch])
             for name, values in result.items():
@@ -303,8 +301,11 @@ def check_lengths(
 
 
 def n_workers(backbone: Backbone) -> int:
-    """Batches to score at once: on CPU one per thread, up to a bound on memory."""
-    return min(torch.get_num_threads(), MAX_WORKERS) if backbone.device.type == "cpu" else 1
+    """Batches at once: on CPU one per thread, up to a bound on memory.
+
+    On a GPU two, so that it has work while results of the other go to the CPU and back.
+    """
+    return min(torch.get_num_threads(), MAX_WORKERS) if backbone.device.type == "cpu" else 2
 
 
 def _runner(

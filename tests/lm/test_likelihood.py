@@ -1,10 +1,13 @@
 """True likelihoods under soft tokens: values, gradients, and that nothing else moves."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import expit
 
+from recbole_uip.lm import llama
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.likelihood import (
     SoftTokenLikelihood,
@@ -129,8 +132,22 @@ def test_fused_attention_says_the_same(backbone, prompt, ids, theta):
         chosen = theta[: len(passages), [0, 2]]
         plain = likelihood(backbone, prompt, [0, 2]).value_and_gradient(passages, chosen)
         fused = likelihood(backbone, prompt, [0, 2])
-        fused._llama.fused = True
+        fused._llama.on_gpu = True
         for left, right in zip(plain, fused.value_and_gradient(passages, chosen), strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="PyTorch compiles for CPUs with C++")
+def test_compiled_stages_say_the_same(backbone, prompt, ids, theta):
+    plain, compiled = (likelihood(backbone, prompt, [0, 2]) for _ in range(2))
+    compiled._llama.compiled = compiled._llama.on_gpu = True
+    for passages in ([text_passage([text]) for text in ids], [text_passage(ids)]):
+        chosen = theta[: len(passages), [0, 2]]
+        for left, right in zip(
+            plain.value_and_gradient(passages, chosen),
+            compiled.value_and_gradient(passages, chosen),
+            strict=True,
+        ):
             np.testing.assert_allclose(left, right, atol=1e-6)
 
 
@@ -138,7 +155,7 @@ def test_batches_and_chunks_of_logits_do_not_matter(backbone, prompt, ids, theta
     passages = [text_passage([text]) for text in ids]
     tuned = likelihood(backbone, prompt, [0, 1])
     value, gradient = tuned.value_and_gradient(passages, theta[:, :2])
-    monkeypatch.setattr("recbole_uip.lm.llama.HEAD_ROWS", 3)
+    monkeypatch.setitem(llama.HEAD_ROWS, "cpu", 3)
     for row in range(len(ids)):
         alone = tuned.value_and_gradient([passages[row]], theta[row : row + 1, :2])
         np.testing.assert_allclose(alone[0], value[row], rtol=1e-9)

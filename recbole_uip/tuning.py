@@ -281,7 +281,9 @@ def _make_group(
     pieces, active, first = _pieces(
         behaviours, settings, observed.history, snapshots, np.stack(counts, axis=1), texts.known
     )
-    passages = _passages(observed, texts, pieces, feedback)
+    # by the folds of item vectors, so that users of one fold and code share the LM's passes
+    intercepts = kernels.intercepts(observed.rates(observed.n_folds)) if feedback else None
+    passages = _passages(observed, texts, pieces, intercepts)
     _check_lengths(passages, likelihood)
     units = Units(
         first,
@@ -294,7 +296,7 @@ def _make_group(
     profile_fold = observed.vector_fold[snapshots.timeline % behaviours.n_users]
     if settings.likelihood == "item" and pieces:
         rows, fold = np.concatenate(pieces), profile_fold[units.owner]
-        units = _scored_units(units, frame, scores, texts, observed, rows, fold, feedback)
+        units = _scored_units(units, frame, scores, texts, observed, rows, fold, intercepts)
     return Group(facets, frame, units, profile_fold, passages, likelihood)
 
 
@@ -417,19 +419,20 @@ def _pieces(
 
 
 def _passages(
-    observed: Observations, texts: _Texts, pieces: list[np.ndarray], feedback: bool
+    observed: Observations, texts: _Texts, pieces: list[np.ndarray], intercepts: np.ndarray | None
 ) -> list[Passage]:
-    """What the LM reads of each unit, for the likelihood of its texts or of its feedback."""
+    """What the LM reads of each unit: texts, or feedback on them where there are intercepts.
+
+    These are the logits of like rates, shape (n_folds, n_items).
+    """
     behaviours = observed.behaviours
 
     @functools.cache
     def text(items: tuple[int, ...]) -> Passage:
         return text_passage([texts.token_ids[place] for place in texts.place[list(items)]])
 
-    if not feedback:
+    if intercepts is None:
         return [text(tuple(behaviours.item[piece])) for piece in pieces]
-    # by the folds of item vectors, so that users of one fold and code share the LM's passes
-    intercepts = kernels.intercepts(observed.rates(observed.n_folds))
 
     @functools.cache
     def answers(items: tuple[int, ...], liked: tuple[float, ...], fold: int) -> Passage:
@@ -470,7 +473,7 @@ def _scored_units(
     observed: Observations,
     rows: np.ndarray,
     fold: np.ndarray,
-    feedback: bool,
+    intercepts: np.ndarray | None,
 ) -> Units:
     """Units of one behaviour each with what cached scores (n_texts, G, d) say of them at θ⁰."""
     items = observed.behaviours.item[rows]
@@ -483,11 +486,11 @@ def _scored_units(
     gradient = table[fold, places]
     for f, part in enumerate(frame.slices):
         gradient[:, part] *= units.active[:, f, None] > 0
-    if not feedback:
+    if intercepts is None:
         value = texts.scores.log_likelihood[places].astype(np.float64)
     else:
         label = observed.behaviours.liked[rows]
-        logit = kernels.intercepts(observed.rates(observed.n_folds))[fold, items]
+        logit = intercepts[fold, items]
         value = -np.logaddexp(0.0, (1.0 - 2.0 * label) * logit)
         gradient = gradient * (label - scipy.special.expit(logit))[:, None].astype(np.float32)
     return dataclasses.replace(units, value=value, gradient=gradient.astype(np.float32))

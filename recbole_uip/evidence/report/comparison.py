@@ -83,10 +83,10 @@ def verdicts(comparisons: Sequence[Comparison]) -> str:
 def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Section:
     """Differences from the baseline and of the plan's pairs, with their intervals."""
     if not comparisons:
-        return Section(
-            "Differences",
-            [Text("Nothing can be compared yet: no two cases have a finished seed in common.")],
-        )
+        reason = "Nothing can be compared yet: no two cases have a finished seed in common."
+        if len({case.arm for case in outcomes.cases}) == 1:
+            reason = "There is one arm: what its settings change stands under Sensitivity."
+        return Section("Differences", [Text(reason)])
     # All of one dataset together, then as the plan has them.
     datasets = [case.dataset for case in outcomes.cases]
     comparisons = sorted(comparisons, key=lambda each: datasets.index(each.case.dataset))

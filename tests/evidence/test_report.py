@@ -168,7 +168,7 @@ def test_sections_without_data_are_left_out(laboratory):
     text = markdown.read_text()
     for title in ("Staleness", "Sensitivity", "Tuning", "Slices", "Codebooks"):
         assert f"# {title}" not in text
-    assert "Nothing can be compared yet" in text
+    assert "There is one arm, and no other to compare it with." in text
     assert "Nothing: all runs of the plan are finished (1)." in text
     assert Page(html.read_text()).loads == []
 

@@ -85,7 +85,7 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
     if not comparisons:
         reason = "Nothing can be compared yet: no two cases have a finished seed in common."
         if len({case.arm for case in outcomes.cases}) == 1:
-            reason = "There is one arm: what its settings change stands under Sensitivity."
+            reason = "There is one arm, and no other to compare it with."
         return Section("Differences", [Text(reason)])
     # All of one dataset together, then as the plan has them.
     datasets = [case.dataset for case in outcomes.cases]

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
 import json
 import logging
 import math
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,25 +28,17 @@ from recbole_uip.bridge.serving import model_fields, write_serving
 from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
 from recbole_uip.files import LockedError, atomic_write, lock, unlock
+from recbole_uip.records import finite, peak_memory, versions
 from recbole_uip.settings import ArmSettings, SettingsError
 from recbole_uip.work import is_main_process
 
-__all__ = [
-    "finite",
-    "peak_memory",
-    "protocol",
-    "run_recbole_uip",
-    "train_arm",
-    "versions",
-    "write_profiles",
-]
+__all__ = ["protocol", "run_recbole_uip", "train_arm", "write_profiles"]
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "DeepFM"
 DEFAULT_DATASET = "ml-100k"
 LOCK = ".lock"
-_PACKAGES = ("recbole-uip", "recbole", "torch", "numpy", "pandas", "scikit-learn", "transformers")
 _SPLITS = np.array(["train", "valid", "test"])
 
 
@@ -346,13 +334,6 @@ def _write_bank(folder: Path, dataset: UIPDataset) -> None:
     bank.close()
 
 
-def peak_memory() -> int:
-    """Most bytes that the process has had resident so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return usage * (1 if sys.platform == "darwin" else 1024)
-
-
 def protocol(config: UIPConfig, dataset: UIPDataset) -> dict:
     """How the rows were split, labelled and given their history, in plain values."""
     settings, eval_args = dataset.settings, config["eval_args"]
@@ -371,30 +352,3 @@ def protocol(config: UIPConfig, dataset: UIPDataset) -> dict:
         "history": settings.history,
         "refresh_seconds": settings.refresh,
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that shape results."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    if found["recbole-uip"] is None:
-        # A checkout that is not installed.
-        from recbole_uip import __version__
-
-        found["recbole-uip"] = __version__
-    return found
-
-
-def finite(value: Any) -> Any:
-    """``value`` as JSON can hold it: infinities as strings, NaN (no such metric) as null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value

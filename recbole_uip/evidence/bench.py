@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from recbole_uip import lm, profiles
-from recbole_uip.bridge.run import peak_memory, versions
 from recbole_uip.em.encoder import Encoder
 from recbole_uip.evidence.figures import Figure, machine, timed
 from recbole_uip.evidence.task import Task, load_task, parse_config
@@ -29,6 +28,7 @@ from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import resolve_dtype
 from recbole_uip.lm.scoring import MAX_WORKERS
 from recbole_uip.lm.store import ScoreStore, digest
+from recbole_uip.records import peak_memory, versions
 from recbole_uip.settings import SettingsError
 
 __all__ = [

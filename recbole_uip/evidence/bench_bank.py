@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_events
 from recbole_uip.bank.events import EventColumns, EventFile
-from recbole_uip.bridge.run import peak_memory, versions
 from recbole_uip.evidence.bench_http import http_figures
 from recbole_uip.evidence.figures import Figure, machine, timed
 from recbole_uip.evidence.task import load_task, parse_config
+from recbole_uip.records import peak_memory, versions
 from recbole_uip.settings import SettingsError, UIPSettings
 
 __all__ = ["bench_bank", "write_events"]

@@ -22,7 +22,6 @@ from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip import tuning
 from recbole_uip.behaviours import Behaviours
-from recbole_uip.bridge.run import peak_memory, versions
 from recbole_uip.em import collaborative
 from recbole_uip.em.facet import Observations
 from recbole_uip.em.gradient import GradientPosterior, ascend
@@ -39,6 +38,7 @@ from recbole_uip.lm.likelihood import (
 )
 from recbole_uip.lm.prompt import Prompt
 from recbole_uip.lm.scoring import n_workers
+from recbole_uip.records import peak_memory, versions
 from recbole_uip.settings import FacetSettings, SettingsError
 from recbole_uip.tuning import Group
 from recbole_uip.work import Work

@@ -38,12 +38,12 @@ from sklearn.linear_model import RidgeCV
 from recbole_uip import lm, profiles
 from recbole_uip.behaviours import TEST, VALID, Behaviours
 from recbole_uip.bridge.metrics import gauc
-from recbole_uip.bridge.run import versions
 from recbole_uip.em import basis, collaborative, states, weights
 from recbole_uip.em.facet import Facet, Observations
 from recbole_uip.em.kernels import pack
 from recbole_uip.evidence.statistics import auc, bootstrap_aucs, bootstrap_difference
 from recbole_uip.evidence.task import load_dataset, parse_config
+from recbole_uip.records import versions
 from recbole_uip.settings import FacetSettings, MatchSettings, SettingsError, UIPSettings
 from recbole_uip.texts import bag_of_words
 

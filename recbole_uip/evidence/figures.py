@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_uip.bridge.run import finite
 from recbole_uip.files import atomic_write
+from recbole_uip.records import finite
 from recbole_uip.settings import SettingsError
 
 __all__ = [

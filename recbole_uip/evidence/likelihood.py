@@ -34,7 +34,6 @@ from tqdm import tqdm
 from recbole_uip import lm, profiles
 from recbole_uip.bank.export_peft import soft_tokens
 from recbole_uip.bank.model import ProfileModel
-from recbole_uip.bridge.run import versions
 from recbole_uip.em import states
 from recbole_uip.em.kernels import CODE
 from recbole_uip.evidence.statistics import (
@@ -45,6 +44,7 @@ from recbole_uip.evidence.statistics import (
 )
 from recbole_uip.evidence.task import Task, load_task, parse_config
 from recbole_uip.lm import prompt as prompts
+from recbole_uip.records import versions
 from recbole_uip.settings import SettingsError
 
 __all__ = ["STEPS", "format_likelihood", "likelihood", "measure"]

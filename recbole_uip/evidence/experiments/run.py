@@ -23,13 +23,14 @@ from tqdm import tqdm
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge.config import load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
-from recbole_uip.bridge.run import finite, protocol, train_arm, versions
+from recbole_uip.bridge.run import protocol, train_arm
 from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
 from recbole_uip.bridge.storage import plain
 from recbole_uip.em.states import index_history
 from recbole_uip.evidence.experiments.plan import INERT, Case, Experiment, Run
 from recbole_uip.evidence.experiments.store import RunStore, key_of
 from recbole_uip.files import atomic_write
+from recbole_uip.records import finite, versions
 from recbole_uip.settings import ArmSettings, SettingsError
 
 __all__ = ["DEFAULT_OUTPUT", "run_experiment"]

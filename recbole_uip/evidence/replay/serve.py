@@ -33,13 +33,13 @@ from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.export_atomic import read_layout
 from recbole_uip.bank.users import user_table
 from recbole_uip.behaviours import in_seconds
-from recbole_uip.bridge.run import finite, peak_memory, versions
 from recbole_uip.bridge.serving import Scorer
 from recbole_uip.em.states import Events, iter_states, whole_history
 from recbole_uip.evidence.figures import machine
 from recbole_uip.evidence.replay.ab import SALT, Comparison, compare, in_arm_b, periods, redrawn
 from recbole_uip.evidence.statistics import N_BOOT, auc, logloss
 from recbole_uip.evidence.summary import read_results_file
+from recbole_uip.records import finite, peak_memory, versions
 from recbole_uip.settings import SettingsError
 
 __all__ = ["Stream", "read_stream", "replay", "starting_bank"]

@@ -32,8 +32,9 @@ when it stops rising.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,6 +53,7 @@ __all__ = [
     "Likelihood",
     "Prior",
     "Run",
+    "State",
     "Units",
     "ascend",
     "in_turn",
@@ -122,6 +124,10 @@ class Units:
     def owner(self) -> np.ndarray:
         """Profile of each unit, shape (n_units,)."""
         return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+
+    def of(self, profiles: np.ndarray) -> np.ndarray:
+        """The units of ``profiles``, profile by profile, shape (m,)."""
+        return np.concatenate([np.arange(self.first[u], self.first[u + 1]) for u in profiles])
 
     @property
     def evidence(self) -> np.ndarray:
@@ -219,10 +225,81 @@ class Prior:
         return scipy.special.logsumexp(joint, axis=1), pull
 
 
+@dataclass(frozen=True)
+class State:
+    """Where n profiles are, and what was last found of their m units, profile by profile.
+
+    Attributes
+    ----------
+    where : ndarray of float32, shape (n, R)
+        Coordinates of each profile.
+    gradient : ndarray of float32, shape (m, R)
+        Gradient of each unit, at its last visit.
+    value : ndarray of float64, shape (m,)
+        ℓ of each unit then; NaN where not known.
+    visited : ndarray of float32, shape (m, R)
+        Coordinates at which that was.
+    own : ndarray of bool, shape (m,)
+        Whether that was by the likelihood, and not by cached scores.
+    """
+
+    where: np.ndarray
+    gradient: np.ndarray
+    value: np.ndarray
+    visited: np.ndarray
+    own: np.ndarray
+
+    @classmethod
+    def start(cls, units: Units, profiles: np.ndarray) -> State:
+        """Profiles ``profiles`` at θ⁰."""
+        mine = units.of(profiles)
+        size = units.gradient.shape[1]
+        return cls(
+            np.zeros((len(profiles), size), np.float32),
+            units.gradient[mine].astype(np.float32),
+            units.value[mine].astype(np.float64),
+            np.zeros((len(mine), size), np.float32),
+            np.zeros(len(mine), dtype=bool),
+        )
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> State | None:
+        """The state among the arrays of a batch's result; None if it stayed in another process."""
+        names = [f"state_{each.name}" for each in dataclasses.fields(cls)]
+        return cls(*(arrays[name] for name in names)) if names[0] in arrays else None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The state as arrays of a batch's result."""
+        return {f"state_{name}": array for name, array in vars(self).items()}
+
+
+class _Adam:
+    """Steps of Adam (Kingma and Ba 2015), whose rate falls to zero so that they come to rest."""
+
+    def __init__(self, rate: np.ndarray, n_steps: int) -> None:
+        self.rate, self.n_steps = rate, n_steps
+        self.step = 0
+        self.moments = (0.0, 0.0)
+
+    def move(self, gradient: np.ndarray) -> np.ndarray:
+        """The next step uphill, in the shape of the gradient."""
+        rate = self.rate * (1.0 - self.step / self.n_steps)
+        self.step += 1
+        self.moments = tuple(
+            beta * moment + (1 - beta) * gradient**power
+            for beta, moment, power in zip(BETAS, self.moments, (1, 2), strict=True)
+        )
+        first, second = (
+            moment / (1 - beta**self.step) for beta, moment in zip(BETAS, self.moments, strict=True)
+        )
+        return rate * first / (np.sqrt(second) + 1e-12)
+
+
 def ascend(
-    state: dict[str, np.ndarray],
+    state: State,
     units: Units,
-    chosen: np.ndarray,
+    profiles: np.ndarray,
     fold: np.ndarray,
     frame: Frame,
     priors: Sequence[Prior] | None,
@@ -235,14 +312,11 @@ def ascend(
 
     Parameters
     ----------
-    state : dict of ndarray
-        ``where`` (n, R), coordinates to start from; and of the batch's units, profile by profile,
-        ``table`` (m, R) and ``known`` (m,), their last gradients and values, and ``visited``
-        (m, R), the coordinates at which these were, and ``own`` (m,), whether the likelihood
-        given here made them.
+    state : State
+        To start from.
     units : Units
-    chosen : ndarray of int64, shape (n,)
-        Profiles of the batch.
+    profiles : ndarray of int64, shape (n,)
+        The batch.
     fold : ndarray of int64, shape (n,)
         Their users' folds.
     frame : Frame
@@ -256,84 +330,85 @@ def ascend(
     Returns
     -------
     dict of ndarray
-        The new state; ``total`` (n, R), the gradient of all of a profile's behaviours; ``value``
-        (n,), their log-likelihood; ``curve`` (steps + 1,), the sum of the log posteriors before
-        and after each step, NaN while a behaviour's value is not known; ``secant`` (G, 2), the
-        sums of curvature and of its weights; and ``tokens`` (1,), LM tokens spent. Values and
-        gradients are of each behaviour's last turn.
+        The new :attr:`State.arrays`; ``where`` (n, R); ``total`` (n, R), the gradient of all of a
+        profile's behaviours; ``value`` (n,), their log-likelihood; ``curve`` (steps + 1,), the sum
+        of the log posteriors before and after each step, NaN while a behaviour's value is not
+        known; ``secant`` (G, 2), the sums of curvature and of its weights; and ``tokens`` (1,), LM
+        tokens spent. Values and gradients are of each behaviour's last turn.
     """
-    counts = np.diff(units.first)[chosen]
-    start = np.concatenate([[0], np.cumsum(counts)])
-    mine = np.concatenate([np.arange(units.first[u], units.first[u + 1]) for u in chosen])
-    owner = np.repeat(np.arange(len(chosen)), counts)
+    n, mine, counts = len(profiles), units.of(profiles), np.diff(units.first)[profiles]
+    owner = np.repeat(np.arange(n), counts)
     active = units.active[mine]
-    where, table = state["where"].copy(), state["table"].copy()
-    known, visited, own = (state[name].copy() for name in ("known", "visited", "own"))
-    # seeded per profile, so that a result does not depend on the rest of the batch
-    turns = np.concatenate(
-        [
-            start[position] + np.random.default_rng([*seed, profile]).permutation(count)
-            for position, (profile, count) in enumerate(zip(chosen, counts, strict=True))
-        ]
-    )
+    state = State(**{name: array.copy() for name, array in vars(state).items()})
+    where = state.where
     taken = np.minimum(settings.batch, counts)
-    first_moment, second_moment = np.zeros_like(where), np.zeros_like(where)
-    steps = frame.steps(learning_rate)
-    secant = np.zeros((len(frame.maps), 2))
-    tokens = 0
-
-    def posterior() -> tuple[np.ndarray, np.ndarray]:
-        value = np.bincount(owner, known, len(chosen))
-        pull = np.zeros_like(where)
-        for part, prior in zip(frame.slices, priors or (), strict=False):
-            log_prior, pull[:, part] = prior.value_and_gradient(where[:, part])
-            value = value + log_prior
-        return value, pull
-
-    curve = [posterior()[0].sum()]
-    for step in range(settings.steps):
-        # each profile's next behaviours in turn, round and round
-        turn = [
-            start[u] + (step * taken[u] + np.arange(taken[u])) % max(1, counts[u])
-            for u in range(len(chosen))
-        ]
-        rows = turns[np.concatenate(turn)]
-        theta = frame.tokens(where[owner[rows]], fold[owner[rows]], active[rows])
-        values, gradients = likelihood(mine[rows], theta)
-        new = frame.pull(gradients, fold[owner[rows]], active[rows])
+    scale = (counts / np.maximum(taken, 1)).astype(np.float32)
+    adam = _Adam(frame.steps(learning_rate), settings.steps)
+    secant, tokens = np.zeros((len(frame.maps), 2)), 0
+    log_posterior, pull = _log_posterior(where, np.bincount(owner, state.value, n), frame, priors)
+    curve = [log_posterior.sum()]
+    for rows in _turns(profiles, counts, taken, settings.steps, seed):
+        here, row_fold, row_active = where[owner[rows]], fold[owner[rows]], active[rows]
+        values, gradients = likelihood(mine[rows], frame.tokens(here, row_fold, row_active))
+        new = frame.pull(gradients, row_fold, row_active)
         tokens += int(units.cost[mine[rows]].sum())
-        change = new - table[rows]
+        change = new - state.gradient[rows]
         # cached scores differ from our own by rounding, which no short move should be blamed for
-        moved = (where[owner[rows]] - visited[rows]) * own[rows, None]
-        secant += secant_sums(frame, active[rows], moved, change)
+        moved = (here - state.visited[rows]) * state.own[rows, None]
+        secant += secant_sums(frame, row_active, moved, change)
         # SAGA: the last gradients of all, and the change of a few scaled to all
-        estimate = sums_by_owner(table, owner, len(chosen))
-        scale = (counts / np.maximum(taken, 1)).astype(np.float32)
-        estimate += scale[:, None] * sums_by_owner(change, owner[rows], len(chosen))
-        table[rows], known[rows], visited[rows] = new, values, where[owner[rows]]
-        own[rows] = True
-        estimate = estimate + posterior()[1]
-        first_moment = BETAS[0] * first_moment + (1 - BETAS[0]) * estimate
-        second_moment = BETAS[1] * second_moment + (1 - BETAS[1]) * estimate**2
-        # to zero in the end, so that a profile comes to rest
-        rate = steps * (1.0 - step / settings.steps)
-        direction = (first_moment / (1 - BETAS[0] ** (step + 1))) / (
-            np.sqrt(second_moment / (1 - BETAS[1] ** (step + 1))) + 1e-12
+        estimate = sums_by_owner(state.gradient, owner, n)
+        estimate += scale[:, None] * sums_by_owner(change, owner[rows], n)
+        state.gradient[rows], state.value[rows], state.visited[rows] = new, values, here
+        state.own[rows] = True
+        where = (where + adam.move(estimate + pull)).astype(np.float32)
+        log_posterior, pull = _log_posterior(
+            where, np.bincount(owner, state.value, n), frame, priors
         )
-        where = (where + rate * direction).astype(np.float32)
-        curve.append(posterior()[0].sum())
-    return {
+        curve.append(log_posterior.sum())
+    state = dataclasses.replace(state, where=where)
+    return state.arrays | {
         "where": where,
-        "table": table,
-        "known": known,
-        "visited": visited,
-        "own": own,
-        "total": sums_by_owner(table, owner, len(chosen)),
-        "value": np.bincount(owner, known, len(chosen)),
+        "total": sums_by_owner(state.gradient, owner, n),
+        "value": np.bincount(owner, state.value, n),
         "curve": np.array(curve),
         "secant": secant,
         "tokens": np.array([tokens]),
     }
+
+
+def _turns(
+    profiles: np.ndarray,
+    counts: np.ndarray,
+    taken: np.ndarray,
+    n_steps: int,
+    seed: Sequence[int],
+) -> Iterator[np.ndarray]:
+    """Units of each step: of each profile the next ``taken`` of its ``counts``, round and round."""
+    start = np.cumsum(counts) - counts
+    # seeded per profile, so that a result does not depend on the rest of the batch
+    orders = [
+        first + np.random.default_rng([*seed, profile]).permutation(count)
+        for first, profile, count in zip(start, profiles, counts, strict=True)
+    ]
+    for step in range(n_steps):
+        yield np.concatenate(
+            [
+                order[(step * few + np.arange(few)) % max(1, len(order))]
+                for order, few in zip(orders, taken, strict=True)
+            ]
+        )
+
+
+def _log_posterior(
+    where: np.ndarray, value: np.ndarray, frame: Frame, priors: Sequence[Prior] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log posteriors (n,) by log-likelihoods ``value``, and the priors' gradients (n, R)."""
+    pull = np.zeros_like(where)
+    for part, prior in zip(frame.slices, priors or (), strict=False):
+        log_prior, pull[:, part] = prior.value_and_gradient(where[:, part])
+        value = value + log_prior
+    return value, pull
 
 
 class GradientPosterior:
@@ -425,7 +500,7 @@ class GradientPosterior:
         evidence = units.evidence
         anything = evidence.sum(axis=1) > 0
         self._units, self._fold, self._likelihood, self._run = units, fold, likelihood, run
-        self._states: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+        self._states: dict[tuple[str, int], State] = {}
         self.mode_ = [np.zeros((n, each.shape[2])) for each in frame.maps]
         self.offset_ = [np.zeros((n, each.shape[2])) for each in frame.maps]
         self.noise_ = np.full(evidence.shape, np.inf)
@@ -512,25 +587,13 @@ class GradientPosterior:
             spent += each
         return [*batches, order[start:]] if len(order) else batches
 
-    def start(self, units: Units, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """The state of profiles ``batch`` at θ⁰, from which :func:`ascend` starts."""
-        first = units.first
-        mine = np.concatenate([np.arange(first[u], first[u + 1]) for u in batch])
-        return {
-            "where": np.zeros((len(batch), self.frame.size), np.float32),
-            "table": units.gradient[mine].astype(np.float32),
-            "known": units.value[mine].astype(np.float64),
-            "visited": np.zeros((len(mine), self.frame.size), np.float32),
-            "own": np.zeros(len(mine), dtype=bool),
-        }
-
     def _tune(self, phase: str, batches: list[np.ndarray], number: int) -> list[dict]:
         """The E-step of all batches, from where the one before left them."""
         priors = self.priors()
 
         def tune(index: int) -> dict[str, np.ndarray]:
             batch = batches[index]
-            state = self._states.get((phase, index)) or self.start(self._units, batch)
+            state = self._states.get((phase, index)) or State.start(self._units, batch)
             return ascend(
                 state, self._units, batch, self._fold[batch], self.frame, priors,
                 self._likelihood, self.settings, self.learning_rate_, (self.seed, number),
@@ -538,8 +601,9 @@ class GradientPosterior:
 
         results = self._run(f"{phase}-{number}", tune, len(batches), SHARED)
         for index, result in enumerate(results):
-            if "table" in result:
-                self._states[phase, index] = result
+            state = State.from_arrays(result)
+            if state is not None:
+                self._states[phase, index] = state
             self.tokens_ += int(result["tokens"][0])
         return results
 
@@ -568,7 +632,7 @@ class GradientPosterior:
             rate, batch = LEARNING_RATES[index % len(LEARNING_RATES)], index // len(LEARNING_RATES)
             chosen = batches[batch]
             return ascend(
-                self.start(self._units, chosen), self._units, chosen, self._fold[chosen],
+                State.start(self._units, chosen), self._units, chosen, self._fold[chosen],
                 self.frame, priors, self._likelihood, self.settings, rate, (self.seed, 1),
             )  # fmt: skip
 

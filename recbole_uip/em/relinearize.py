@@ -18,7 +18,7 @@ import hashlib
 
 import numpy as np
 
-from recbole_uip.em.gradient import GradientPosterior, secant_sums, sums_by_owner
+from recbole_uip.em.gradient import GradientPosterior, State, secant_sums, sums_by_owner
 from recbole_uip.work import even_batches
 
 __all__ = ["RelinearizedPosterior"]
@@ -47,15 +47,14 @@ class RelinearizedPosterior(GradientPosterior):
     def _relinearize(self, phase: str, profiles: np.ndarray, number: int) -> dict[str, np.ndarray]:
         """Values and gradients of all behaviours at their profiles' codewords."""
         units, frame = self._units, self.frame
-        state = self._states.get((phase, 0)) or self.start(units, profiles)
-        counts = np.diff(units.first)[profiles]
-        mine = np.concatenate([np.arange(units.first[u], units.first[u + 1]) for u in profiles])
-        owner = np.repeat(np.arange(len(profiles)), counts)
+        state = self._states.get((phase, 0)) or State.start(units, profiles)
+        mine = units.of(profiles)
+        owner = np.repeat(np.arange(len(profiles)), np.diff(units.first)[profiles])
         active, fold = units.active[mine], self._fold[profiles][owner]
         codes, where = self._codewords(profiles)
         here = where[owner]
-        table, known = state["table"].copy(), state["known"].copy()
-        moved = (here - state["visited"]) * np.repeat(active > 0, frame.ranks, axis=1)
+        gradient, known = state.gradient.copy(), state.value.copy()
+        moved = (here - state.visited) * np.repeat(active > 0, frame.ranks, axis=1)
         fresh = np.flatnonzero(moved.any(axis=1) | np.isnan(known))
         # One pass for all that read the same under the same soft tokens.
         moves = active > 0
@@ -82,21 +81,22 @@ class RelinearizedPosterior(GradientPosterior):
             values[batch], gradients[batch] = result["value"], result["gradient"]
         place = place.ravel()
         measured = np.isfinite(known[fresh])  # at where they were before, too
-        change = gradients[place] - table[fresh]
+        change = gradients[place] - gradient[fresh]
         secant = secant_sums(
             frame, active[fresh][measured], moved[fresh][measured], change[measured]
         )
-        table[fresh], known[fresh] = gradients[place], values[place]
+        gradient[fresh], known[fresh] = gradients[place], values[place]
         self.tokens_ += int(units.cost[mine[chosen]].sum())
         value = np.bincount(owner, known, len(profiles))
-        self._states[phase, 0] = {"table": table, "known": known, "visited": here}
+        own = np.ones(len(mine), dtype=bool)
+        self._states[phase, 0] = State(where, gradient, known, here, own)
         log_priors = [
             prior.value_and_gradient(where[:, part])[0]
             for part, prior in zip(frame.slices, self.priors() or (), strict=False)
         ]
         return {
             "where": where,
-            "total": sums_by_owner(table, owner, len(profiles)),
+            "total": sums_by_owner(gradient, owner, len(profiles)),
             "value": value,
             "curve": np.array([value.sum() + np.sum(log_priors)]),
             "secant": secant,

@@ -24,7 +24,7 @@ from recbole_uip import tuning
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import collaborative
 from recbole_uip.em.facet import Observations
-from recbole_uip.em.gradient import GradientPosterior, ascend
+from recbole_uip.em.gradient import GradientPosterior, State, ascend
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
 from recbole_uip.em.states import whole_history
 from recbole_uip.evidence.bench import Matrices, matmul_ceiling, matrices
@@ -492,7 +492,7 @@ def _against_authors(task: Task, slice_: _Slice, peers: int, backbone: Any) -> d
     (group,) = slice_.groups(ours)
     chosen = np.arange(peers)
     posterior = _posterior(ours, group)
-    state = posterior.start(group.units, chosen)
+    state = State.start(group.units, chosen)
     passages, owner, active = slice_._passages(ours, group, True)
     kept = [row for row in range(len(owner)) if owner[row] < peers]
     passages, owner, active = [passages[row] for row in kept], owner[kept], active[kept]

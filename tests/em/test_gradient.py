@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.exceptions import ConvergenceWarning
 
-from recbole_uip.em.gradient import Frame, GradientPosterior, Prior, Units, ascend
+from recbole_uip.em.gradient import Frame, GradientPosterior, Prior, State, Units, ascend
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
 
 WIDTH, RANK = 6, 3
@@ -128,16 +128,9 @@ def test_the_mode_is_found(rng, batch):
     prior = Prior(np.ones(1), np.zeros((1, RANK)), np.full(RANK, 0.5))
     settings = GradientSettings(steps=150, batch=batch)
     chosen = np.arange(20)
-    state = {
-        "where": np.zeros((20, 2 * RANK), np.float32),
-        "table": units.gradient,
-        "known": units.value,
-        "visited": np.zeros_like(units.gradient),
-        "own": np.zeros(len(units.value), dtype=bool),
-    }
     result = ascend(
-        state, units, chosen, np.zeros(20, dtype=int), frame, [prior, prior], likelihood,
-        settings, 0.2, (0,),
+        State.start(units, chosen), units, chosen, np.zeros(20, dtype=int), frame, [prior, prior],
+        likelihood, settings, 0.2, (0,),
     )  # fmt: skip
     weight = np.repeat(units.active, RANK, axis=1)
     sums = np.add.reduceat(weight * likelihood.targets, units.first[:-1])

@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,10 @@ class Group:
     passages : list of Passage
         Of each unit.
     likelihood : SoftTokenLikelihood
+    evidence : ndarray, shape (n_rows, G)
+        Behaviours that each row is evidence of each facet: none without a text.
+    read : callable
+        What the LM reads of pieces, each an array of rows of one user.
     """
 
     facets: tuple[FacetSettings, ...]
@@ -137,6 +141,8 @@ class Group:
     fold: np.ndarray
     passages: list[Passage]
     likelihood: SoftTokenLikelihood
+    evidence: np.ndarray
+    read: Callable[[Sequence[np.ndarray]], list[Passage]]
 
     def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The likelihood that EM is given; see :class:`recbole_uip.em.gradient.Likelihood`."""
@@ -278,12 +284,12 @@ def _make_group(
         texts.backbone, texts.prompt, numbers, settings.gradient.recompute
     )
     frame = Frame(likelihood.theta0, tuple(maps), tuple(variances))
-    pieces, active, first = _pieces(
-        behaviours, settings, observed.history, snapshots, np.stack(counts, axis=1), texts.known
-    )
+    evidence = np.stack(counts, axis=1) * texts.known[behaviours.item, None]
+    pieces, active, first = _pieces(behaviours, settings, observed.history, snapshots, evidence)
     # by the folds of item vectors, so that users of one fold and code share the LM's passes
     intercepts = kernels.intercepts(observed.rates(observed.n_folds)) if feedback else None
-    passages = _passages(observed, texts, pieces, intercepts)
+    read = functools.partial(_passages, observed, texts, intercepts)
+    passages = read(pieces)
     _check_lengths(passages, likelihood)
     units = Units(
         first,
@@ -297,7 +303,7 @@ def _make_group(
     if settings.likelihood == "item" and pieces:
         rows, fold = np.concatenate(pieces), profile_fold[units.owner]
         units = _scored_units(units, frame, scores, texts, observed, rows, fold, intercepts)
-    return Group(facets, frame, units, profile_fold, passages, likelihood)
+    return Group(facets, frame, units, profile_fold, passages, likelihood, evidence, read)
 
 
 @dataclass(frozen=True)
@@ -387,7 +393,6 @@ def _pieces(
     history: History,
     snapshots: Snapshots,
     evidence: np.ndarray,
-    has_text: np.ndarray,
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """What each profile did: single behaviours, or one sequence for each set of facets.
 
@@ -405,8 +410,7 @@ def _pieces(
         if behaviours.time is not None:
             # static histories are not in the order of time
             events = events[np.argsort(behaviours.time[events], kind="stable")]
-        speaks = has_text[behaviours.item[events]] & evidence[events].any(axis=1)
-        events = events[speaks][-settings.gradient.behaviours :]
+        events = events[evidence[events].any(axis=1)][-settings.gradient.behaviours :]
         if settings.likelihood == "item":
             pieces += list(events[:, None])
         else:
@@ -419,9 +423,12 @@ def _pieces(
 
 
 def _passages(
-    observed: Observations, texts: _Texts, pieces: list[np.ndarray], intercepts: np.ndarray | None
+    observed: Observations,
+    texts: _Texts,
+    intercepts: np.ndarray | None,
+    pieces: Sequence[np.ndarray],
 ) -> list[Passage]:
-    """What the LM reads of each unit: texts, or feedback on them where there are intercepts.
+    """What the LM reads of each piece: texts, or feedback on them where there are intercepts.
 
     These are the logits of like rates, shape (n_folds, n_items).
     """

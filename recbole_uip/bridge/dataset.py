@@ -310,7 +310,8 @@ class UIPDataset(Dataset):
             Facets to show and whether to show the user ID. By default every facet, and the user
             ID as ``uip_user_id`` says.
         config : UIPConfig, optional
-            The config of the model that will read the view.
+            The config of the model that will read the view. Where the arm has ``values: means``,
+            their names enter its ``numerical_features``.
 
         Returns
         -------

@@ -48,6 +48,8 @@ from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
 
 __all__ = [
+    "LEARNING_RATES",
+    "EStep",
     "Frame",
     "GradientPosterior",
     "Likelihood",
@@ -61,13 +63,13 @@ __all__ = [
     "sums_by_owner",
 ]
 
-LEARNING_RATES = (0.01, 0.03, 0.1)
+LEARNING_RATES = (0.01, 0.03, 0.1)  # of which ``learning_rate: auto`` takes one
 #: Batches are as even as they can be and their number, if there are several, a multiple of this
 #: one, so that a few workers that share them end together.
 BATCHES = 4
 BETAS = (0.9, 0.99)  # few steps: the second moment cannot look back over a thousand of them
 #: What of a batch's result all processes need; the rest stays with the process that made it.
-SHARED = ("where", "total", "value", "curve", "secant", "tokens")
+SHARED = ("where", "total", "value", "curve", "secant", "lm_tokens")
 
 
 class Likelihood(Protocol):
@@ -262,16 +264,50 @@ class State:
             np.zeros(len(mine), dtype=bool),
         )
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> State | None:
-        """The state among the arrays of a batch's result; None if it stayed in another process."""
-        names = [f"state_{each.name}" for each in dataclasses.fields(cls)]
-        return cls(*(arrays[name] for name in names)) if names[0] in arrays else None
+
+@dataclass(frozen=True)
+class EStep:
+    """What the E-step of a batch of n profiles came to.
+
+    Attributes
+    ----------
+    where : ndarray of float32, shape (n, R)
+        Coordinates where it ended.
+    total : ndarray of float32, shape (n, R)
+        Gradient of all of a profile's behaviours, each of its last visit.
+    value : ndarray of float64, shape (n,)
+        Their log-likelihood.
+    curve : ndarray of float64, shape (steps + 1,)
+        Sum of the log posteriors before and after each step; NaN while a behaviour's value is not
+        known.
+    secant : ndarray of float64, shape (G, 2)
+        Sums of curvature and of its weights, see :func:`secant_sums`.
+    lm_tokens : ndarray of int64, shape ()
+    state : State or None
+        From which the next one goes on; None if that stayed in another process.
+    """
+
+    where: np.ndarray
+    total: np.ndarray
+    value: np.ndarray
+    curve: np.ndarray
+    secant: np.ndarray
+    lm_tokens: np.ndarray
+    state: State | None = None
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The state as arrays of a batch's result."""
-        return {f"state_{name}": array for name, array in vars(self).items()}
+        """As :func:`in_turn` and its like keep and exchange it."""
+        own = {name: array for name, array in vars(self).items() if name != "state"}
+        return own | {f"state_{name}": array for name, array in vars(self.state).items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> EStep:
+        """The inverse of :attr:`arrays`, also where other processes gave but ``SHARED``."""
+        state = None
+        if "state_where" in arrays:
+            state = State(*(arrays[f"state_{each.name}"] for each in dataclasses.fields(State)))
+        return cls(*(arrays[name] for name in SHARED), state)
 
 
 class _Adam:
@@ -307,7 +343,7 @@ def ascend(
     settings: GradientSettings,
     learning_rate: float,
     seed: Sequence[int],
-) -> dict[str, np.ndarray]:
+) -> EStep:
     """The E-step of a batch of profiles: ``settings.steps`` steps of Adam.
 
     Parameters
@@ -329,12 +365,7 @@ def ascend(
 
     Returns
     -------
-    dict of ndarray
-        The new :attr:`State.arrays`; ``where`` (n, R); ``total`` (n, R), the gradient of all of a
-        profile's behaviours; ``value`` (n,), their log-likelihood; ``curve`` (steps + 1,), the sum
-        of the log posteriors before and after each step, NaN while a behaviour's value is not
-        known; ``secant`` (G, 2), the sums of curvature and of its weights; and ``tokens`` (1,), LM
-        tokens spent. Values and gradients are of each behaviour's last turn.
+    EStep
     """
     n, mine, counts = len(profiles), units.of(profiles), np.diff(units.first)[profiles]
     owner = np.repeat(np.arange(n), counts)
@@ -344,14 +375,14 @@ def ascend(
     taken = np.minimum(settings.batch, counts)
     scale = (counts / np.maximum(taken, 1)).astype(np.float32)
     adam = _Adam(frame.steps(learning_rate), settings.steps)
-    secant, tokens = np.zeros((len(frame.maps), 2)), 0
+    secant, lm_tokens = np.zeros((len(frame.maps), 2)), 0
     log_posterior, pull = _log_posterior(where, np.bincount(owner, state.value, n), frame, priors)
     curve = [log_posterior.sum()]
     for rows in _turns(profiles, counts, taken, settings.steps, seed):
         here, row_fold, row_active = where[owner[rows]], fold[owner[rows]], active[rows]
         values, gradients = likelihood(mine[rows], frame.tokens(here, row_fold, row_active))
         new = frame.pull(gradients, row_fold, row_active)
-        tokens += int(units.cost[mine[rows]].sum())
+        lm_tokens += int(units.cost[mine[rows]].sum())
         change = new - state.gradient[rows]
         # cached scores differ from our own by rounding, which no short move should be blamed for
         moved = (here - state.visited[rows]) * state.own[rows, None]
@@ -366,15 +397,15 @@ def ascend(
             where, np.bincount(owner, state.value, n), frame, priors
         )
         curve.append(log_posterior.sum())
-    state = dataclasses.replace(state, where=where)
-    return state.arrays | {
-        "where": where,
-        "total": sums_by_owner(state.gradient, owner, n),
-        "value": np.bincount(owner, state.value, n),
-        "curve": np.array(curve),
-        "secant": secant,
-        "tokens": np.array([tokens]),
-    }
+    return EStep(
+        where,
+        sums_by_owner(state.gradient, owner, n),
+        np.bincount(owner, state.value, n),
+        np.array(curve),
+        secant,
+        np.array(lm_tokens),
+        dataclasses.replace(state, where=where),
+    )
 
 
 def _turns(
@@ -516,28 +547,27 @@ class GradientPosterior:
         )
         for self.n_iter_ in range(1, settings.rounds + 1):
             results = self._tune("fit", learn, self.n_iter_)
-            secant = np.sum([each["secant"] for each in results], axis=0) if results else None
+            secant = np.sum([each.secant for each in results], axis=0) if results else None
             self.curvature_ = self._curvature(secant)
             self._measure(learn, results, evidence)
             self.codebooks_ = [
                 self._fit_codebook(f, fitted & ~held_out) for f in range(len(self.facets))
             ]
             if results:
-                curve = np.sum([each["curve"] for each in results], axis=0)
+                curve = np.sum([each.curve for each in results], axis=0)
                 self.curves_.append(curve / sum(map(len, learn)))
             self.bounds_.append(self._bound(learn, results, judged, evidence))
-            # A bound that falls has stopped rising, too.
-            if self.n_iter_ > self.warm_up and self.bounds_[-1] - self.bounds_[-2] < settings.tol:
-                self.converged_ = True
+            # Without bounds of two rounds there is nothing to judge by.
+            rise = self.bounds_[-1] - self.bounds_[-2] if self.n_iter_ > self.warm_up else np.nan
+            if rise < settings.tol:
+                # It is of held-out profiles, and so may fall: the end, but no convergence.
+                self.converged_ = bool(rise >= 0)
                 break
-        # Without bounds of two rounds there is nothing to judge by.
-        if not self.converged_ and self.n_iter_ > self.warm_up and np.isfinite(self.bounds_[-1]):
-            warnings.warn(
-                f"the gradient posterior did not converge in rounds={settings.rounds} rounds; "
-                "raise uip_gradient.rounds or uip_gradient.tol",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        if not self.converged_ and np.isfinite(rise):
+            ended = f"did not converge in rounds={settings.rounds} rounds; raise it or tol"
+            if rise < 0:
+                ended = f"ended where its held-out bound fell, by {-rise:.3g} nats a behaviour"
+            warnings.warn(f"uip_gradient: the posterior {ended}", ConvergenceWarning, stacklevel=2)
         rest = self._batches(np.flatnonzero(~fitted & anything))
         for number in range(1, self.n_iter_ + 1):
             self._measure(rest, self._tune("rest", rest, number), evidence)
@@ -587,7 +617,7 @@ class GradientPosterior:
             spent += each
         return [*batches, order[start:]] if len(order) else batches
 
-    def _tune(self, phase: str, batches: list[np.ndarray], number: int) -> list[dict]:
+    def _tune(self, phase: str, batches: list[np.ndarray], number: int) -> list[EStep]:
         """The E-step of all batches, from where the one before left them."""
         priors = self.priors()
 
@@ -597,14 +627,14 @@ class GradientPosterior:
             return ascend(
                 state, self._units, batch, self._fold[batch], self.frame, priors,
                 self._likelihood, self.settings, self.learning_rate_, (self.seed, number),
-            )  # fmt: skip
+            ).arrays  # fmt: skip
 
-        results = self._run(f"{phase}-{number}", tune, len(batches), SHARED)
+        found = self._run(f"{phase}-{number}", tune, len(batches), SHARED)
+        results = [EStep.from_arrays(arrays) for arrays in found]
         for index, result in enumerate(results):
-            state = State.from_arrays(result)
-            if state is not None:
-                self._states[phase, index] = state
-            self.tokens_ += int(result["tokens"][0])
+            if result.state is not None:
+                self._states[phase, index] = result.state
+            self.tokens_ += int(result.lm_tokens)
         return results
 
     def priors(self) -> list[Prior] | None:
@@ -634,13 +664,15 @@ class GradientPosterior:
             return ascend(
                 State.start(self._units, chosen), self._units, chosen, self._fold[chosen],
                 self.frame, priors, self._likelihood, self.settings, rate, (self.seed, 1),
-            )  # fmt: skip
+            ).arrays  # fmt: skip
 
         n = len(batches) * len(LEARNING_RATES)
-        results = self._run("rate", climb, n, ("curve", "tokens"))
-        self.tokens_ += sum(int(result["tokens"][0]) for result in results)
+        results = self._run("rate", climb, n, ("curve", "lm_tokens"))
+        self.tokens_ += sum(int(result["lm_tokens"]) for result in results)
         reached = np.reshape([result["curve"][-1] for result in results], (len(batches), -1))
-        return LEARNING_RATES[int(np.argmax(reached.sum(axis=0)))]
+        # A climb that diverged, or whose values are not all known, is NaN.
+        reached = np.nan_to_num(reached.sum(axis=0), nan=-np.inf)
+        return LEARNING_RATES[int(np.argmax(reached))]
 
     def _curvature(self, secant: np.ndarray | None) -> np.ndarray:
         if secant is None:
@@ -651,7 +683,7 @@ class GradientPosterior:
         return np.maximum(curvature, 1.0)
 
     def _measure(
-        self, batches: list[np.ndarray], results: list[dict], evidence: np.ndarray
+        self, batches: list[np.ndarray], results: list[EStep], evidence: np.ndarray
     ) -> None:
         """Measured offsets and noise of tuned profiles."""
         for batch, result in zip(batches, results, strict=True):
@@ -659,8 +691,8 @@ class GradientPosterior:
                 count = evidence[batch, f]
                 known = count > 0
                 noise = 1.0 / (self.curvature_[f] * count[known])
-                mode = result["where"][known, part].astype(np.float64)
-                newton = noise[:, None] * result["total"][known, part]
+                mode = result.where[known, part].astype(np.float64)
+                newton = noise[:, None] * result.total[known, part]
                 self.noise_[batch[known], f] = noise
                 self.mode_[f][batch[known]] = mode
                 self.offset_[f][batch[known]] = mode + newton
@@ -678,17 +710,17 @@ class GradientPosterior:
     def _bound(
         self,
         batches: list[np.ndarray],
-        results: list[dict],
+        results: list[EStep],
         judged: np.ndarray,
         evidence: np.ndarray,
     ) -> float:
         """Mean bound of the profiles ``judged``, in nats a behaviour; NaN without any."""
         value = np.full(len(evidence), np.nan)
         for batch, result in zip(batches, results, strict=True):
-            value[batch] = result["value"]
+            value[batch] = result.value
             for f, part in enumerate(self.frame.slices):
                 # what a Newton step from here would gain
-                gain = 0.5 * (result["total"][:, part].astype(np.float64) ** 2).sum(axis=1)
+                gain = 0.5 * (result.total[:, part].astype(np.float64) ** 2).sum(axis=1)
                 known = evidence[batch, f] > 0
                 value[batch[known]] += gain[known] * self.noise_[batch[known], f]
         for f, codebook in enumerate(self.codebooks_):

@@ -66,7 +66,7 @@ def climb(
                 scales = (*best[:axis], best[axis] * step, *best[axis + 1 :])
                 inside = start[axis] / limit <= scales[axis] <= start[axis] * limit
                 candidate = objective(scales) if inside else -np.inf
-                if candidate <= value + 1e-6:
+                if not candidate > value + 1e-6:  # nor if it is NaN
                     break
                 best, value, improved = scales, candidate, True
     return best

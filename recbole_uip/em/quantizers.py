@@ -151,7 +151,7 @@ class Quantizer(Codebook):
         for _ in range(self.max_iter):
             log_likelihood, responsibilities = self._e_step(offsets, noise)
             lower_bounds.append(float(log_likelihood.mean()))
-            if len(lower_bounds) > 1 and lower_bounds[-1] - lower_bounds[-2] < self.tol:
+            if len(lower_bounds) > 1 and 0 <= lower_bounds[-1] - lower_bounds[-2] < self.tol:
                 break
             self._m_step(offsets, noise, responsibilities, move=False)
         return lower_bounds

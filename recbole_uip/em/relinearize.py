@@ -18,7 +18,7 @@ import hashlib
 
 import numpy as np
 
-from recbole_uip.em.gradient import GradientPosterior, State, secant_sums, sums_by_owner
+from recbole_uip.em.gradient import EStep, GradientPosterior, State, secant_sums, sums_by_owner
 from recbole_uip.work import even_batches
 
 __all__ = ["RelinearizedPosterior"]
@@ -41,10 +41,10 @@ class RelinearizedPosterior(GradientPosterior):
         """All at once: what is put through the LM in batches are behaviours, not profiles."""
         return [profiles] if len(profiles) else []
 
-    def _tune(self, phase: str, batches: list[np.ndarray], number: int) -> list[dict]:
+    def _tune(self, phase: str, batches: list[np.ndarray], number: int) -> list[EStep]:
         return [self._relinearize(phase, profiles, number) for profiles in batches]
 
-    def _relinearize(self, phase: str, profiles: np.ndarray, number: int) -> dict[str, np.ndarray]:
+    def _relinearize(self, phase: str, profiles: np.ndarray, number: int) -> EStep:
         """Values and gradients of all behaviours at their profiles' codewords."""
         units, frame = self._units, self.frame
         state = self._states.get((phase, 0)) or State.start(units, profiles)
@@ -86,21 +86,24 @@ class RelinearizedPosterior(GradientPosterior):
             frame, active[fresh][measured], moved[fresh][measured], change[measured]
         )
         gradient[fresh], known[fresh] = gradients[place], values[place]
-        self.tokens_ += int(units.cost[mine[chosen]].sum())
+        lm_tokens = int(units.cost[mine[chosen]].sum())
+        self.tokens_ += lm_tokens
         value = np.bincount(owner, known, len(profiles))
         own = np.ones(len(mine), dtype=bool)
-        self._states[phase, 0] = State(where, gradient, known, here, own)
+        self._states[phase, 0] = state = State(where, gradient, known, here, own)
         log_priors = [
             prior.value_and_gradient(where[:, part])[0]
             for part, prior in zip(frame.slices, self.priors() or (), strict=False)
         ]
-        return {
-            "where": where,
-            "total": sums_by_owner(gradient, owner, len(profiles)),
-            "value": value,
-            "curve": np.array([value.sum() + np.sum(log_priors)]),
-            "secant": secant,
-        }
+        return EStep(
+            where,
+            sums_by_owner(gradient, owner, len(profiles)),
+            value,
+            np.array([value.sum() + np.sum(log_priors)]),
+            secant,
+            np.array(lm_tokens),
+            state,
+        )
 
     def _codewords(self, profiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, G), -1 for none yet, and soft tokens' coordinates (n, R), then zeros."""

@@ -21,10 +21,9 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip import tuning
-from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import collaborative
 from recbole_uip.em.facet import Observations
-from recbole_uip.em.gradient import GradientPosterior, State, ascend
+from recbole_uip.em.gradient import LEARNING_RATES, GradientPosterior, State, ascend
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
 from recbole_uip.em.states import whole_history
 from recbole_uip.evidence.bench import Matrices, matmul_ceiling, matrices
@@ -33,7 +32,6 @@ from recbole_uip.evidence.task import Task, load_task, parse_config
 from recbole_uip.lm.likelihood import (
     Passage,
     SoftTokenLikelihood,
-    feedback_passage,
     text_passage,
 )
 from recbole_uip.lm.prompt import Prompt
@@ -210,7 +208,7 @@ def bench_gradient(
     ]
     authors = None
     if peers and compare:
-        authors = _against_authors(task, slice_, peers, backbone)
+        authors = _against_authors(task, slice_, peers)
         notes += authors["lines"]
     return {
         "dataset": name,
@@ -360,7 +358,7 @@ class _Slice:
         }
         return {
             "agreement": self.agreement(posterior, group),
-            "likelihood": self.likelihood(task, posterior, between, group),
+            "likelihood": self.likelihood(posterior, between, group),
             "relinearized": [relinearized],
         }
 
@@ -401,7 +399,6 @@ class _Slice:
 
     def likelihood(
         self,
-        task: Task,
         posterior: GradientPosterior,
         between: GradientPosterior,
         group: Group,
@@ -416,8 +413,8 @@ class _Slice:
         places["relinearized"] = np.concatenate(means, axis=1)
         places |= {f"score x {scale:g}": scale * closed for scale in SCALES}
         results = []
-        for which, behaviours in (("own", False), ("held out", True)):
-            passages, owner, active = self._passages(task, group, behaviours)
+        for which, held_out in (("own", False), ("held out", True)):
+            passages, owner, active = self._passages(group, held_out)
             if not passages:
                 continue
             at = {}
@@ -437,7 +434,7 @@ class _Slice:
         return results
 
     def _passages(
-        self, task: Task, group: Group, held_out: bool
+        self, group: Group, held_out: bool
     ) -> tuple[list[Passage], np.ndarray, np.ndarray]:
         """A few behaviours of each of the first profiles, own or held out."""
         if not held_out:
@@ -449,33 +446,18 @@ class _Slice:
                 ]
             )
             return [group.passages[row] for row in rows], units.owner[rows], units.active[rows]
-        behaviours = self.observed.behaviours
-        passages, owner, active = [], [], []
-        for profile in range(min(CHECKED, len(self.snapshots))):
-            mine = self.held_out & (behaviours.user == self.snapshots.timeline[profile])
-            for row in np.flatnonzero(mine)[:3]:
-                text = task.texts[behaviours.item[row]]
-                speaks = [_speaks(facet, behaviours, row) for facet in group.facets]
-                if not text or not any(speaks):
-                    continue
-                (ids,) = tuning.prompts.text_ids(group.likelihood.backbone, [text])
-                if group.facets[0].weight == "contrast":
-                    ending = group.likelihood.prompt.ending
-                    liked = behaviours.liked[row]
-                    passages.append(feedback_passage([ids], ending, [liked], [0.0]))
-                else:
-                    passages.append(text_passage([ids]))
-                owner.append(profile)
-                active.append(speaks)
-        return passages, np.array(owner, dtype=int), np.array(active, dtype=float)
+        user = self.observed.behaviours.user
+        speaks = self.held_out & group.evidence.any(axis=1)
+        rows = [
+            np.flatnonzero(speaks & (user == self.snapshots.timeline[profile]))[:3]
+            for profile in range(min(CHECKED, len(self.snapshots)))
+        ]
+        owner = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
+        chosen = np.concatenate(rows)
+        return group.read(list(chosen[:, None])), owner, group.evidence[chosen]
 
 
-def _speaks(facet: FacetSettings, behaviours: Behaviours, row: int) -> bool:
-    liked = True if behaviours.liked is None else bool(behaviours.liked[row])
-    return {"positive": liked, "negative": not liked}.get(facet.weight, True)
-
-
-def _against_authors(task: Task, slice_: _Slice, peers: int, backbone: Any) -> dict[str, Any]:
+def _against_authors(task: Task, slice_: _Slice, peers: int) -> dict[str, Any]:
     """LM tokens and seconds to the same gain in held-out likelihood, ours and the authors' way.
 
     Gains are from where each starts, for under another prompt the same texts have another
@@ -493,16 +475,17 @@ def _against_authors(task: Task, slice_: _Slice, peers: int, backbone: Any) -> d
     chosen = np.arange(peers)
     posterior = _posterior(ours, group)
     state = State.start(group.units, chosen)
-    passages, owner, active = slice_._passages(ours, group, True)
+    passages, owner, active = slice_._passages(group, held_out=True)
     kept = [row for row in range(len(owner)) if owner[row] < peers]
     passages, owner, active = [passages[row] for row in kept], owner[kept], active[kept]
     started = time.perf_counter()
+    rate = posterior.settings.learning_rate or LEARNING_RATES[1]
     result = ascend(
         state, group.units, chosen, group.fold[chosen], group.frame, posterior.priors(), group,
-        posterior.settings, posterior.settings.learning_rate or 0.03, (settings.seed, 1),
+        posterior.settings, rate, (settings.seed, 1),
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    theta = group.frame.tokens(result["where"][owner], group.fold[owner], active)
+    theta = group.frame.tokens(result.where[owner], group.fold[owner], active)
     reached = float(group.likelihood.value(passages, theta).mean())
     theta0 = np.repeat(group.likelihood.theta0[None], len(owner), axis=0)
     start = float(group.likelihood.value(passages, theta0).mean())
@@ -512,7 +495,7 @@ def _against_authors(task: Task, slice_: _Slice, peers: int, backbone: Any) -> d
             "start": start,
             "reached": reached,
             "steps": posterior.settings.steps,
-            "lm_tokens": int(result["tokens"][0]),
+            "lm_tokens": int(result.lm_tokens),
             "seconds": seconds,
         },
         _authors_way(group, chosen, passages, owner, reached - start, posterior.settings.steps),

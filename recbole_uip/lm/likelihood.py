@@ -23,8 +23,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +40,7 @@ from recbole_uip.lm.prompt import Ending, Prompt
 __all__ = ["Passage", "SoftTokenLikelihood", "feedback_passage", "text_passage"]
 
 TILE = 64  # a GPU multiplies matrices of multiples of this fast, others by fractions of its speed
-LONGEST_PLAIN = (
-    256  # keys of a row of attention on a GPU, above which it is better not to keep scores
-)
+LONGEST_PLAIN = 256  # keys of a row of attention, above which a GPU does not keep its scores
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,9 @@ class SoftTokenLikelihood:
     ----------
     theta0 : ndarray of float32, shape (G, d)
         θ⁰ of these facets.
-    longest : float
+    n_positions : int or None
+        Positions that the LM has; None where there is no limit.
+    max_norm : float
         Length beyond which a soft token is scaled back, the mean length of token embeddings or
         that of the longest θ⁰: far outside the embeddings an LM has seen nothing.
     """
@@ -142,9 +143,8 @@ class SoftTokenLikelihood:
         lengths = backbone.model.get_input_embeddings().weight.float().norm(dim=1)
         longest = torch.maximum(lengths.mean(), self._theta0.norm(dim=1).max())
         # A little more, so that no θ⁰ lies on the edge, where rounding would decide its gradient.
-        self.longest = 1.001 * float(longest)
+        self.max_norm = 1.001 * float(longest)
         self._llama = None
-        #: Positions that the LM has; None where there is no limit.
         self.n_positions = getattr(
             backbone.model.config.get_text_config(), "max_position_embeddings", None
         )
@@ -166,8 +166,16 @@ class SoftTokenLikelihood:
         Returns
         -------
         Tensor of at least float32, shape (n,)
+
+        Raises
+        ------
+        ValueError
+            If there is no passage, or some have verbs and others not.
         """
-        theta = theta * (self.longest / theta.norm(dim=-1, keepdim=True)).clamp(max=1.0)
+        if len({bool(passage.verbs) for passage in passages}) != 1:
+            raise ValueError("passages must be at least one, and all have verbs or none")
+        norm = theta.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(theta.dtype).tiny)
+        theta = theta * (self.max_norm / norm).clamp(max=1.0)
         texts = [list(passage.tokens) for passage in passages]
         device = self.backbone.device
         if passages[0].verbs:
@@ -309,11 +317,11 @@ class _SoftLlama(llama.FoldedLlama):
         alone = torch.arange(len(constant), device=self.device)
         packing = _Packing((1, len(constant)), alone, alone, mask[constant][:, constant][None])
         none = self.embedding.new_empty(self.n_kv, 0, self.head_dim)
+        self.constant: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.no_grad():
             # nothing before a soft token sees it, so what does not move is run once
-            hidden, self.constant = self._run(
-                x[constant], constant, [(none, none)] * len(self.layers), packing
-            )
+            nothing = [(none, none)] * len(self.layers)
+            hidden = self._run(x[constant], constant, nothing, packing, self.constant)
         # the last facet's position predicts the first token
         self.last = None if self.n_prefix - 1 in self.positions else hidden[-1:]
         # what each soft token sees, and in the last row what a passage's own tokens see: everything
@@ -358,7 +366,7 @@ class _SoftLlama(llama.FoldedLlama):
         embedded = self.embedding[ids.to(self.device)].to(self.wide)
         x = torch.cat([theta.to(self.wide).flatten(0, 1), embedded])[order.to(self.device)]
         packing = self._pack(lengths, passage, column, n_soft)
-        run, _ = self._run(x, positions, self.constant, packing)
+        run = self._run(x, positions, self.constant, packing)
         rows, numbers = at
         where = start[rows] + n_soft + numbers - 1
         if self.last is not None:
@@ -397,7 +405,14 @@ class _SoftLlama(llama.FoldedLlama):
         mask = torch.cat([self.sees_constant[kind], own.tril()], -1)
         return _Packing(shape, place, source, mask)
 
-    def _run(self, x, positions, past, packing):
+    def _run(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        past: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        packing: _Packing,
+        kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
         """Run tokens behind the keys and values ``past`` of each layer.
 
         Parameters
@@ -406,27 +421,38 @@ class _SoftLlama(llama.FoldedLlama):
         positions : Tensor, shape (m,)
         past : list of (keys, values), each of shape (kv_heads, C, head_dim)
         packing : _Packing
+        kept : list, optional
+            Gets the keys and values of the first row of attention, layer by layer.
 
         Returns
         -------
-        hidden : Tensor, like x
-        pairs : list of (keys, values)
-            Of the first row of attention.
+        Tensor, like x, of the LM's type
+            Normalised hidden states.
         """
         cos, sin = (part[:, None] for part in self.rotation(positions, self.dtype))
         left, right = sin.chunk(2, -1)
         sin = torch.cat([-left, right], -1)
-        pairs = []
         for layer, (keys, values) in zip(self.layers, past, strict=True):
             arguments = layer, x, cos, sin, keys, values, packing
             if self.recompute and torch.is_grad_enabled():
-                x, *pair = checkpoint(self._layer, *arguments, use_reentrant=False)
+                x, own_keys, own_values = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
-                x, *pair = self._layer(*arguments)
-            pairs.append(tuple(pair))
-        return functional.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype), pairs
+                x, own_keys, own_values = self._layer(*arguments)
+            if kept is not None:
+                kept.append((own_keys.clone(), own_values.clone()))
+        return functional.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype)
 
-    def _layer(self, layer, x, cos, sin, past_keys, past_values, packing):
+    def _layer(
+        self,
+        layer: llama.Layer,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        past_keys: torch.Tensor,
+        past_values: torch.Tensor,
+        packing: _Packing,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a layer gives, and keys and values of the first row, (kv_heads, T, head_dim)."""
         before, attend, after = _before_attention, _attend, _after_attention
         if self.compiled and x.requires_grad and packing.shape[0] > 1:
             # neither values alone nor a single row are worth a compilation of their own
@@ -466,7 +492,15 @@ class _Take(torch.autograd.Function):
         return gradient.index_select(0, back), None, None
 
 
-def _before_attention(x, cos, sin, qkv, bias, n_rotated, eps):
+def _before_attention(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_rotated: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys of a layer, rotated, (m, heads + kv_heads, head_dim), and its values."""
     normed = functional.rms_norm(x, x.shape[-1:], None, eps).to(qkv.dtype)
     heads = functional.linear(normed, qkv, bias).unflatten(-1, (-1, cos.shape[-1]))
@@ -475,7 +509,14 @@ def _before_attention(x, cos, sin, qkv, bias, n_rotated, eps):
     return turned * cos + swapped * sin, value
 
 
-def _attend(turned, value, mask, past_keys, past_values, scaling):
+def _attend(
+    turned: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    past_keys: torch.Tensor,
+    past_values: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
     """Attention of rows (n, T, heads, head_dim) to the past and themselves, (n T, d).
 
     By plain products, the heads that share keys side by side: for short rows PyTorch's fused
@@ -489,7 +530,14 @@ def _attend(turned, value, mask, past_keys, past_values, scaling):
     return mixed.view(n, -1, length, mixed.shape[-1]).transpose(1, 2).reshape(n * length, -1)
 
 
-def _attend_fused(turned, value, mask, past_keys, past_values, scaling):
+def _attend_fused(
+    turned: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    past_keys: torch.Tensor,
+    past_values: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
     """As :func:`_attend`, by PyTorch's fused attention, which keeps no scores."""
     query, keys, values = _by_kv_head(turned, value, past_keys, past_values)
     n, length = turned.shape[:2]
@@ -498,7 +546,9 @@ def _attend_fused(turned, value, mask, past_keys, past_values, scaling):
     return mixed.view(n, -1, length, mixed.shape[-1]).transpose(1, 2).reshape(n * length, -1)
 
 
-def _by_kv_head(turned, value, past_keys, past_values):
+def _by_kv_head(
+    turned: torch.Tensor, value: torch.Tensor, past_keys: torch.Tensor, past_values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries (n, kv_heads, group T, head_dim), keys and values (n, kv_heads, C + T, head_dim)."""
     n, length, n_kv, size = value.shape
     n_heads = turned.shape[2] - n_kv
@@ -510,7 +560,14 @@ def _by_kv_head(turned, value, past_keys, past_values):
     return query, keys, values
 
 
-def _after_attention(x, mixed, out, gate_up, down, eps):
+def _after_attention(
+    x: torch.Tensor,
+    mixed: torch.Tensor,
+    out: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
     """What a layer gives, (m, d): its input, what attention adds to it, and what the MLP adds."""
     x = x + functional.linear(mixed, out)
     normed = functional.rms_norm(x, x.shape[-1:], None, eps).to(gate_up.dtype)
@@ -519,14 +576,14 @@ def _after_attention(x, mixed, out, gate_up, down, eps):
 
 
 @functools.cache
-def _compiled(stage, n_varying):
+def _compiled(stage: Callable, n_varying: int) -> Callable:
     """The stage with all between its products fused.
 
     Its first ``n_varying`` arguments may be of any number of tokens, or of rows of attention.
     """
     fused = torch.compile(stage, dynamic=False)
 
-    def run(*arguments):
+    def run(*arguments: Any) -> Any:
         for varying in arguments[:n_varying]:
             torch._dynamo.maybe_mark_dynamic(varying, 0)
         return fused(*arguments)

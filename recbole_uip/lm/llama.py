@@ -21,6 +21,7 @@ that follow them):
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,15 +32,27 @@ from tqdm import tqdm
 from recbole_uip.lm.backbone import Backbone
 from recbole_uip.lm.prompt import Prompt
 
-__all__ = ["HEAD_ROWS", "FoldedLlama", "LlamaScorer", "Prefix", "head_log_probs", "supports"]
+__all__ = [
+    "HEAD_ROWS",
+    "FoldedLlama",
+    "Layer",
+    "LlamaScorer",
+    "Prefix",
+    "head_log_probs",
+    "supports",
+]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 #: Rows of the vocabulary projection at a time: bounds its memory.
 HEAD_ROWS = {"cpu": 512, "cuda": 8192}
 
+#: Layers and head of each model that is still there, folded: one copy, whoever reads them.
+_FOLDED: weakref.WeakKeyDictionary[torch.nn.Module, tuple[list[Layer], torch.Tensor]]
+_FOLDED = weakref.WeakKeyDictionary()
+
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """Weights as (out, in); those behind a norm carry its weight in their columns."""
 
     qkv: torch.Tensor
@@ -129,9 +142,13 @@ class FoldedLlama:
         self.eps = config.rms_norm_eps
         self.embedding = model.get_input_embeddings().weight
         self.rotary = model.model.rotary_emb
-        self.layers = [_fold(layer, self.wide) for layer in model.model.layers]
-        head = model.get_output_embeddings().weight
-        self.head = _scale_columns(head, model.model.norm, self.wide)
+        if model not in _FOLDED:
+            head = model.get_output_embeddings().weight
+            _FOLDED[model] = (
+                [_fold(layer, self.wide) for layer in model.model.layers],
+                _scale_columns(head, model.model.norm, self.wide),
+            )
+        self.layers, self.head = _FOLDED[model]
 
     def rotation(
         self, positions: torch.Tensor, dtype: torch.dtype
@@ -474,13 +491,13 @@ def head_log_probs(
     return value, wanted - (probs @ head).to(wide) if gradient else None
 
 
-def _fold(layer: torch.nn.Module, wide: torch.dtype) -> _Layer:
+def _fold(layer: torch.nn.Module, wide: torch.dtype) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     bias = None
     if projections[0].bias is not None:
         bias = torch.cat([projection.bias for projection in projections])
-    return _Layer(
+    return Layer(
         qkv=_scale_columns(
             torch.cat([projection.weight for projection in projections]),
             layer.input_layernorm,

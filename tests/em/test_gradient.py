@@ -135,13 +135,13 @@ def test_the_mode_is_found(rng, batch):
     weight = np.repeat(units.active, RANK, axis=1)
     sums = np.add.reduceat(weight * likelihood.targets, units.first[:-1])
     counts = np.add.reduceat(weight, units.first[:-1])
-    np.testing.assert_allclose(result["where"], sums / (counts + 2.0), atol=0.02)
-    assert result["curve"][-1] > result["curve"][0] + 1
+    np.testing.assert_allclose(result.where, sums / (counts + 2.0), atol=0.02)
+    assert result.curve[-1] > result.curve[0] + 1
     # monotone within a tolerance of the whole climb
-    fall = np.minimum(np.diff(result["curve"]), 0).sum()
-    assert fall > -0.02 * (result["curve"][-1] - result["curve"][0])
+    fall = np.minimum(np.diff(result.curve), 0).sum()
+    assert fall > -0.02 * (result.curve[-1] - result.curve[0])
     assert likelihood.calls - len(units.value) == 20 * 150 * batch
-    assert result["tokens"] == 5 * 20 * 150 * batch
+    assert result.lm_tokens == 5 * 20 * 150 * batch
 
 
 def test_offsets_are_those_of_the_closed_form(rng):

@@ -32,7 +32,7 @@ def theta(backbone, prompt, rng):
 
 def likelihood(backbone, prompt, facets, **options):
     made = SoftTokenLikelihood(backbone, prompt, facets, **options)
-    made.longest = 1e9  # scaling back has its own test
+    made.max_norm = 1e9  # scaling back has its own test
     return made
 
 
@@ -178,9 +178,9 @@ def test_long_soft_tokens_are_scaled_back(backbone, prompt, ids):
     lengths = backbone.model.get_input_embeddings().weight.norm(dim=1)
     start = prompt.theta0(backbone).norm(dim=1)
     # with room to spare, for on the edge itself rounding decides whether a gradient is cut
-    assert tuned.longest == pytest.approx(1.001 * max(float(lengths.mean()), float(start.max())))
+    assert tuned.max_norm == pytest.approx(1.001 * max(float(lengths.mean()), float(start.max())))
     direction = np.random.default_rng(0).normal(size=(1, 1, backbone.embed_dim))
-    direction *= tuned.longest / np.linalg.norm(direction)
+    direction *= tuned.max_norm / np.linalg.norm(direction)
     passages = [text_passage([ids[0]])]
     far, gradient = tuned.value_and_gradient(passages, 7.0 * direction)
     np.testing.assert_allclose(far, tuned.value(passages, direction), rtol=1e-9)

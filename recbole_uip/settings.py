@@ -425,8 +425,9 @@ class UIPSettings:
         if self.text_facets and self.item_text is None:
             raise SettingsError(
                 f"uip_item_text is not set, and the facets {self.text_facets} read the items' "
-                'texts: set it to a template of item fields such as "{movie_title} ({genre})", or '
-                "take facets with source: collaborative or constant"
+                'texts: set it to a template of item fields such as "{movie_title} ({genre})" (for '
+                "recbole-uip bank build, with --items), or take facets with source: collaborative "
+                "or constant"
             )
         if self.time in ("cross_fitted", "static") and self.refresh:
             raise SettingsError(

@@ -22,14 +22,15 @@ __all__ = ["bag_of_words", "fill", "item_texts", "past_bom", "rated_texts"]
 
 logger = logging.getLogger(__name__)
 
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 # Words in a vocabulary, at most: the most frequent of the catalogue.
 MAX_WORDS = 5_000
 
 
 def _unquote(value: str) -> str:
     value = value.strip()
-    if len(value) > 1 and value[0] == value[-1] == '"' and '"' not in value[1:-1]:
-        return value[1:-1].strip()
+    if QUOTED.fullmatch(value):
+        return value[1:-1].replace('""', '"').strip()
     return value
 
 
@@ -163,6 +164,9 @@ def _rows(
         header = [_unquote(column).split(":")[0] for column in next(rows, [])]
         places = _places(header, names, template, path)
         for row in rows:
+            if len(row) > len(header) and quoting == csv.QUOTE_NONE:
+                # so a separator may be quoted
+                row = next(csv.reader([separator.join(row)], delimiter=separator))
             yield [row[place] if place < len(row) else "" for place in places]
 
 

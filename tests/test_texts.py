@@ -27,6 +27,17 @@ def test_item_texts(item_file):
     assert texts == [None, '"Great" Film (Drama)', '"Open quote', None, None]
 
 
+def test_quoted_separators_and_quotation_marks(item_file):
+    item_file.write_text(
+        "item_id:token\ttitle:token_seq\tgenre:token_seq\n"
+        'a\t"A\tTab"\tDrama\n'
+        'b\t"A ""quoted"" film"\tDrama\n',
+        encoding="utf-8",
+    )
+    texts = item_texts(item_file, "{title} ({genre})", "item_id", TOKENS, 3)
+    assert texts == [None, "A Tab (Drama)", 'A "quoted" film (Drama)']
+
+
 def test_a_field_the_file_lacks_is_an_error(item_file):
     with pytest.raises(SettingsError, match="'year'.*item_id, title, genre"):
         item_texts(item_file, "{title} {year}", "item_id", TOKENS, 5)

@@ -259,17 +259,17 @@ class FeatureBank:
     # Writing.
 
     def update(
-        self, user: str, item: str, liked: float = 1.0, time: float | None = None
+        self, user: str, item: str, liked: float | None = None, time: float | None = None
     ) -> np.ndarray:
         """Let one event enter its user's profile; a new user begins with it.
 
         Parameters
         ----------
         user, item : str
-        liked : float
-            1 or 0; 1 where feedback is implicit.
+        liked : float, optional
+            1 or 0; may be left out where feedback is implicit.
         time : float, optional
-            Timestamp, in the unit of the bank's events.
+            Timestamp, in the unit of the bank's events; without one the event is the latest.
 
         Returns
         -------
@@ -279,10 +279,16 @@ class FeatureBank:
         Raises
         ------
         BankError
-            If the bank is open for reading only, the label is not 0 or 1, or the user has a later
-            event already.
+            If the bank is open for reading only, the label is not 0 or 1 or missing, or the user
+            has a later event already.
         """
         self._check_writable()
+        if liked is None:
+            if not self.model.implicit:
+                raise BankError(
+                    f"liked is not given for user {user!r}: the bank's events have labels"
+                )
+            liked = 1.0
         if liked not in (0, 1):
             raise BankError(f"liked={liked!r} of user {user!r}: labels must be 0 or 1")
         if time is not None and not math.isfinite(time):
@@ -324,7 +330,7 @@ class FeatureBank:
         items : sequence of n str, pyarrow.Array, or ndarray of int64, shape (n,)
             Item tokens, or item numbers.
         liked : ndarray, shape (n,), optional
-            1 or 0; ones by default.
+            1 or 0; may be left out where feedback is implicit.
         time : ndarray, shape (n,), optional
             Events of a user are taken in the order of time, equal ones in the order given.
         late : {"refuse", "drop", "apply"}
@@ -341,6 +347,8 @@ class FeatureBank:
             raise BankError(f"late={late!r} must be one of refuse, drop, apply")
         n = len(users)
         numbers = self._numbers(items)
+        if liked is None and not self.model.implicit:
+            raise BankError("liked is not given: the bank's events have labels")
         liked = np.ones(n) if liked is None else np.asarray(liked, dtype=np.float64)
         time = None if time is None else np.asarray(time, dtype=np.float64)
         self._check_batch(users, numbers, liked, time)
@@ -523,6 +531,8 @@ class FeatureBank:
             )
 
     def _numbers(self, items: Sequence[str] | np.ndarray | pa.Array) -> np.ndarray:
+        if isinstance(items, str):
+            raise BankError(f"items={items!r} is a text: give a list of items")
         if isinstance(items, np.ndarray) and items.dtype.kind in "iu":
             n_items = len(self.model.items)
             if items.size and not (items.min() >= 0 and items.max() < n_items):

@@ -421,6 +421,8 @@ class EventFile:
         number_type = "FLOAT" if kind == "FLOAT" else "DOUBLE"
         number = f"TRY_CAST({column} AS {number_type})"
         if self.columns.label is not None:
+            if kind == "VARCHAR":  # pandas writes booleans as True and False
+                number = f"coalesce({number}, TRY_CAST(TRY_CAST({column} AS BOOLEAN) AS DOUBLE))"
             return f"CASE WHEN {number} IN (0, 1) THEN CAST({number} AS TINYINT) END"
         threshold = f"CAST({float(self.columns.threshold)!r} AS {number_type})"
         return f"CASE WHEN isfinite({number}) THEN CAST({number} >= {threshold} AS TINYINT) END"

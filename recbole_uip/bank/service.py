@@ -99,11 +99,11 @@ class Match(_Body):
 
 
 class Event(_Body):
-    """A user met an item; ``time`` in the unit of the bank's events."""
+    """A user met an item; ``liked`` where the bank's events have labels, ``time`` in their unit."""
 
     user: Token
     item: Token
-    liked: Number = 1.0
+    liked: Number | None = None
     time: Number | None = None
 
 
@@ -233,17 +233,24 @@ class BankService:
                 f"events.{timeless.index(True)}.time is missing, and other events have one: give "
                 "a time to every event of a request, or to none",
             )
+        unlabelled = [event.liked is None for event in events]
+        if any(unlabelled) and not self.bank.model.implicit:
+            raise ServiceError(
+                422,
+                f"events.{unlabelled.index(True)}.liked is missing: the bank's events have labels",
+            )
+        liked = [1.0 if event.liked is None else event.liked for event in events]
         async with self._writing:
             if len(events) == 1 and request.late == "refuse":
                 # Microseconds: a batch of one takes several times as long.
                 only = events[0]
-                self.bank.update(only.user, only.item, only.liked, only.time)
+                self.bank.update(only.user, only.item, liked[0], only.time)
                 entered = 1
             else:
                 entered = self.bank.update_many(
                     [event.user for event in events],
                     [event.item for event in events],
-                    np.array([event.liked for event in events], dtype=np.float64),
+                    np.array(liked, dtype=np.float64),
                     None if any(timeless) else np.array([event.time for event in events]),
                     late=request.late,
                 )

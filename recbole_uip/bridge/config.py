@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
+import functools
 import importlib.resources
+import itertools
+import logging
 import numbers
 import pkgutil
 import re
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import recbole
 import yaml
 from recbole.config import Config
-from recbole.utils import ModelType, get_model
+from recbole.utils import EvaluatorType, ModelType, get_model
 
 import recbole_uip
 from recbole_uip.bridge import compat
@@ -38,10 +41,14 @@ __all__ = [
     "read_properties",
 ]
 
+logger = logging.getLogger(__name__)
+
 #: What an experiment runs stands under this key, beside the settings that it runs with.
 PLAN_KEY = "uip_experiment"
 
 _CONTEXT = "context_aware_recommender"
+# What RecBole reads without a default for it.
+_BARE_KEYS = ("model", "dataset", "save_dataset", "save_dataloaders", "dataset_save_path")
 # RecBole tells a model's type by its class. The folder tells as much without importing it, which
 # for decision trees would need xgboost or lightgbm.
 _OTHER_TYPES = {
@@ -266,14 +273,34 @@ class UIPConfig(Config):
         config_dict = copy.deepcopy(dict(config_dict or {})) or None
         with recbole_refusals():
             super().__init__(model, dataset, config_file_list, config_dict)
+        self._warn_of_unknown_keys()
         self._check_numbers()
         self._check_valid_metric()
+        self._check_candidates()
         modes = set(self.final_config_dict["eval_args"]["mode"].values())
         if self.uip.facets and "full" in modes:
             raise SettingsError(
                 "eval_args.mode=full ranks items for a user outside any interaction, where a "
                 "profile at a point in time has no value: set mode to labeled, or to sampled "
                 "candidates such as uni100"
+            )
+
+    def _warn_of_unknown_keys(self) -> None:
+        known = {*self.internal_config_dict, *itertools.chain(*self.parameters.values())}
+        given = (key for key in self.external_config_dict if not key.startswith("uip_"))
+        unknown = [key for key in given if key not in known]
+        for key in unknown:
+            _warn_of_unknown_key(key, frozenset(known))
+
+    def _check_candidates(self) -> None:
+        # RecBole would find out after the first epoch.
+        modes = {
+            phase: mode for phase, mode in self["eval_args"]["mode"].items() if phase != "train"
+        }
+        if self["eval_type"] == EvaluatorType.RANKING and "labeled" in modes.values():
+            raise SettingsError(
+                f"metrics={self['metrics']} rank candidates, and eval_args.mode=labeled has none: "
+                "take AUC and LogLoss, or a mode that samples candidates, such as uni100"
             )
 
     def _check_numbers(self) -> None:
@@ -345,6 +372,12 @@ class UIPConfig(Config):
             super()._set_default_parameters()
         except (NotImplementedError, RuntimeError) as error:
             eval_args = self.final_config_dict.get("eval_args")
+            metrics = self.final_config_dict.get("metrics")
+            if "gauc" in str(metrics).lower():
+                raise SettingsError(
+                    f"metrics={metrics}: GAUC is reported in any case, and RecBole's own cannot "
+                    "stand beside AUC: leave it out"
+                ) from error
             raise SettingsError(
                 f"{error} (metrics={self.final_config_dict.get('metrics')}, "
                 f"eval_args={eval_args}; as in RecBole, eval_args replaces the default as a "
@@ -365,6 +398,19 @@ class UIPConfig(Config):
         if self.model_class.__module__.startswith(f"recbole.model.{_CONTEXT}."):
             state["model_class"] = None
         return restore_config, (state,)
+
+
+@functools.cache
+def _warn_of_unknown_key(key: str, known: frozenset[str]) -> None:
+    """Say, once, that a key is no setting of RecBole, whichever the model."""
+    folder = importlib.resources.files("recbole") / "properties" / "model"
+    models = [parse_yaml(file.read_text(encoding="utf-8")) or {} for file in folder.iterdir()]
+    known = known.union(_BARE_KEYS, *models)
+    if key in known:
+        return
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    logger.warning("%s is no setting of RecBole or its models, and does nothing%s", key, hint)
 
 
 def restore_config(state: dict) -> UIPConfig:

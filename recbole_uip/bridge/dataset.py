@@ -223,6 +223,17 @@ class UIPDataset(Dataset):
             self._raw_time = self.inter_feat[self.time_field].to_numpy(np.float64, copy=True)
         super()._remap_ID_all()
 
+    def _filter_inter_by_user_or_item(self) -> None:
+        before = len(self.inter_feat)
+        super()._filter_inter_by_user_or_item()
+        gone = before - len(self.inter_feat)
+        if gone:
+            logger.warning(
+                "dataset %s: %d of %d rows are left out, of users or items that its .user or .item "
+                "file lacks; filter_inter_by_user_or_item=False keeps them",
+                self.dataset_name, gone, before,
+            )  # fmt: skip
+
     def _fill_nan(self) -> None:
         for feat_name in self.feat_name_list:
             # Joining users and items to their ids has made plain frames of them.
@@ -291,6 +302,12 @@ class UIPDataset(Dataset):
                     f"{self.config['benchmark_filename']} give {len(splits)} splits: there must be "
                     "three, for training, validation and test"
                 )
+            for phase, split in zip(PHASES, splits, strict=True):
+                if len(split.inter_feat) == 1:
+                    raise SettingsError(
+                        f"eval_args.split={self.config['eval_args']['split']} gives the {phase} "
+                        "split one row, of which there is no AUC: give it more, or none"
+                    )
             self._check_labels()
             self.behaviours = self._make_behaviours(splits)
             self.profiles = self._infer()
@@ -420,11 +437,19 @@ class UIPDataset(Dataset):
                 )
 
     def _check_labels(self) -> None:
-        if self.label_field in self.inter_feat:
-            return
+        labelled = self.label_field in self.inter_feat
         for phase in PHASES:
-            if self.config[f"{phase}_neg_sample_args"]["distribution"] == "none":
-                key = "train_neg_sample_args" if phase == "train" else f"eval_args.mode.{phase}"
+            key = "train_neg_sample_args" if phase == "train" else f"eval_args.mode.{phase}"
+            samples = self.config[f"{phase}_neg_sample_args"]["distribution"] != "none"
+            if labelled and samples:
+                raise SettingsError(
+                    f"{key} samples negatives, and the data have labels ({self.label_field!r}), "
+                    "which RecBole then overwrites: every row would be a positive, disliked ones "
+                    "too. Have one or the other: train_neg_sample_args: ~ and eval_args.mode: "
+                    "labeled; or no threshold or LABEL_FIELD, and liked rows alone by "
+                    "val_interval, such as {rating: '[4,inf)'}"
+                )
+            if not labelled and not samples:
                 raise SettingsError(
                     f"{key} samples no negatives, and the data have no label field "
                     f"{self.label_field!r}: every row would be a positive. Make labels of ratings "
@@ -715,4 +740,9 @@ def _load_splits(config: UIPConfig) -> list[UIPDataset] | None:
     ):
         return None
     logger.info("loading the split dataloaders from %s", path)
+    for split in splits:
+        if split.label_field not in split.inter_feat:
+            # A loader that samples has made it a field, which the next one does again, in order.
+            for name in _FIELD_TABLES:
+                getattr(split, name).pop(split.label_field, None)
     return splits

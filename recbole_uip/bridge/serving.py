@@ -310,7 +310,14 @@ class Scorer:
         Returns
         -------
         ndarray of float32, shape (n,)
+
+        Raises
+        ------
+        SettingsError
+            If ``items`` is a text, or something in ``context`` cannot be used.
         """
+        if isinstance(items, str):
+            raise SettingsError(f"items={items!r} is a text: give a list of items")
         return self.predict(self.interaction([user] * len(items), items, time, context))
 
     def score_many(

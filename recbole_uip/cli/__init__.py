@@ -106,7 +106,7 @@ def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
     """Run the chosen function; say what went wrong, and by the exit code whose fault it is."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # argparse takes an unknown option with a space in it for a value, such as of --config_files.
-    known = _options(parser)
+    known = _options(parser, arguments)
     is_setting = [
         argument.startswith("--") and "=" in argument and argument.partition("=")[0] not in known
         for argument in arguments
@@ -135,12 +135,14 @@ def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
     return OK
 
 
-def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """Names of the options of a parser and of the commands below it."""
+def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> set[str]:
+    """Names of the options of a parser and of the command below it that is chosen."""
     names = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            names = names.union(*map(_options, action.choices.values()))
+            chosen = next((each for each in arguments if each in action.choices), None)
+            if chosen is not None:
+                names |= _options(action.choices[chosen], arguments)
     return names
 
 

@@ -234,9 +234,9 @@ def test_late_events(full_bank, users, items):
     ("arguments", "message"),
     [
         ((["a"], ["i1"], [2]), "liked is 2.0 in row 0"),
-        ((["a", "b"], ["i1"]), "items has 1 rows, but users has 2"),
+        ((["a", "b"], ["i1"], [1, 1]), "items has 1 rows, but users has 2"),
         ((["a"], ["i1"], [1], [np.nan]), "time is nan in row 0"),
-        ((["a"], np.array([N_ITEMS])), "item numbers must be from 0 to 79"),
+        ((["a"], np.array([N_ITEMS]), [1]), "item numbers must be from 0 to 79"),
     ],
 )
 def test_bad_batches_change_nothing(full_bank, arguments, message):
@@ -245,6 +245,12 @@ def test_bad_batches_change_nothing(full_bank, arguments, message):
     assert "a" not in full_bank
     with pytest.raises(BankError, match="labels must be 0 or 1"):
         full_bank.update("a", "i1", 0.5)
+    with pytest.raises(BankError, match="liked is not given for user 'a'"):
+        full_bank.update("a", "i1")
+    with pytest.raises(BankError, match="liked is not given"):
+        full_bank.update_many(["a"], ["i1"])
+    with pytest.raises(BankError, match="items='i1' is a text"):
+        full_bank.match("a", "i1")
     with pytest.raises(BankError, match="time=nan of user 'a' must be a finite number"):
         full_bank.update("a", "i1", 1, np.nan)
     assert "a" not in full_bank
@@ -434,8 +440,8 @@ def test_a_refused_batch_adds_nobody(full_bank, users, items):
     assert full_bank.update_many(["new", users[0]], items[1:3], [1, 1], [1e9, -5.0], late="drop")
     assert full_bank.users() == [*known, "new"]
     with pytest.raises(BankError, match="users must be strings"):
-        full_bank.update_many([1], ["i1"])
-    assert full_bank.update_many([], []) == full_bank.update_many([], [], [], []) == 0
+        full_bank.update_many([1], ["i1"], [1])
+    assert full_bank.update_many([], [], []) == full_bank.update_many([], [], [], []) == 0
     assert full_bank.update_many([users[0]], [items[0]], [1], [-5.0], late="drop") == 0
 
 

@@ -120,6 +120,22 @@ def test_full_sort_evaluation_is_refused():
         config(eval_args=eval_args, metrics=["Recall"], valid_metric="Recall@10")
 
 
+def test_metrics_that_cannot_be_had():
+    with pytest.raises(SettingsError, match=r"metrics=\['Recall'\] rank candidates"):
+        config(metrics=["Recall"], valid_metric="Recall@10")
+    with pytest.raises(SettingsError, match="GAUC is reported in any case"):
+        config(metrics=["AUC", "GAUC"])
+
+
+def test_unknown_keys_are_named(caplog):
+    config(learning_rte=0.1)
+    assert "learning_rte is no setting" in caplog.text
+    assert "did you mean 'learning_rate'?" in caplog.text
+    caplog.clear()
+    config(learning_rate=0.1, mlp_hidden_size=[8], data_path="there")
+    assert "is no setting" not in caplog.text
+
+
 def test_nothing_leaks_between_configs_of_several_datasets():
     from recbole.utils import dataset_arguments
 

@@ -12,7 +12,9 @@ from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.profiles import ProfileField
 from recbole_uip.settings import ArmSettings, SettingsError
 
-from .conftest import rows_of
+from .conftest import COMPANY, rows_of
+
+SAMPLED_CANDIDATES = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"}
 
 BOTH = ("leniency", "company")
 
@@ -222,7 +224,10 @@ def test_controls_through_a_run(small, tmp_path):
 )
 def test_sampled_negatives_are_refused(small, section, message):
     config = small.config(
+        threshold=None,
         train_neg_sample_args={"distribution": "uniform", "sample_num": 1},
+        eval_args=SAMPLED_CANDIDATES,
+        uip_facets={"company": {**COMPANY, "weight": "all"}},
         uip_arms={"arm": {"facets": "all", **section}},
     )
     train = UIPDataset(config).build()[0]
@@ -231,8 +236,10 @@ def test_sampled_negatives_are_refused(small, section, message):
 
 
 def test_a_control_without_match_goes_with_sampled_negatives(small):
-    facets = {"leniency": {"source": "constant", "bins": 6, "half_life": [5]}}
+    facets = {"company": {"source": "collaborative", "weight": "all", "rank": 4, "codes": 4}}
     config = small.config(
+        threshold=None,
+        eval_args=SAMPLED_CANDIDATES,
         train_neg_sample_args={"distribution": "uniform", "sample_num": 1},
         uip_facets=facets,
         uip_arms={"arm": {"facets": "all", "control": "random"}},

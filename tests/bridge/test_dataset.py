@@ -1,5 +1,6 @@
 import logging
 import pickle
+import re
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from recbole_uip.settings import METHODS, ArmSettings, SettingsError
 from .conftest import COMPANY, LENIENCY, field_table, rows_of
 
 SAMPLED = {
+    "threshold": None,
     "train_neg_sample_args": {"distribution": "uniform", "sample_num": 2},
     "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"},
 }
@@ -319,11 +321,27 @@ def test_saved_dataset(small):
     assert create_dataset(small.config(dataset_save_path=str(moved))).build()
 
 
+def test_rows_of_items_that_the_item_file_lacks_are_counted(small, caplog):
+    small.items = small.items[:-2]
+    small.write()
+    UIPDataset(small.config())
+    assert re.search(r"[1-9]\d* of \d+ rows are left out, of users or items", caplog.text)
+
+
+def test_labels_and_sampled_negatives_are_refused_together(small):
+    sampled = {key: value for key, value in SAMPLED.items() if key != "threshold"}
+    with pytest.raises(SettingsError, match=r"train_neg_sample_args samples negatives.*labels"):
+        UIPDataset(small.config(**sampled)).build()
+    candidates = {"eval_args": SAMPLED["eval_args"]}
+    with pytest.raises(SettingsError, match=r"eval_args.mode.valid samples negatives"):
+        UIPDataset(small.config(**candidates)).build()
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_saved_dataloaders(small, sampled, monkeypatch):
     from recbole_uip import profiles
 
-    settings = SAMPLED if sampled else {}
+    settings = {**SAMPLED, "uip_facets": IMPLICIT_FACETS} if sampled else {}
     config = small.config(save_dataloaders=True, **settings)
     dataset = UIPDataset(config)
     first = data_preparation(config, dataset)
@@ -367,9 +385,9 @@ def test_dataloaders_saved_by_recbole_are_read_by_us(small):
 
 def test_dataloaders_saved_by_us_are_read_by_recbole(small):
     # With sampled candidates: RecBole's reload of labeled ones asks a sampler that is not there.
-    config = small.config(save_dataloaders=True, **SAMPLED)
+    config = small.config(save_dataloaders=True, uip_facets=IMPLICIT_FACETS, **SAMPLED)
     first = data_preparation(config, UIPDataset(config))
-    later = small.config(**SAMPLED)
+    later = small.config(uip_facets=IMPLICIT_FACETS, **SAMPLED)
     second = recbole_data_preparation(later, UIPDataset(later))
     for one, other in zip(first, second, strict=True):
         assert other.dataset.profile_fields

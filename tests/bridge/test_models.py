@@ -13,7 +13,7 @@ from recbole_uip.bridge.run import train_arm
 from recbole_uip.bridge.storage import UnsafeFileError
 from recbole_uip.settings import ArmSettings
 
-from .conftest import FACETS
+from .conftest import COMPANY, FACETS
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,8 @@ def test_ranking_metrics_with_sampled_candidates(small, tmp_path):
         metrics=["Recall", "NDCG"],
         valid_metric="NDCG@5",
         topk=5,
+        threshold=None,
+        uip_facets={"company": {**COMPANY, "weight": "all"}},
         train_neg_sample_args={"distribution": "uniform", "sample_num": 1},
         eval_args={"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"},
     )

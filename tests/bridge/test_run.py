@@ -16,7 +16,7 @@ from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.files import lock, unlock
 from recbole_uip.settings import SettingsError
 
-from .conftest import LENIENCY
+from .conftest import COMPANY, LENIENCY
 
 
 @pytest.fixture
@@ -150,6 +150,8 @@ def test_arms_meet_the_same_sampled_candidates(go, monkeypatch):
 
     monkeypatch.setattr(run_module, "train_arm", spy)
     go(
+        threshold=None,
+        uip_facets={"company": {**COMPANY, "weight": "all"}},
         train_neg_sample_args={"distribution": "uniform", "sample_num": 1},
         eval_args={"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"},
         epochs=2,
@@ -274,6 +276,14 @@ def test_a_setting_with_spaces_after_config_files(tmp_path, capsys):
     split = "{'split': {'XX': 1}, 'order': 'TO', 'group_by': None, 'mode': 'labeled'}"
     assert cli.run_main(["--config_files", str(path), f"--eval_args={split}", "--gpu_id="]) == 2
     assert "[XX] has not been implemented" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_an_option_of_another_command(tmp_path, capsys):
+    path = tmp_path / "some.yaml"
+    path.write_text("uip_facets: {}\n")
+    line = ["run", "--config_files", str(path), "--threshold={rating: 4}", "--dataset=no-such-data"]
+    assert cli.main([*line, "--gpu_id="]) == 2
+    assert "no-such-data" in capsys.readouterr().err
 
 
 def test_usage_errors_exit_with_2():

@@ -260,7 +260,7 @@ def _writing(bank: FeatureBank, repeats: int, copy: float) -> list[Figure]:
     busy = [tokens[row] for row in rng.integers(0, len(tokens), 5000)]
     some = [busy[row] for row in rng.integers(0, len(busy), 20_000)]
     item = items[1]
-    bank.update_many(busy, [item] * len(busy))
+    bank.update_many(busy, [item] * len(busy), np.ones(len(busy)))
     state = bank.state_of(some[0])[0]
     target = np.empty_like(state)
     single = Figure(

@@ -27,7 +27,7 @@ from recbole_uip.evidence.report.format import (
     p_value,
     share,
 )
-from recbole_uip.evidence.report.parts import Chart, Section, Table, Text
+from recbole_uip.evidence.report.parts import Block, Chart, Section, Table, Text
 
 __all__ = ["calibration", "differences", "results", "slices", "verdicts"]
 
@@ -90,85 +90,90 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
     # All of one dataset together, then as the plan has them.
     datasets = [case.dataset for case in outcomes.cases]
     comparisons = sorted(comparisons, key=lambda each: datasets.index(each.case.dataset))
-    tested = sum(not math.isnan(each.p_users) for each in comparisons)
-    section = Section("Differences")
-    section.blocks.append(Text(verdicts(comparisons)))
+    blocks: list[Block] = [Text(verdicts(comparisons))]
     single = [each for each in comparisons if len(each.seeds) == 1]
     if single:
-        section.blocks.append(
+        blocks.append(
             Text(
                 f"{len(single)} of {len(comparisons)} comparisons rest on one seed. One seed says "
                 "nothing about the chance in training: these have no interval over seeds and "
                 "are untested."
             )
         )
-    section.blocks.append(
-        Table(
-            "AUC differences on the same rows, with 95% intervals. Over seeds: paired "
-            "t-interval. Over users: cluster bootstrap of the mean over seeds. p: two-sided, "
-            f"adjusted by Holm's method for the {tested} comparisons of this experiment. A "
-            "verdict of higher or lower needs both p below .05. Relative improvement in two "
-            "customs: rel. AUC = AUC / base − 1, RelaImpr = (AUC − .5) / (base − .5) − 1.",
-            [
-                *_PLACE, "comparison", "seeds", "verdict", "ΔAUC", "95% over seeds", "p, seeds",
-                "95% over users", "p, users", "rel. AUC", "RelaImpr",
-            ],
-            [
-                [
-                    *_place(each.case),
-                    each.name,
-                    str(len(each.seeds)),
-                    each.verdict,
-                    number(each.over_seeds["auc"].mean, sign=True),
-                    interval(each.over_seeds["auc"]),
-                    p_value(each.p_seeds),
-                    interval(each.over_users),
-                    p_value(each.p_users),
-                    share(each.relative.ratio),
-                    share(each.relative.above_half),
-                ]
-                for each in comparisons
-            ],
-            heads=4,
-        ).without("dataset", "model", "settings")
-    )  # fmt: skip
+    blocks.append(_auc_differences(comparisons))
     for dataset in dict.fromkeys(each.case.dataset for each in comparisons):
         charted = [each for each in comparisons if each.seeds and each.case.dataset == dataset]
         if charted:
-            section.blocks.append(_intervals(outcomes, dataset, charted))
-    section.blocks.append(
-        Table(
-            "The other metrics: differences with 95% intervals over paired seeds, not adjusted. "
-            "Lower LogLoss is better; rel. LogLoss = LogLoss / base − 1.",
-            [*_PLACE, "comparison", "seeds", "ΔLogLoss", "rel. LogLoss", "ΔGAUC"],
-            [
-                [
-                    *_place(each.case),
-                    each.name,
-                    str(len(each.seeds)),
-                    difference(each.over_seeds["logloss"]),
-                    share(_ratio(each, "logloss")),
-                    difference(each.over_seeds["gauc"]),
-                ]
-                for each in comparisons
-            ],
-            heads=4,
-        ).without("dataset", "model", "settings")
-    )
+            blocks.append(_intervals(outcomes, dataset, charted))
+    blocks.append(_other_differences(comparisons))
     others = [each for each in comparisons if each.seeds_with_other_rows]
     if others:
-        section.blocks.append(
+        left_out = "; ".join(
+            f"{each.case.dataset} {_label(each.case, outcomes, each.name)} "
+            f"({joined([str(seed) for seed in each.seeds_with_other_rows])})"
+            for each in others
+        )
+        blocks.append(
             Text(
                 "Seeds were left out because the two sides were not judged on the same rows: "
-                + "; ".join(
-                    f"{each.case.dataset} {_label(each.case, outcomes, each.name)} "
-                    f"({joined([str(seed) for seed in each.seeds_with_other_rows])})"
-                    for each in others
-                )
-                + "."
+                f"{left_out}."
             )
         )
-    return section
+    return Section("Differences", blocks)
+
+
+def _auc_differences(comparisons: Sequence[Comparison]) -> Table:
+    tested = sum(not math.isnan(each.p_users) for each in comparisons)
+    table = Table(
+        "AUC differences on the same rows, with 95% intervals. Over seeds: paired "
+        "t-interval. Over users: cluster bootstrap of the mean over seeds. p: two-sided, "
+        f"adjusted by Holm's method for the {tested} comparisons of this experiment. A "
+        "verdict of higher or lower needs both p below .05. Relative improvement in two "
+        "customs: rel. AUC = AUC / base − 1, RelaImpr = (AUC − .5) / (base − .5) − 1.",
+        [
+            *_PLACE, "comparison", "seeds", "verdict", "ΔAUC", "95% over seeds", "p, seeds",
+            "95% over users", "p, users", "rel. AUC", "RelaImpr",
+        ],
+        [
+            [
+                *_place(each.case),
+                each.name,
+                str(len(each.seeds)),
+                each.verdict,
+                number(each.over_seeds["auc"].mean, sign=True),
+                interval(each.over_seeds["auc"]),
+                p_value(each.p_seeds),
+                interval(each.over_users),
+                p_value(each.p_users),
+                share(each.relative.ratio),
+                share(each.relative.above_half),
+            ]
+            for each in comparisons
+        ],
+        heads=4,
+    )  # fmt: skip
+    return table.without("dataset", "model", "settings")
+
+
+def _other_differences(comparisons: Sequence[Comparison]) -> Table:
+    table = Table(
+        "The other metrics: differences with 95% intervals over paired seeds, not adjusted. "
+        "Lower LogLoss is better; rel. LogLoss = LogLoss / base − 1.",
+        [*_PLACE, "comparison", "seeds", "ΔLogLoss", "rel. LogLoss", "ΔGAUC"],
+        [
+            [
+                *_place(each.case),
+                each.name,
+                str(len(each.seeds)),
+                difference(each.over_seeds["logloss"]),
+                share(_ratio(each, "logloss")),
+                difference(each.over_seeds["gauc"]),
+            ]
+            for each in comparisons
+        ],
+        heads=4,
+    )
+    return table.without("dataset", "model", "settings")
 
 
 def _intervals(outcomes: Outcomes, dataset: str, comparisons: Sequence[Comparison]) -> Chart:

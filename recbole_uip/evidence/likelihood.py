@@ -194,7 +194,9 @@ def measure(task: Task, users: int = 40, behaviours: int = 5, codes: int = 4) ->
             )
             continue
         results.append(
-            _field_figures(task, field, judged, chooser, codes, speaker, scored, inferred, draws[2])
+            _field_figures(
+                _Lifts(task, field, speaker, scored, inferred), judged, chooser, codes, draws[2]
+            )
         )
     if not results:
         raise SettingsError(
@@ -275,78 +277,75 @@ def _others(sample: _Sample, user: np.ndarray, generator: np.random.Generator) -
     return [drawn[each] for each in user.tolist()]
 
 
+class _Lifts:
+    """How much likelier the LM finds a field's behaviours under codes; nats."""
+
+    def __init__(
+        self,
+        task: Task,
+        field: _Field,
+        speaker: _Speaker,
+        scored: lm.Scores,
+        inferred: profiles.Profiles,
+    ) -> None:
+        self.task, self.field, self.speaker = task, field, speaker
+        self.events, self.inferred = task.behaviours, inferred
+        self.theta0 = speaker.model.tables["lm_theta0"]
+        self._gradients = scored.feedback if field.scores == "feedback" else scored.text
+        self._row_of = {text: row for row, text in enumerate(task.distinct)}
+
+    def factors(self, sample: _Sample) -> np.ndarray:
+        """What each behaviour's value counts: y - p where it is of feedback, shape (n,)."""
+        if self.field.scores == "text":
+            return np.ones(len(sample.rows))
+        rate, fold = self.inferred.encoder.kernels.rate, self.inferred.events.fold
+        item = self.events.item[sample.rows]
+        return self.events.liked[sample.rows] - rate[fold[sample.rows], item]
+
+    def said(self, sample: _Sample, step: float, codes: Sequence[Code]) -> np.ndarray:
+        """What the LM says of each behaviour under its code, shape (n,)."""
+        return self.speaker.values(self.field, step, codes, self.events.item[sample.rows])
+
+    def said_at_theta0(self, sample: _Sample) -> np.ndarray:
+        """The same under no code."""
+        nothing: Code = (0,) * len(self.field.columns)
+        return self.said(sample, 0.0, [nothing] * len(sample.rows))
+
+    def move(self, code: Code) -> np.ndarray:
+        """From θ0 to the soft tokens of a code, at step 1, flat."""
+        field = self.field
+        tokens = soft_tokens(self.speaker.model, field.name, code, 1.0, field.scores)
+        return (tokens - self.theta0).ravel()
+
+    def predicted(self, sample: _Sample, codes: Sequence[Code]) -> np.ndarray:
+        """Lifts at step 1 to first order, by the scores, shape (n,)."""
+        moves = {code: self.move(code) for code in set(codes)}
+        rows = [self._row_of[self.task.texts[item]] for item in self.events.item[sample.rows]]
+        return np.array(
+            [
+                self._gradients[row].ravel() @ moves[code]
+                for row, code in zip(rows, codes, strict=True)
+            ]
+        )
+
+
 def _field_figures(
-    task: Task,
-    field: _Field,
+    lifts: _Lifts,
     judged: _Sample,
     chooser: _Sample,
     n_codes: int,
-    speaker: _Speaker,
-    scored: lm.Scores,
-    inferred: profiles.Profiles,
     generator: np.random.Generator,
 ) -> dict[str, Any]:
-    events, model = task.behaviours, speaker.model
-    row_of = {text: row for row, text in enumerate(task.distinct)}
-    gradients = scored.feedback if field.scores == "feedback" else scored.text
-    nothing: Code = (0,) * len(field.columns)
-    rate, fold = inferred.encoder.kernels.rate, inferred.events.fold
-
-    def factors(rows: np.ndarray) -> np.ndarray:
-        if field.scores == "text":
-            return np.ones(len(rows))
-        return events.liked[rows] - rate[fold[rows], events.item[rows]]
-
-    def said(sample: _Sample, step: float, codes: Sequence[Code]) -> np.ndarray:
-        return speaker.values(field, step, codes, events.item[sample.rows])
-
-    def predicted(sample: _Sample, codes: Sequence[Code]) -> np.ndarray:
-        theta0 = model.tables["lm_theta0"]
-        moves = {
-            code: (soft_tokens(model, field.name, code, 1.0, field.scores) - theta0).ravel()
-            for code in set(codes)
-        }
-        texts = [row_of[task.texts[item]] for item in events.item[sample.rows]]
-        return np.array(
-            [gradients[row].ravel() @ moves[code] for row, code in zip(texts, codes, strict=True)]
-        )
-
+    field, events = lifts.field, lifts.events
     user = events.user[judged.rows]
     others = _others(judged, user, generator)
-    base = said(judged, 0.0, [nothing] * len(judged.rows))
-    chooser_base = said(chooser, 0.0, [nothing] * len(chooser.rows))
-    weight, first_order = factors(judged.rows), predicted(judged, judged.own)
-    first_order_others = predicted(judged, others)
-    steps, own_at = [], {}
-    for step in STEPS:
-        tuned = factors(chooser.rows) * (said(chooser, step, chooser.own) - chooser_base)
-        own, other = said(judged, step, judged.own), said(judged, step, others)
-        own_at[step] = own, other
-        lifts = np.concatenate([own - base, other - base])
-        predicted_lifts = step * np.concatenate([first_order, first_order_others])
-        steps.append(
-            {
-                "step": step,
-                "tuning": float(tuned.mean()),
-                "tuning_error": clustered_error(events.user[chooser.rows], tuned),
-                "own_theta0": _difference(user, weight * (own - base)),
-                "own_other": _difference(user, weight * (own - other)),
-                "predicted_own_theta0": float((weight * step * first_order).mean()),
-                "predicted_own_other": float(
-                    (weight * step * (first_order - first_order_others)).mean()
-                ),
-                "correlation": _correlation(predicted_lifts, lifts),
-            }
-        )
+    base, weight = lifts.said_at_theta0(judged), lifts.factors(judged)
+    steps, own_at = _step_figures(lifts, judged, others, base, chooser)
     best = max(steps, key=lambda each: each["tuning"] - each["tuning_error"])["step"]
     own, other = own_at[best]
-    drawn = _drawn_codes(inferred, field, n_codes, len(judged.rows), generator)
-    at_large = np.mean([said(judged, best, codes) for codes in drawn], axis=0)
-    theta0 = model.tables["lm_theta0"]
-    lengths = [
-        np.linalg.norm(soft_tokens(model, field.name, code, 1.0, field.scores) - theta0)
-        for code in set(judged.own)
-    ]
+    drawn = _drawn_codes(lifts.inferred, field, n_codes, len(judged.rows), generator)
+    at_large = np.mean([lifts.said(judged, best, codes) for codes in drawn], axis=0)
+    lengths = [np.linalg.norm(lifts.move(code)) for code in set(judged.own)]
     figures = {
         "field": field.name,
         "facet": field.facet,
@@ -356,7 +355,7 @@ def _field_figures(
         "behaviours": len(judged.rows),
         "tuning_behaviours": len(chooser.rows),
         "theta0_mean": float((weight * base).mean()),
-        "move": float(np.mean(lengths) / np.linalg.norm(theta0)),
+        "move": float(np.mean(lengths) / np.linalg.norm(lifts.theta0)),
         "step": best,
         "own_theta0": _difference(user, weight * (own - base)),
         "own_other": _difference(user, weight * (own - other)),
@@ -370,9 +369,40 @@ def _field_figures(
             for name, each in (("own", own), ("theta0", base), ("other", other))
         }
         figures["auc_own_theta0"] = dataclasses.asdict(
-            user_clustered_bootstrap(user, liked, own, base, seed=task.settings.seed)
+            user_clustered_bootstrap(user, liked, own, base, seed=lifts.task.settings.seed)
         )
     return figures
+
+
+def _step_figures(
+    lifts: _Lifts, judged: _Sample, others: list[Code], base: np.ndarray, chooser: _Sample
+) -> tuple[list[dict[str, Any]], dict[float, tuple[np.ndarray, np.ndarray]]]:
+    """Figures of each step, and what the LM says at each under own and others' codes."""
+    user, weight = lifts.events.user[judged.rows], lifts.factors(judged)
+    first_order, of_others = (lifts.predicted(judged, codes) for codes in (judged.own, others))
+    chooser_user, chooser_weight = lifts.events.user[chooser.rows], lifts.factors(chooser)
+    chooser_base = lifts.said_at_theta0(chooser)
+    steps, own_at = [], {}
+    for step in STEPS:
+        tuned = chooser_weight * (lifts.said(chooser, step, chooser.own) - chooser_base)
+        own, other = (lifts.said(judged, step, codes) for codes in (judged.own, others))
+        own_at[step] = own, other
+        steps.append(
+            {
+                "step": step,
+                "tuning": float(tuned.mean()),
+                "tuning_error": clustered_error(chooser_user, tuned),
+                "own_theta0": _difference(user, weight * (own - base)),
+                "own_other": _difference(user, weight * (own - other)),
+                "predicted_own_theta0": float((weight * step * first_order).mean()),
+                "predicted_own_other": float((weight * step * (first_order - of_others)).mean()),
+                "correlation": _correlation(
+                    step * np.concatenate([first_order, of_others]),
+                    np.concatenate([own - base, other - base]),
+                ),
+            }
+        )
+    return steps, own_at
 
 
 def _drawn_codes(

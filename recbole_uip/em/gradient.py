@@ -513,6 +513,7 @@ class GradientPosterior:
         ----------
         units : Units
         fold : ndarray of int64, shape (n_profiles,)
+            Of their users.
         fitted : ndarray of bool, shape (n_profiles,)
             Profiles that parameters may depend on; the others are tuned after the last round.
         held_out : ndarray of bool, shape (n_profiles,)
@@ -571,6 +572,8 @@ class GradientPosterior:
         rest = self._batches(np.flatnonzero(~fitted & anything))
         for number in range(1, self.n_iter_ + 1):
             self._measure(rest, self._tune("rest", rest, number), evidence)
+        # of no more use, and no part of what was learned
+        del self._units, self._fold, self._likelihood, self._run, self._states
         return self
 
     def codes(self, f: int) -> np.ndarray:

@@ -185,7 +185,8 @@ def bench_gradient(
     notes, spent = [*_NOTES], _Spent()
     with tempfile.TemporaryDirectory(prefix="uip-bench-") as folder:
         for number, group in enumerate(groups):
-            spent.compiling += _warm_up(group)
+            if not on_cpu:
+                spent.compiling += _warm_up(group)
             work = Work(Path(folder, str(number)), n_workers(backbone), on_cpu)
             posterior = _posterior(task, group)
             spent.add(*slice_.fit(posterior, group, work), shapes)

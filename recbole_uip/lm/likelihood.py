@@ -210,11 +210,7 @@ class SoftTokenLikelihood:
         """
         leaf = self._leaf(theta).requires_grad_()
         value = self.log_likelihood(passages, leaf)
-        if value.requires_grad:
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        else:
-            # texts of one token, predicted at a soft token that is not tuned
-            gradient = torch.zeros_like(leaf)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach().double().cpu().numpy(), gradient.float().cpu().numpy()
 
     @torch.no_grad()
@@ -377,6 +373,10 @@ class _SoftLlama(llama.FoldedLlama):
     def _pack(
         self, lengths: torch.Tensor, passage: torch.Tensor, column: torch.Tensor, n_soft: int
     ) -> _Packing:
+        """Passages into rows of attention, in turn; a row ends where the next does not fit.
+
+        Of m tokens the passage and the number in it, soft tokens first.
+        """
         longest = int(lengths.max())
         if self.on_gpu:
             # room for two, so that few places stay empty

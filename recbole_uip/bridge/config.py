@@ -276,8 +276,13 @@ class UIPConfig(Config):
         self._warn_of_unknown_keys()
         self._check_numbers()
         self._check_valid_metric()
-        self._check_candidates()
         modes = set(self.final_config_dict["eval_args"]["mode"].values())
+        if self["eval_type"] == EvaluatorType.RANKING and "labeled" in modes:
+            # RecBole would find out after the first epoch.
+            raise SettingsError(
+                f"metrics={self['metrics']} rank candidates, and eval_args.mode=labeled has none: "
+                "take AUC and LogLoss, or a mode that samples candidates, such as uni100"
+            )
         if self.uip.facets and "full" in modes:
             raise SettingsError(
                 "eval_args.mode=full ranks items for a user outside any interaction, where a "
@@ -287,21 +292,9 @@ class UIPConfig(Config):
 
     def _warn_of_unknown_keys(self) -> None:
         known = {*self.internal_config_dict, *itertools.chain(*self.parameters.values())}
-        given = (key for key in self.external_config_dict if not key.startswith("uip_"))
-        unknown = [key for key in given if key not in known]
-        for key in unknown:
-            _warn_of_unknown_key(key, frozenset(known))
-
-    def _check_candidates(self) -> None:
-        # RecBole would find out after the first epoch.
-        modes = {
-            phase: mode for phase, mode in self["eval_args"]["mode"].items() if phase != "train"
-        }
-        if self["eval_type"] == EvaluatorType.RANKING and "labeled" in modes.values():
-            raise SettingsError(
-                f"metrics={self['metrics']} rank candidates, and eval_args.mode=labeled has none: "
-                "take AUC and LogLoss, or a mode that samples candidates, such as uni100"
-            )
+        for key in map(str, self.external_config_dict):
+            if key not in known and not key.startswith("uip_"):
+                _warn_of_unknown_key(key, frozenset(known))
 
     def _check_numbers(self) -> None:
         for key, (kind, least) in _NUMBERS.items():
@@ -379,7 +372,7 @@ class UIPConfig(Config):
                     "stand beside AUC: leave it out"
                 ) from error
             raise SettingsError(
-                f"{error} (metrics={self.final_config_dict.get('metrics')}, "
+                f"{error} (metrics={metrics}, "
                 f"eval_args={eval_args}; as in RecBole, eval_args replaces the default as a "
                 "whole: give it a mode, such as labeled)"
             ) from error

@@ -453,22 +453,19 @@ class _SoftLlama(llama.FoldedLlama):
         packing: _Packing,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a layer gives, and keys and values of the first row, (kv_heads, T, head_dim)."""
+        fused = self.on_gpu and packing.mask.shape[2] > LONGEST_PLAIN
         before, attend, after = _before_attention, _attend, _after_attention
         if self.compiled and x.requires_grad and packing.shape[0] > 1:
             # neither values alone nor a single row are worth a compilation of their own
-            before, attend, after = (
-                _compiled(stage, n_varying)
-                for stage, n_varying in ((before, 3), (attend, 3), (after, 2))
-            )
-        if self.on_gpu and packing.mask.shape[2] > LONGEST_PLAIN:
-            attend = _attend_fused
+            before, after = _compiled(before, 3), _compiled(after, 2)
+            attend = attend if fused else _compiled(attend, 3)
         rotated = self.n_heads + self.n_kv
         turned, value = before(x, cos, sin, layer.qkv, layer.qkv_bias, rotated, self.eps)
         turned, value = (
             _Take.apply(part, packing.source, packing.place).unflatten(0, packing.shape)
             for part in (turned, value)
         )
-        mixed = attend(turned, value, packing.mask, past_keys, past_values, self.scaling)
+        mixed = attend(turned, value, packing.mask, past_keys, past_values, self.scaling, fused)
         mixed = _Take.apply(mixed, packing.place, packing.source)
         x = after(x, mixed, layer.out, layer.gate_up, layer.down, self.eps)
         return x, turned[0, :, self.n_heads :].transpose(0, 1), value[0].transpose(0, 1)
@@ -516,33 +513,23 @@ def _attend(
     past_keys: torch.Tensor,
     past_values: torch.Tensor,
     scaling: float,
+    fused: bool,
 ) -> torch.Tensor:
     """Attention of rows (n, T, heads, head_dim) to the past and themselves, (n T, d).
 
     By plain products, the heads that share keys side by side: for short rows PyTorch's fused
-    attention takes half of the time of a whole pass, on CPU and GPU alike.
+    attention takes half of the time of a whole pass, on CPU and GPU alike. ``fused``, by that
+    attention, keeps no scores.
     """
     query, keys, values = _by_kv_head(turned, value, past_keys, past_values)
     n, length = turned.shape[:2]
-    scores = (query * scaling) @ keys.transpose(2, 3)
-    scores = scores.unflatten(2, (-1, length)).masked_fill(~mask[:, None, None], -torch.inf)
-    mixed = torch.softmax(scores, -1).flatten(2, 3) @ values
-    return mixed.view(n, -1, length, mixed.shape[-1]).transpose(1, 2).reshape(n * length, -1)
-
-
-def _attend_fused(
-    turned: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    past_keys: torch.Tensor,
-    past_values: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """As :func:`_attend`, by PyTorch's fused attention, which keeps no scores."""
-    query, keys, values = _by_kv_head(turned, value, past_keys, past_values)
-    n, length = turned.shape[:2]
-    mask = mask.repeat(1, query.shape[2] // length, 1)[:, None]
-    mixed = functional.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
+    if fused:
+        mask = mask.repeat(1, query.shape[2] // length, 1)[:, None]
+        mixed = functional.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
+    else:
+        scores = (query * scaling) @ keys.transpose(2, 3)
+        scores = scores.unflatten(2, (-1, length)).masked_fill(~mask[:, None, None], -torch.inf)
+        mixed = torch.softmax(scores, -1).flatten(2, 3) @ values
     return mixed.view(n, -1, length, mixed.shape[-1]).transpose(1, 2).reshape(n * length, -1)
 
 

@@ -123,17 +123,19 @@ def test_recomputing_changes_nothing(backbone, prompt, ids, theta):
         np.testing.assert_allclose(left, right, rtol=1e-12)
 
 
-def test_fused_attention_says_the_same(backbone, prompt, ids, theta):
-    """What a GPU runs, on the CPU: the packed texts, masks and grouped heads are the same."""
+@pytest.mark.parametrize("longest_plain", [16, 256])
+def test_gpu_rows_say_the_same(backbone, prompt, ids, theta, longest_plain, monkeypatch):
+    """What a GPU runs, on the CPU: packed texts, masks and grouped heads, fused and plain."""
+    monkeypatch.setattr("recbole_uip.lm.likelihood.LONGEST_PLAIN", longest_plain)
     for passages in (
         [text_passage([text]) for text in ids],
         [text_passage(ids[:4]), text_passage(ids[2:])],
     ):
         chosen = theta[: len(passages), [0, 2]]
         plain = likelihood(backbone, prompt, [0, 2]).value_and_gradient(passages, chosen)
-        fused = likelihood(backbone, prompt, [0, 2])
-        fused._llama.on_gpu = True
-        for left, right in zip(plain, fused.value_and_gradient(passages, chosen), strict=True):
+        packed = likelihood(backbone, prompt, [0, 2])
+        packed._llama.on_gpu = True
+        for left, right in zip(plain, packed.value_and_gradient(passages, chosen), strict=True):
             np.testing.assert_allclose(left, right, atol=1e-6)
 
 

@@ -42,6 +42,10 @@ BATCH_ROWS = 200_000
 ENCODED_ROWS = 2048
 # Fewer item tokens are found sooner in a dict.
 MANY_ITEMS = 10_000
+# Timestamps since 1970 are further apart than this factor only if their units (s, ms) differ;
+# a smaller number than that is no such timestamp, in whatever unit.
+UNIT_FACTOR = 100
+SINCE_1970 = 1e8
 
 
 class FeatureBank:
@@ -165,6 +169,10 @@ class FeatureBank:
         self._model_changed = False
         for delta in snapshot.users[1:]:
             self._take(delta)
+        self._latest = NO_TIME  # of all users
+        if self.writable:
+            columns = [*self._base.last_time, self._own.last_time[: self._own.n]]
+            self._latest = max((column.max(initial=NO_TIME) for column in columns))
 
     def _take(self, delta: pa.Table) -> None:
         part = BaseUsers(delta)
@@ -279,8 +287,8 @@ class FeatureBank:
         Raises
         ------
         BankError
-            If the bank is open for reading only, the label is not 0 or 1 or missing, or the user
-            has a later event already.
+            If the bank is open for reading only, the label is not 0 or 1 or missing, the time
+            is not in the unit of the bank's events, or the user has a later event already.
         """
         self._check_writable()
         if liked is None:
@@ -293,6 +301,8 @@ class FeatureBank:
             raise BankError(f"liked={liked!r} of user {user!r}: labels must be 0 or 1")
         if time is not None and not math.isfinite(time):
             raise BankError(f"time={time!r} of user {user!r} must be a finite number")
+        if time is not None:
+            self._check_unit(time)
         item_number = self.model.number(item)
         number = self._users.get(user)
         row = self._moved.item(number) - 1 if number >= 0 else -1
@@ -304,6 +314,7 @@ class FeatureBank:
             if time < own.last_time[row]:
                 raise BankError(_late(user, time, own.last_time[row]))
             own.last_time[row] = time
+            self._latest = max(self._latest, time)
         advance(own.states[row], encoder.kernels, item_number, own.folds[row], float(liked))
         own.seen[row] += 1
         one = slice(row, row + 1)
@@ -393,6 +404,7 @@ class FeatureBank:
         if time is not None:
             last = time[order[ends - 1]]
             own.last_time[touched] = np.maximum(own.last_time[touched], last)
+            self._latest = max(self._latest, float(last.max()))
         own.dirty[touched] = True
 
     def add_items(self, items: Sequence[str], texts: Sequence[str | None]) -> None:
@@ -561,6 +573,21 @@ class FeatureBank:
         if time is not None and not np.isfinite(time).all():
             row = int(np.flatnonzero(~np.isfinite(time))[0])
             raise BankError(f"time is {time[row]} in row {row}: it must be a finite number")
+        if time is not None and len(time):
+            self._check_unit(float(time.min()))
+            self._check_unit(float(time.max()))
+
+    def _check_unit(self, time: float) -> None:
+        """Refuse a time in another unit than the bank's events have, such as milliseconds.
+
+        It would be its user's last for good, and every event after it late.
+        """
+        latest = self._latest
+        if latest > SINCE_1970 and not latest / UNIT_FACTOR <= time <= latest * UNIT_FACTOR:
+            raise BankError(
+                f"time={time} is not in the unit of the bank's events, the latest of which is at "
+                f"{latest}: give times in that unit, such as seconds since 1970"
+            )
 
     def _gather(self, name: str, numbers: np.ndarray, out: np.ndarray) -> None:
         """Write a column's values of users to ``out``; that of unknown ones (-1) stays."""

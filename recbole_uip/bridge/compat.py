@@ -1,7 +1,7 @@
 """Where RecBole 1.2.1 and today's numpy and torch disagree beyond the reach of a subclass.
 
 Everything a subclass can override is overridden in :mod:`~recbole_uip.bridge.config`,
-:mod:`~recbole_uip.bridge.dataset` and :mod:`~recbole_uip.bridge.trainer`. Left are names that
+:mod:`~recbole_uip.bridge.loading` and :mod:`~recbole_uip.bridge.trainer`. Left are names that
 RecBole's *module functions* look up. They get a stand-in in RecBole's own module namespace;
 numpy, pandas and torch themselves are never touched.
 """

@@ -21,8 +21,9 @@ from recbole.utils import init_seed
 
 from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
-from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
+from recbole_uip.bridge.dataset import UIPDataset
 from recbole_uip.bridge.metrics import gauc
+from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.bridge.serving import model_fields, write_serving
 from recbole_uip.bridge.storage import plain

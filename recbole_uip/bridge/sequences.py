@@ -34,7 +34,8 @@ from recbole.utils import FeatureSource, FeatureType, ModelType
 
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge.config import UIPConfig, restore_config
-from recbole_uip.bridge.dataset import ROW, UIPDataset
+from recbole_uip.bridge.dataset import UIPDataset
+from recbole_uip.bridge.loading import ROW
 from recbole_uip.em.states import History
 from recbole_uip.settings import SettingsError
 
@@ -175,8 +176,8 @@ class SequenceDataset(UIPDataset):
 
     def build(self) -> list[SequenceDataset]:
         """As :class:`UIPDataset` does it; the splits' rows carry sequences."""
-        if self._splits is None:
-            if self._raw_time is None:
+        if self.splits is None:
+            if self.raw_time is None:
                 raise SettingsError(
                     f"{self.config['model']} reads the events before a row, and the data have no "
                     f"time field {self.time_field!r} of floats: load it by load_col, or name it "
@@ -184,7 +185,7 @@ class SequenceDataset(UIPDataset):
                 )
             super().build()
             variants = self._make_variants()
-            for split in self._splits:
+            for split in self.splits:
                 split._variants = variants
         return super().build()
 

@@ -76,7 +76,7 @@ def write_serving(output: Path, dataset: UIPDataset, configs: Sequence[UIPConfig
     str
         The folder that the files are in.
     """
-    split = dataset._splits[0]
+    split = dataset.splits[0]
     profile = {field.name: field for field in split.profiles.fields}
     tensors = {
         f"{side}.{name}": column.contiguous()

@@ -14,7 +14,7 @@ import torch
 from recbole.utils import EvaluatorType, get_trainer
 
 from recbole_uip.bridge import compat
-from recbole_uip.bridge.dataset import ROW
+from recbole_uip.bridge.loading import ROW
 from recbole_uip.bridge.storage import load_checkpoint, plain
 from recbole_uip.files import atomic_write
 

@@ -219,7 +219,7 @@ def test_late_events(full_bank, users, items):
     state = full_bank.state_of(users[0])[0]
     with pytest.raises(BankError, match="'u000' is earlier than the user's last event"):
         full_bank.update(users[0], items[0], 1, time=-5.0)
-    batch = ([users[0], users[1]], [items[0]] * 2, [1, 1], [-5.0, 1e9])
+    batch = ([users[0], users[1]], [items[0]] * 2, [1, 1], [-5.0, 1e6])
     with pytest.raises(BankError, match="'u000' is earlier"):
         full_bank.update_many(*batch)
     np.testing.assert_array_equal(full_bank.state_of(users[0])[0], state)
@@ -254,6 +254,24 @@ def test_bad_batches_change_nothing(full_bank, arguments, message):
     with pytest.raises(BankError, match="time=nan of user 'a' must be a finite number"):
         full_bank.update("a", "i1", 1, np.nan)
     assert "a" not in full_bank
+
+
+def test_times_in_another_unit_are_refused(full_bank, users, items):
+    seconds = 1.7e9
+    full_bank.update("new", items[0], 1, seconds)  # whose bank had numbers that are no timestamps
+    before = full_bank.state_of("new")[0]
+    with pytest.raises(BankError, match="not in the unit of the bank's events, .* 17"):
+        full_bank.update("new", items[0], 1, seconds * 1000)
+    with pytest.raises(BankError, match="time=1700000.0 is not in the unit"):
+        full_bank.update_many(["newer", "new"], items[:2], [1, 0], [seconds / 1000, seconds + 1])
+    assert "newer" not in full_bank
+    np.testing.assert_array_equal(full_bank.state_of("new")[0], before)
+    full_bank.commit()
+    full_bank.close()
+    with FeatureBank.open(full_bank.folder, write=True) as bank:
+        with pytest.raises(BankError, match="not in the unit"):
+            bank.update("newest", items[0], 1, seconds * 1000)
+        bank.update("newest", items[0], 1, seconds + 2)
 
 
 def test_refit_keeps_the_meaning_of_codes(full_bank, users, model):
@@ -435,9 +453,9 @@ def test_threads_chunks_and_arrow_change_nothing(
 def test_a_refused_batch_adds_nobody(full_bank, users, items):
     known = full_bank.users()
     with pytest.raises(BankError, match="'u000' is earlier"):
-        full_bank.update_many(["new", users[0]], items[1:3], [1, 1], [1e9, -5.0])
+        full_bank.update_many(["new", users[0]], items[1:3], [1, 1], [1e6, -5.0])
     assert full_bank.users() == known
-    assert full_bank.update_many(["new", users[0]], items[1:3], [1, 1], [1e9, -5.0], late="drop")
+    assert full_bank.update_many(["new", users[0]], items[1:3], [1, 1], [1e6, -5.0], late="drop")
     assert full_bank.users() == [*known, "new"]
     with pytest.raises(BankError, match="users must be strings"):
         full_bank.update_many([1], ["i1"], [1])

@@ -37,7 +37,7 @@ from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError
 from recbole_uip.behaviours import TRAIN
 from recbole_uip.bridge import compat
-from recbole_uip.bridge.dataset import create_dataset, data_preparation
+from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.run import write_profiles
 from recbole_uip.cli.bank_export import add_export
 from recbole_uip.em.codebook import unpack

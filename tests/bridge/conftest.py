@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recbole_uip.bridge import UIPConfig, UIPDataset
-from recbole_uip.bridge.dataset import ROW
+from recbole_uip.bridge.loading import ROW
 
 LENIENCY = {"source": "constant", "weight": "contrast", "bins": 6, "half_life": [5, "inf"]}
 COMPANY = {

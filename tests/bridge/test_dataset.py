@@ -11,7 +11,7 @@ from recbole.utils import FeatureSource, FeatureType, init_seed
 
 from recbole_uip.behaviours import TEST, TRAIN, VALID, folds_of
 from recbole_uip.bridge import UIPDataset, create_dataset, data_preparation
-from recbole_uip.bridge.dataset import ROW
+from recbole_uip.bridge.loading import ROW
 from recbole_uip.settings import METHODS, ArmSettings, SettingsError
 
 from .conftest import COMPANY, LENIENCY, field_table, rows_of
@@ -335,6 +335,19 @@ def test_labels_and_sampled_negatives_are_refused_together(small):
     candidates = {"eval_args": SAMPLED["eval_args"]}
     with pytest.raises(SettingsError, match=r"eval_args.mode.valid samples negatives"):
         UIPDataset(small.config(**candidates)).build()
+
+
+def test_one_labelled_row_has_no_auc(small):
+    def split(rows, mode):
+        args = {"split": {"RS": rows}, "order": "TO", "group_by": None, "mode": mode}
+        return {"eval_args": args}
+
+    n_rows = len(small.rows)
+    one_of_test = [(n_rows - 30) / n_rows, 29 / n_rows, 1 / n_rows]
+    with pytest.raises(SettingsError, match="gives the test split one row, of which there is no"):
+        UIPDataset(small.config(**split(one_of_test, "labeled"))).build()
+    sampled = {**SAMPLED, **split(one_of_test, "uni10"), "uip_facets": IMPLICIT_FACETS}
+    assert [len(part) for part in UIPDataset(small.config(**sampled)).build()][2] == 1
 
 
 @pytest.mark.parametrize("sampled", [False, True])

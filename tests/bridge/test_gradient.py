@@ -7,7 +7,7 @@ import pytest
 
 from recbole_uip import profiles
 from recbole_uip.bridge.config import load_config_files, profile_settings
-from recbole_uip.bridge.dataset import create_dataset, data_preparation
+from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.settings import UIPSettings
 

@@ -8,7 +8,7 @@ from recbole.data.dataset import Dataset
 
 from recbole_uip.bridge import UIPConfig, UIPDataset, data_preparation, make_trainer
 from recbole_uip.bridge.config import context_models
-from recbole_uip.bridge.dataset import ROW
+from recbole_uip.bridge.loading import ROW
 from recbole_uip.bridge.run import train_arm
 from recbole_uip.bridge.storage import UnsafeFileError
 from recbole_uip.settings import ArmSettings
@@ -23,7 +23,7 @@ def ml_100k():
     dataset = UIPDataset(config)
     dataset.build()
     # One epoch over a twentieth of the rows tells whether a model trains.
-    for split in dataset._splits:
+    for split in dataset.splits:
         rows = torch.arange(0, len(split), 20)
         split.inter_feat._reindex(rows)
         split.inter_feat.length = len(rows)

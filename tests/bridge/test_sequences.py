@@ -9,7 +9,7 @@ import torch
 from recbole.utils import init_seed
 
 from recbole_uip.bridge import UIPConfig, UIPDataset
-from recbole_uip.bridge.dataset import data_preparation
+from recbole_uip.bridge.preparation import data_preparation
 from recbole_uip.bridge.run import train_arm
 from recbole_uip.bridge.sequences import FEEDBACK, MODELS, SequenceConfig, SequenceDataset
 from recbole_uip.settings import SettingsError

@@ -719,7 +719,7 @@ def test_what_is_kept_of_a_run(written, tmp_path):
     run = run_of(experiment, "uip")
     store = RunStore(folder / "../runs")
     columns, record = store.predictions(run.key), store.read(run.key)
-    from recbole_uip.bridge.dataset import create_dataset, data_preparation
+    from recbole_uip.bridge.preparation import create_dataset, data_preparation
 
     dataset = create_dataset(run.config)
     data_preparation(run.config, dataset)

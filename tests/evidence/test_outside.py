@@ -20,8 +20,8 @@ import yaml
 from sklearn.metrics import log_loss, roc_auc_score
 
 from recbole_uip import cli
-from recbole_uip.bridge.dataset import create_dataset
 from recbole_uip.bridge.metrics import gauc
+from recbole_uip.bridge.preparation import create_dataset
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.evidence.outside.check import DRIVER, format_outside, outside_check, write_inputs
 from recbole_uip.evidence.outside.finished import MODEL, read_run

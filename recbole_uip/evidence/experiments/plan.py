@@ -19,7 +19,7 @@ from recbole_uip.bridge.config import (
     parse_yaml,
     read_properties,
 )
-from recbole_uip.bridge.dataset import data_settings
+from recbole_uip.bridge.preparation import data_settings
 from recbole_uip.bridge.sequences import MODELS as SEQUENCE_MODELS
 from recbole_uip.bridge.sequences import SequenceConfig
 from recbole_uip.bridge.storage import plain

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge.config import load_config_files, parse_command_line
-from recbole_uip.bridge.dataset import UIPDataset, create_dataset, data_preparation
+from recbole_uip.bridge.dataset import UIPDataset
+from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.run import protocol, train_arm
 from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
 from recbole_uip.bridge.storage import plain

@@ -32,8 +32,8 @@ from recbole_uip.em import basis as em_basis
 from recbole_uip.em import kernels, weights
 from recbole_uip.em.facet import Facet, Observations
 from recbole_uip.em.gradient import Frame, GradientPosterior, Units
-from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.em.relinearize import RelinearizedPosterior
+from recbole_uip.em.residual import ResidualCodebook
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
 from recbole_uip.em.states import History
 from recbole_uip.lm import prompt as prompts

@@ -102,7 +102,7 @@ def numbers(profiles):
     """All that was fitted, and all that was inferred, of tuned facets."""
     out = {}
     for name, tuned in profiles.tuned.items():
-        out[f"{name}.codebook"] = tuned.codebook.numbers
+        out[f"{name}.codebook"] = tuned.codebook.packed
         out[f"{name}.curvature"] = np.array([tuned.report["curvature"]])
         out[f"{name}.codes"], out[f"{name}.means"] = tuned.codes, tuned.means
     return out
@@ -231,7 +231,7 @@ def test_a_row_sees_neither_its_label_nor_later_events(inferred, world, texts, m
     untouched = behaviours.time <= first[behaviours.user]
     for name in ("interests", "taste"):
         old, new = before.tuned[name], after.tuned[name]
-        np.testing.assert_array_equal(old.codebook.numbers, new.codebook.numbers)
+        np.testing.assert_array_equal(old.codebook.packed, new.codebook.packed)
         assert old.report["curvature"] == new.report["curvature"]
     for old, new in zip(before.fields, after.fields, strict=True):
         np.testing.assert_array_equal(old.values[untouched], new.values[untouched])

@@ -172,7 +172,7 @@ class FeatureBank:
         self._latest = NO_TIME  # of all users
         if self.writable:
             columns = [*self._base.last_time, self._own.last_time[: self._own.n]]
-            self._latest = max((column.max(initial=NO_TIME) for column in columns))
+            self._latest = max(column.max(initial=NO_TIME) for column in columns)
 
     def _take(self, delta: pa.Table) -> None:
         part = BaseUsers(delta)

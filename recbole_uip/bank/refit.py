@@ -12,7 +12,7 @@ import scipy.spatial.distance
 from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError
 from recbole_uip.em.codebook import unpack
-from recbole_uip.em.mixture import ResidualCodebook
+from recbole_uip.em.residual import CODEBOOKS, ResidualCodebook
 from recbole_uip.em.states import offsets
 
 __all__ = ["RefitReport", "refit_field"]
@@ -78,17 +78,17 @@ def refit_field(
         )
     size, first = n_codes * (rank + 1) + rank, int(fields.first[f])
     old = numbers[first : first + levels * size].copy()
-    codebook = ResidualCodebook(
+    one_level = CODEBOOKS[settings.codebook.method](
         n_codes,
-        levels,
-        method=settings.codebook.method,
         max_iter=settings.codebook.max_iter,
         tol=settings.codebook.tol,
         random_state=settings.seed,
-    ).fit(offset[chosen], noise[chosen], start=np.split(old, levels))
+    )
+    codebook = ResidualCodebook(one_level, levels)
+    codebook.fit(offset[chosen], noise[chosen], start=np.split(old, levels))
     for before, level in zip(unpack(old, n_codes, rank), codebook.levels_, strict=True):
         distance = scipy.spatial.distance.cdist(before.codewords, level.codewords_, "sqeuclidean")
         _, order = scipy.optimize.linear_sum_assignment(distance)
         level.reorder(order)
-    numbers[first : first + levels * size] = codebook.numbers
+    numbers[first : first + levels * size] = codebook.packed
     return codebook

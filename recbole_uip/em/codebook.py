@@ -81,7 +81,7 @@ def n_distinct(samples: np.ndarray) -> int:
 
 
 class Level(NamedTuple):
-    """What :attr:`Codebook.numbers` hold.
+    """What :attr:`Codebook.packed` hold.
 
     Attributes
     ----------
@@ -95,10 +95,10 @@ class Level(NamedTuple):
     variance: np.ndarray
 
 
-def unpack(numbers: np.ndarray, n_codes: int, rank: int) -> list[Level]:
-    """The levels whose :attr:`Codebook.numbers` lie one after another in ``numbers``."""
+def unpack(packed: np.ndarray, n_codes: int, rank: int) -> list[Level]:
+    """The levels whose :attr:`Codebook.packed` lie one after another in ``packed``."""
     levels = []
-    for one in np.asarray(numbers).reshape(-1, n_codes * (1 + rank) + rank):
+    for one in np.asarray(packed).reshape(-1, n_codes * (1 + rank) + rank):
         log_weights, codewords, variance = np.split(one, [n_codes, n_codes * (1 + rank)])
         levels.append(Level(log_weights, codewords.reshape(rank, n_codes).T.copy(), variance))
     return levels
@@ -121,7 +121,7 @@ class Codebook(BaseEstimator):
     n_init : int
         Number of restarts; the best lower bound is kept.
     start : ndarray, optional
-        :attr:`numbers` of a fitted codebook to start from, once.
+        :attr:`packed` of a fitted codebook to start from, once.
     random_state : int, RandomState or None
 
     Attributes
@@ -218,12 +218,12 @@ class Codebook(BaseEstimator):
         self.weights_, self.codewords_ = self.weights_[order], self.codewords_[order]
 
     def predict(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Code of each offset by :attr:`numbers`, shape (n,)."""
+        """Code of each offset by :attr:`packed`, shape (n,)."""
         check_is_fitted(self)
-        return nearest_codes(*check_samples(offsets, noise), self.numbers, self.n_codes, 1)[:, 0]
+        return nearest_codes(*check_samples(offsets, noise), self.packed, self.n_codes, 1)[:, 0]
 
     @property
-    def numbers(self) -> np.ndarray:
+    def packed(self) -> np.ndarray:
         """Log weights, codewords (direction by direction) and variance, flat, for compiled code.
 
         :func:`unpack` takes them apart.

@@ -15,8 +15,8 @@ from recbole_uip.em import weights
 from recbole_uip.em.basis import Basis
 from recbole_uip.em.bins import quantile_edges
 from recbole_uip.em.kernels import RunningSums, TasteFilter, pack, profile_values
-from recbole_uip.em.mixture import ResidualCodebook
 from recbole_uip.em.prior import climb, log_evidence
+from recbole_uip.em.residual import ResidualCodebook
 from recbole_uip.em.states import Events, History, iter_states, offsets
 from recbole_uip.em.weights import Evidence
 from recbole_uip.settings import RATE_FOLDS, CodebookSettings, FacetSettings
@@ -376,7 +376,7 @@ class Facet:
             "code",
             self._sums(self.settings.rank, half_life),
             0 if codebook is None else self.settings.codes,
-            np.empty(0) if codebook is None else codebook.numbers,
+            np.empty(0) if codebook is None else codebook.packed,
             tuple(unknown.tolist()),
         )
 

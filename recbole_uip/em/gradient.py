@@ -44,7 +44,7 @@ import scipy.special
 from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip.em.codebook import component_log_densities
-from recbole_uip.em.mixture import ResidualCodebook
+from recbole_uip.em.residual import ResidualCodebook
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
 
 __all__ = [
@@ -707,7 +707,7 @@ class GradientPosterior:
         chosen = np.random.default_rng(self.seed).permutation(chosen)[: self.codebook.sample]
         old = self.codebooks_[f]
         codebook = ResidualCodebook.from_settings(self.facets[f], self.codebook, self.seed)
-        start = None if old is None else [level.numbers for level in old.levels_]
+        start = None if old is None else [level.packed for level in old.levels_]
         return codebook.fit(self.offset_[f][chosen], self.noise_[chosen, f], start)
 
     def _bound(

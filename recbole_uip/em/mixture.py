@@ -1,4 +1,4 @@
-r"""The codebook by EM under known per-user noise, and residual levels of codebooks.
+r"""The codebook by EM under known per-user noise.
 
 The model is that of :mod:`recbole_uip.em.codebook`. The codewords e_k are the codebook, the code
 of a user is the component of largest responsibility, and :math:`\nu_u` falls as more is known of
@@ -17,25 +17,12 @@ the responsibilities, and the mean and variance of :math:`\delta_u` given code k
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 from sklearn.cluster import KMeans
 
-from recbole_uip.em.codebook import (
-    Codebook,
-    check_samples,
-    moments,
-    n_distinct,
-    unpack,
-)
-from recbole_uip.em.kernels import nearest_codes
-from recbole_uip.em.quantizers import QUANTIZERS
-from recbole_uip.settings import CodebookSettings, FacetSettings
+from recbole_uip.em.codebook import Codebook, moments, n_distinct, unpack
 
-__all__ = ["CODEBOOKS", "CodebookMixture", "ResidualCodebook"]
+__all__ = ["CodebookMixture"]
 
 # An outlier can empty its code again and again; EM has to be let end.
 MAX_RESEEDS = 10
@@ -153,96 +140,3 @@ class CodebookMixture(Codebook):
         weights[empty] = 1.0 / self.n_codes
         self.weights_ = weights / weights.sum()
         return True
-
-
-#: The class of each ``uip_codebook.method``.
-CODEBOOKS: dict[str, type[Codebook]] = {"em": CodebookMixture, **QUANTIZERS}
-
-
-class ResidualCodebook:
-    """Residual quantisation: each level is a codebook of what the level before left.
-
-    Parameters
-    ----------
-    n_codes : int
-        Size of each level's codebook.
-    levels : int
-    method : str
-        Key of :data:`CODEBOOKS`.
-    **parameters
-        Further parameters of each level's codebook.
-
-    Attributes
-    ----------
-    levels_ : list of Codebook
-    """
-
-    def __init__(
-        self, n_codes: int = 32, levels: int = 1, *, method: str = "em", **parameters
-    ) -> None:
-        self.n_codes = n_codes
-        self.levels = levels
-        self.method = method
-        self.parameters = parameters
-
-    @classmethod
-    def from_settings(
-        cls, facet: FacetSettings, codebook: CodebookSettings, seed: int
-    ) -> ResidualCodebook:
-        """As ``uip_facets`` and ``uip_codebook`` say, to be fitted."""
-        parameters = dataclasses.asdict(codebook)
-        del parameters["sample"]
-        return cls(facet.codes, facet.levels, random_state=seed, **parameters)
-
-    def fit(
-        self, offsets: np.ndarray, noise: np.ndarray, start: Sequence[np.ndarray] | None = None
-    ) -> ResidualCodebook:
-        """Fit the levels in turn; see :meth:`Codebook.fit`.
-
-        Parameters
-        ----------
-        offsets, noise
-        start : sequence of ndarray, optional
-            The numbers of each level of a fitted codebook to start from, where the method can.
-        """
-        self.levels_ = []
-        residual = np.asarray(offsets, dtype=np.float64)
-        kind = CODEBOOKS[self.method]
-        for number in range(self.levels):
-            level = kind(self.n_codes, start=start and start[number], **self.parameters)
-            self.levels_.append(level.fit(residual, noise))
-            residual = residual - level.codewords_[level.predict(residual, noise)]
-        return self
-
-    def predict(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Codes of every level, shape (n, levels)."""
-        samples = check_samples(offsets, noise)
-        return nearest_codes(*samples, self.numbers, self.n_codes, self.levels)
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """The levels' numbers, one after another."""
-        return np.concatenate([level.numbers for level in self.levels_])
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Sum of the levels' codewords, shape (n, r)."""
-        return sum(level.codewords_[codes[:, i]] for i, level in enumerate(self.levels_))
-
-    def report(self) -> list[dict[str, Any]]:
-        """Diagnostics of each level's fit, as plain values."""
-        return [
-            {
-                "converged": level.converged_,
-                "iterations": level.n_iter_,
-                "lower_bound": round(level.lower_bound_, 5),
-                "lower_bounds": np.round(level.lower_bounds_, 5).tolist(),
-                "perplexity": round(level.perplexity_, 2),
-                "usage": np.round(level.usage_, 5).tolist(),
-                "reseeded": len(level.reseeded_),
-            }
-            for level in self.levels_
-        ]
-
-    def prior_codes(self) -> np.ndarray:
-        """The prior's mode at every level, shape (levels,)."""
-        return np.array([int(np.argmax(level.weights_)) for level in self.levels_])

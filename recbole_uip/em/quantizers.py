@@ -2,7 +2,7 @@ r"""Codebooks that are not fitted by mixture EM: what EM is compared with.
 
 Each has codewords e_k, a *rule* that gives a measured offset its code, and a likelihood.
 
-**The rule** is read by compiled code as :attr:`Codebook.numbers`: log weights a_k, codewords and
+**The rule** is read by compiled code as :attr:`Codebook.packed`: log weights a_k, codewords and
 one variance s, by which the code of (y, nu) is
 
 .. math:: \arg\max_k \; a_k - \|y - e_k\|^2 / (2 (s + \nu)).
@@ -82,7 +82,7 @@ class Quantizer(Codebook):
     """
 
     @property
-    def numbers(self) -> np.ndarray:
+    def packed(self) -> np.ndarray:
         """The rule's log weights, codewords and variance, flat, as compiled code reads them."""
         variance = np.full(self.codewords_.shape[1], self.rule_variance_)
         return np.concatenate([self.potentials_, self.codewords_.T.ravel(), variance])

@@ -11,7 +11,8 @@ from scipy.stats import multivariate_normal
 from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip.em.codebook import component_log_densities, perplexity, unpack
-from recbole_uip.em.mixture import CodebookMixture, ResidualCodebook
+from recbole_uip.em.mixture import CodebookMixture
+from recbole_uip.em.residual import ResidualCodebook
 
 
 def planted(seed=0, n=4000, n_codes=5, rank=3):
@@ -134,9 +135,8 @@ def test_residual_levels_come_closer():
     offsets, noise, *_ = planted(n=2000)
     errors = []
     for levels in (1, 2, 3):
-        codebook = ResidualCodebook(5, levels, random_state=0, max_iter=300).fit(
-            offsets, np.zeros(2000)
-        )
+        one_level = CodebookMixture(5, random_state=0, max_iter=300)
+        codebook = ResidualCodebook(one_level, levels).fit(offsets, np.zeros(2000))
         codes = codebook.predict(offsets, np.zeros(2000))
         assert codes.shape == (2000, levels)
         errors.append(((codebook.decode(codes) - offsets) ** 2).mean())
@@ -157,10 +157,10 @@ def test_bad_input_is_refused(offsets, noise, message):
         CodebookMixture(5).fit(offsets, noise)
 
 
-def test_numbers_can_be_taken_apart_again():
+def test_packed_levels_can_be_taken_apart_again():
     offsets, noise, *_ = planted(n=500)
-    codebook = ResidualCodebook(5, 2, random_state=0).fit(offsets, noise)
-    levels = unpack(codebook.numbers, 5, 3)
+    codebook = ResidualCodebook(CodebookMixture(5, random_state=0), 2).fit(offsets, noise)
+    levels = unpack(codebook.packed, 5, 3)
     assert len(levels) == 2
     for found, level in zip(levels, codebook.levels_, strict=True):
         np.testing.assert_array_equal(found.codewords, level.codewords_)
@@ -176,6 +176,6 @@ def test_a_start_is_tried_once(monkeypatch):
     monkeypatch.setattr(
         CodebookMixture, "_fit_single", lambda self, *a: fits.append(1) or fit_single(self, *a)
     )
-    again = CodebookMixture(5, n_init=3, start=codebook.numbers).fit(offsets, noise)
+    again = CodebookMixture(5, n_init=3, start=codebook.packed).fit(offsets, noise)
     assert len(fits) == 1
     assert again.lower_bound_ >= codebook.lower_bound_ - 1e-9

@@ -11,7 +11,6 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import adjusted_rand_score
 
 from recbole_uip.em.kernels import nearest_codes
-from recbole_uip.em.mixture import CODEBOOKS, ResidualCodebook
 from recbole_uip.em.quantizers import (
     QUANTIZERS,
     FiniteScalar,
@@ -22,6 +21,7 @@ from recbole_uip.em.quantizers import (
     grid_levels,
     transport_potentials,
 )
+from recbole_uip.em.residual import CODEBOOKS, ResidualCodebook
 from recbole_uip.settings import METHODS
 
 CLUSTERING = ("kmeans", "vq", "sinkhorn")
@@ -68,7 +68,7 @@ def test_the_rule_is_the_documented_one_and_the_compiled_one(method, n_codes):
     distance = ((offsets[:, None] - codebook.codewords_) ** 2).sum(axis=2)
     scores = codebook.potentials_ - distance / (2 * (codebook.rule_variance_ + noise[:, None]))
     expected = scores.argmax(axis=1)
-    compiled = nearest_codes(offsets, noise, codebook.numbers, n_codes, 1)[:, 0]
+    compiled = nearest_codes(offsets, noise, codebook.packed, n_codes, 1)[:, 0]
     np.testing.assert_array_equal(compiled, expected)
     np.testing.assert_array_equal(codebook.predict(offsets, noise), expected)
     if method in ("kmeans", "vq", "random"):
@@ -220,7 +220,7 @@ def test_random_codewords_are_drawn_from_the_prior_and_from_the_seed():
 def test_same_seed_same_codebook(method):
     offsets, noise, *_ = planted(n=300)
     first, second = (fitted(method, offsets, noise, random_state=3) for _ in range(2))
-    np.testing.assert_array_equal(first.numbers, second.numbers)
+    np.testing.assert_array_equal(first.packed, second.packed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -257,7 +257,7 @@ def test_what_converges_is_silent(method):
 def test_a_start_is_where_it_begins(method):
     offsets, noise, *_ = planted(n=500)
     first = fitted(method, offsets, noise)
-    again = fitted(method, offsets, noise, start=first.numbers, random_state=9)
+    again = fitted(method, offsets, noise, start=first.packed, random_state=9)
     distance = ((again.codewords_[:, None] - first.codewords_) ** 2).sum(axis=2)
     found, true = linear_sum_assignment(distance)
     assert distance[found, true].max() < 0.02
@@ -279,8 +279,8 @@ def test_few_distinct_offsets_do_not_break_it(method):
 def test_residual_levels(method):
     """The compiled rule goes down all levels as the levels do one by one."""
     offsets, noise, *_ = planted(n=500, rank=3)
-    codebook = ResidualCodebook(4, 2, method=method, random_state=0, max_iter=300)
-    codebook.fit(offsets, noise)
+    one_level = CODEBOOKS[method](4, random_state=0, max_iter=300)
+    codebook = ResidualCodebook(one_level, 2).fit(offsets, noise)
     codes = codebook.predict(offsets, noise)
     first, second = codebook.levels_
     np.testing.assert_array_equal(codes[:, 0], first.predict(offsets, noise))

@@ -5,6 +5,7 @@ This module knows no RecBole: the bridge and the bank call it with plain arrays.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ __all__ = [
     "collaborative_vectors",
     "infer",
     "raw_scores",
+    "resolved",
 ]
 
 logger = logging.getLogger(__name__)
@@ -182,8 +184,9 @@ def infer(
     started = time.perf_counter()
     if not behaviours.train.any():
         raise SettingsError("the training split has no rows: profiles have nothing to learn from")
-    rule = _time_rule(behaviours, settings)
-    history = _history(behaviours, settings, rule)
+    settings = resolved(settings, behaviours)
+    _check_time(behaviours, settings)
+    history = _history(behaviours, settings)
     if fold is None:
         fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
     if not (fold.min() >= 0 and fold.max() < settings.user_folds):
@@ -227,7 +230,7 @@ def infer(
     cost["em_seconds"] = time.perf_counter() - started - cost.get("lm_seconds", 0.0)
     return Profiles(
         fields=tuple(sorted(fields, key=lambda each: order.index(each.facet))),
-        static=rule == "static",
+        static=settings.time == "static",
         cost=cost,
         report={name: facet.report() for name, facet in facets.items()}
         | {name: each.report for name, each in tuned.items()},
@@ -266,8 +269,19 @@ def _in_parallel(
         return {name: fitted[name].result() for name in names}
 
 
-def _time_rule(behaviours: Behaviours, settings: UIPSettings) -> str:
-    """``uip_time``, with ``auto`` decided."""
+def resolved(settings: UIPSettings, behaviours: Behaviours) -> UIPSettings:
+    """``settings`` with ``auto`` of ``uip_time`` and ``uip_history`` decided by the data."""
+    if settings.time == "auto":
+        timed = behaviours.time is not None
+        settings = dataclasses.replace(settings, time=default_time(timed))
+    if settings.history == "auto":
+        ordered = settings.time == "point_in_time" and behaviours.is_time_ordered
+        settings = dataclasses.replace(settings, history="observed" if ordered else "train")
+    return settings
+
+
+def _check_time(behaviours: Behaviours, settings: UIPSettings) -> None:
+    """Refuse time rules that the data cannot bear."""
     if settings.time == "point_in_time" and behaviours.time is None:
         raise SettingsError(
             "uip_time=point_in_time needs timestamps, and the data has none: set RecBole's "
@@ -278,18 +292,18 @@ def _time_rule(behaviours: Behaviours, settings: UIPSettings) -> str:
             "static profiles: every training row's own label is part of its profile, which "
             "misleads the CTR model; uip_time=point_in_time and cross_fitted do not"
         )
-    return default_time(behaviours.time is not None) if settings.time == "auto" else settings.time
-
-
-def _history(behaviours: Behaviours, settings: UIPSettings, rule: str) -> states.History:
-    """What each row may see. A training row never sees a held-out event."""
     if settings.refresh and behaviours.time is not None and not in_seconds(behaviours.time):
         raise SettingsError(
             f"uip_refresh={settings.refresh:g}s: the data's timestamps, of about "
             f"{np.median(behaviours.time):.3g}, are no seconds: give them in seconds, or drop "
             "uip_refresh"
         )
-    if rule == "cross_fitted":
+
+
+def _history(behaviours: Behaviours, settings: UIPSettings) -> states.History:
+    """What each row may see. A training row never sees a held-out event."""
+    static = settings.time == "static"
+    if settings.time == "cross_fitted":
         return states.cross_fitted_history(
             behaviours.user,
             behaviours.time,
@@ -300,12 +314,12 @@ def _history(behaviours: Behaviours, settings: UIPSettings, rule: str) -> states
         )
 
     def index(is_event: np.ndarray) -> states.History:
-        time = None if rule == "static" else behaviours.time
+        time = None if static else behaviours.time
         return states.index_history(
             behaviours.user, time, is_event, behaviours.n_users, settings.refresh
         )
 
-    if rule == "static" or settings.history != "observed":
+    if static or settings.history != "observed":
         return index(behaviours.train)
     everything = np.ones(len(behaviours), dtype=bool)
     if behaviours.is_time_ordered:

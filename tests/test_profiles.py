@@ -231,6 +231,19 @@ def test_static_profiles_are_one_per_user(world):
                 assert len(np.unique(item.values[world.behaviours.user == user])) == 1
 
 
+def test_history_is_observed_where_the_split_is_by_time(world):
+    def seen(behaviours, **given):
+        return infer(behaviours, None, settings(**{"uip_history": "auto", **given})).history.seen
+
+    by_time = world.behaviours
+    np.testing.assert_array_equal(seen(by_time), seen(by_time, uip_history="observed"))
+    assert (seen(by_time) > seen(by_time, uip_history="train")).any()
+    split = np.random.default_rng(0).permutation(by_time.split)
+    at_random = dataclasses.replace(by_time, split=split)
+    np.testing.assert_array_equal(seen(at_random), seen(at_random, uip_history="train"))
+    assert (seen(at_random) < seen(at_random, uip_history="observed")).any()
+
+
 def test_refresh_delays_history(world):
     delayed = infer(world.behaviours, None, settings(uip_refresh=10))
     history = delayed.history

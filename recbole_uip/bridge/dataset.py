@@ -21,7 +21,7 @@ from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.loading import ROW, LoadedDataset
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.files import atomic_write
-from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings, default_time
+from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings
 from recbole_uip.texts import item_texts
 
 __all__ = ["FIELD_TABLES", "PHASES", "UIPDataset", "saved_dataset"]
@@ -294,7 +294,7 @@ class UIPDataset(LoadedDataset):
                 "the data have no timestamps, so profiles are cross-fitted: a training row's is of "
                 "others of its user's training rows, a held-out row's of all of them"
             )
-        settings = self.settings = self._resolve(settings)
+        settings = self.settings = profile_stage.resolved(settings, self.behaviours)
         users = self.field2id_token[self.uid_field]
         folds = folds_of(users, settings.user_folds, settings.seed)
         return profile_stage.infer(self.behaviours, self.item_texts(settings), settings, folds)
@@ -312,16 +312,6 @@ class UIPDataset(LoadedDataset):
             self.config["field_separator"],
             self.config["encoding"],
         )
-
-    def _resolve(self, settings: UIPSettings) -> UIPSettings:
-        """``settings`` with ``auto`` decided by what the data are."""
-        if settings.time == "auto":
-            timed = self.raw_time is not None
-            settings = dataclasses.replace(settings, time=default_time(timed))
-        if settings.history == "auto":
-            ordered = settings.time == "point_in_time" and self.behaviours.is_time_ordered
-            settings = dataclasses.replace(settings, history="observed" if ordered else "train")
-        return settings
 
     def _detach(self) -> None:
         """Take every profile field out of this view."""

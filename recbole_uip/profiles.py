@@ -292,7 +292,12 @@ def _check_time(behaviours: Behaviours, settings: UIPSettings) -> None:
             "static profiles: every training row's own label is part of its profile, which "
             "misleads the CTR model; uip_time=point_in_time and cross_fitted do not"
         )
-    if settings.refresh and behaviours.time is not None and not in_seconds(behaviours.time):
+    if settings.refresh and behaviours.time is None:
+        raise SettingsError(
+            f"uip_refresh={settings.refresh:g}s needs timestamps, and the data has none: drop "
+            "uip_refresh"
+        )
+    if settings.refresh and not in_seconds(behaviours.time):
         raise SettingsError(
             f"uip_refresh={settings.refresh:g}s: the data's timestamps, of about "
             f"{np.median(behaviours.time):.3g}, are no seconds: give them in seconds, or drop "

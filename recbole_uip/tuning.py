@@ -76,6 +76,8 @@ class Tuned:
         Posterior means in the codebook's coordinates.
     of_row : ndarray of int64, shape (n_rows,)
         Snapshot of each row, -1 for none.
+    fingerprint : str
+        Of the LM.
     report : dict
         Diagnostics of the fit.
     """
@@ -85,6 +87,7 @@ class Tuned:
     codes: np.ndarray
     means: np.ndarray
     of_row: np.ndarray
+    fingerprint: str
     report: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -185,7 +188,7 @@ def tune(
     snapshots = take_snapshots(observed.history, settings.gradient.snapshots, behaviours.train)
     rng = np.random.default_rng(settings.seed)
     held_out = rng.random(behaviours.n_users) < settings.gradient.held_out
-    user = snapshots.timeline % behaviours.n_users
+    user = snapshots.users(observed.history, behaviours.user)
     tuned = {}
     for group in groups(observed, item_texts, settings, snapshots, cost):
         names = [facet.name for facet in group.facets]
@@ -216,6 +219,7 @@ def tune(
                 posterior.codes(f),
                 posterior.means(f),
                 snapshots.of_row,
+                backbone.fingerprint,
                 _report(posterior, f),
             )
     return tuned
@@ -299,7 +303,7 @@ def _make_group(
         np.full(len(pieces), np.nan),
         np.zeros((len(pieces), frame.size), np.float32),
     )
-    profile_fold = observed.vector_fold[snapshots.timeline % behaviours.n_users]
+    profile_fold = observed.vector_fold[snapshots.users(observed.history, behaviours.user)]
     if settings.likelihood == "item" and pieces:
         rows, fold = np.concatenate(pieces), profile_fold[units.owner]
         units = _scored_units(units, frame, scores, texts, observed, rows, fold, intercepts)
@@ -528,7 +532,8 @@ def _report(posterior: GradientPosterior, f: int) -> dict[str, Any]:
         "lm_tokens": posterior.tokens_,
     }
     if codebook is not None:
-        report["levels"] = codebook.report()
+        ((name, _),) = posterior.facets[f].fields
+        report[name] = codebook.report()
     return report
 
 

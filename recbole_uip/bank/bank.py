@@ -109,12 +109,15 @@ class FeatureBank:
         A bank that is there already is replaced by the commit, and stays as it was if anything
         fails before.
         """
+        metadata, tables, catalogue = model.metadata(), model.all_tables(), model.item_table()
+        # One that could not be read again must not take the place of one that can.
+        ProfileModel.from_parts(metadata, tables, catalogue)
         writer = Writer(folder, create=True)
         try:
             writer.commit(
-                metadata=model.metadata(),
-                tables=model.all_tables(),
-                items=model.item_table(),
+                metadata=metadata,
+                tables=tables,
+                items=catalogue,
                 users=users,
                 replace_users=True,
             )
@@ -275,7 +278,7 @@ class FeatureBank:
         ----------
         user, item : str
         liked : float, optional
-            1 or 0; may be left out where feedback is implicit.
+            1 or 0; left out, or 1, where feedback is implicit.
         time : float, optional
             Timestamp, in the unit of the bank's events; without one the event is the latest.
 
@@ -287,8 +290,8 @@ class FeatureBank:
         Raises
         ------
         BankError
-            If the bank is open for reading only, the label is not 0 or 1 or missing, the time
-            is not in the unit of the bank's events, or the user has a later event already.
+            If the bank is open for reading only, the label is none that its events have, or
+            missing, the time is not in their unit, or the user has a later event already.
         """
         self._check_writable()
         if liked is None:
@@ -297,8 +300,8 @@ class FeatureBank:
                     f"liked is not given for user {user!r}: the bank's events have labels"
                 )
             liked = 1.0
-        if liked not in (0, 1):
-            raise BankError(f"liked={liked!r} of user {user!r}: labels must be 0 or 1")
+        if liked not in self._labels:
+            raise BankError(f"liked={liked!r} of user {user!r}: {self._labels_are()}")
         if time is not None and not math.isfinite(time):
             raise BankError(f"time={time!r} of user {user!r} must be a finite number")
         if time is not None:
@@ -341,7 +344,7 @@ class FeatureBank:
         items : sequence of n str, pyarrow.Array, or ndarray of int64, shape (n,)
             Item tokens, or item numbers.
         liked : ndarray, shape (n,), optional
-            1 or 0; may be left out where feedback is implicit.
+            1 or 0; left out, or ones, where feedback is implicit.
         time : ndarray, shape (n,), optional
             Events of a user are taken in the order of time, equal ones in the order given.
         late : {"refuse", "drop", "apply"}
@@ -567,15 +570,24 @@ class FeatureBank:
         for name, column in (("items", numbers), ("liked", liked), ("time", time)):
             if column is not None and len(column) != len(users):
                 raise BankError(f"{name} has {len(column)} rows, but users has {len(users)}")
-        wrong = np.flatnonzero((liked != 0) & (liked != 1))
+        wrong = np.flatnonzero(~np.isin(liked, self._labels))
         if len(wrong):
-            raise BankError(f"liked is {liked[wrong[0]]} in row {wrong[0]}: labels must be 0 or 1")
+            raise BankError(f"liked is {liked[wrong[0]]} in row {wrong[0]}: {self._labels_are()}")
         if time is not None and not np.isfinite(time).all():
             row = int(np.flatnonzero(~np.isfinite(time))[0])
             raise BankError(f"time is {time[row]} in row {row}: it must be a finite number")
         if time is not None and len(time):
             self._check_unit(float(time.min()))
             self._check_unit(float(time.max()))
+
+    @property
+    def _labels(self) -> tuple[int, ...]:
+        return (1,) if self.model.implicit else (0, 1)
+
+    def _labels_are(self) -> str:
+        if self.model.implicit:
+            return "without labels each of the bank's events is one of liking: leave liked out"
+        return "labels must be 0 or 1"
 
     def _check_unit(self, time: float) -> None:
         """Refuse a time in another unit than the bank's events have, such as milliseconds.

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.events import EventFile
 from recbole_uip.bank.model import NO_ITEM, ProfileModel
-from recbole_uip.bank.users import advance_in_parallel, user_schema, user_table
+from recbole_uip.bank.users import NO_TIME, advance_in_parallel, user_schema, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import iter_states, whole_history
 from recbole_uip.em.weights import smoothed_rate
-from recbole_uip.profiles import Profiles, infer
-from recbole_uip.settings import SettingsError, UIPSettings, default_time
+from recbole_uip.profiles import Profiles, infer, resolved
+from recbole_uip.settings import SettingsError, UIPSettings
 
 __all__ = ["bank_of_events", "bank_of_profiles", "fit_model"]
 
@@ -68,7 +68,7 @@ def bank_of_profiles(
     states = np.empty((len(present), len(model.kernels.initial)), dtype=np.float32)
     for at, block in iter_states(model.kernels, history, profiles.events, present):
         states[at] = block
-    last_time = np.full(len(present), -np.inf)
+    last_time = np.full(len(present), NO_TIME)
     fold = np.zeros(behaviours.n_users, dtype=np.int64)
     fold[behaviours.user] = profiles.events.fold
     last_event = history.events[history.first[present + 1] - 1]
@@ -146,8 +146,7 @@ def fit_model(
     item_texts = None if texts is None else texts(number_of, len(items))
     behaviours, users = _behaviours(sample, counts["item"], len(items))
     logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
-    timed = behaviours.time is not None
-    settings = dataclasses.replace(settings, time=default_time(timed), history="observed")
+    settings = resolved(dataclasses.replace(settings, history="observed"), behaviours)
     profiles = infer(
         behaviours, item_texts, settings, folds_of(users, settings.user_folds, settings.seed)
     )
@@ -213,7 +212,7 @@ def _user_batches(
                 block["liked"].to_numpy() if "liked" in block.column_names else np.ones(len(user))
             )
             last = np.append(first[1:], len(user)) - 1
-            time = np.full(n, -np.inf)
+            time = np.full(n, NO_TIME)
             if "time" in block.column_names:
                 time = block["time"].to_numpy()[last]
             states = np.tile(model.kernels.initial, (n, 1))

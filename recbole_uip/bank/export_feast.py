@@ -192,7 +192,7 @@ def _read_events(
         len(users),
         len(bank.model.items),
     )
-    folds = np.array([bank.state_of(token)[2] for token in users.to_pylist()], dtype=np.int64)
+    folds = bank.model.folds_of(users.to_pylist())
     return users, behaviours, Events.from_behaviours(behaviours, folds)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def _check_token(item: str) -> None:
         raise BankError(f"item {item!r} is no string: give strings")
 
 
-@dataclass
+@dataclasses.dataclass
 class ProfileModel:
     """Fitted facets over a catalogue of items.
 
@@ -49,10 +49,8 @@ class ProfileModel:
     items : list of str
         Token of each item number; the first stands for items that are not in the catalogue.
     settings : UIPSettings
-        What the facets were fitted with.
-    n_folds : int
-        Folds of users, :attr:`UIPSettings.user_folds`. Like rates may differ by all of them, item
-        vectors by fewer (n_vector_folds).
+        What the facets were fitted with. Like rates may differ by all ``user_folds`` folds of
+        users, item vectors by fewer (n_vector_folds).
     implicit : bool
         Whether events have no labels.
     lm_fingerprint : str or None
@@ -69,7 +67,6 @@ class ProfileModel:
     encoder: Encoder
     items: list[str]
     settings: UIPSettings
-    n_folds: int
     implicit: bool
     lm_fingerprint: str | None
     tables: dict[str, np.ndarray]
@@ -114,7 +111,6 @@ class ProfileModel:
             encoder=profiles.encoder,
             items=[str(item) for item in items],
             settings=settings,
-            n_folds=settings.user_folds,
             implicit=implicit,
             lm_fingerprint=fingerprint,
             tables=tables,
@@ -130,7 +126,6 @@ class ProfileModel:
                 encoder=Encoder.from_arrays(tables, metadata["encoder"]),
                 items=items["item"].to_pylist(),
                 settings=UIPSettings.from_dict(metadata["settings"]),
-                n_folds=metadata["n_folds"],
                 implicit=metadata["implicit"],
                 lm_fingerprint=metadata["lm_fingerprint"],
                 tables={name: tables[name] for name in tables if name.startswith(_OF_TEXTS)},
@@ -147,7 +142,6 @@ class ProfileModel:
             "version": __version__,
             "encoder": self.encoder.description(),
             "settings": self.settings.to_dict(),
-            "n_folds": self.n_folds,
             "implicit": self.implicit,
             "lm_fingerprint": self.lm_fingerprint,
             "prompt_fingerprint": self.prompt_fingerprint,
@@ -194,7 +188,7 @@ class ProfileModel:
 
     def folds_of(self, users: Iterable[str]) -> np.ndarray:
         """Fold of each user by its token, shape (n,), int64."""
-        return folds_of(users, self.n_folds, self.settings.seed)
+        return folds_of(users, self.settings.user_folds, self.settings.seed)
 
     def number(self, item: str) -> int:
         """Item number of a token; :data:`UNKNOWN_ITEM` if the catalogue lacks it.
@@ -269,14 +263,8 @@ class ProfileModel:
                 offset = self.tables[f"texts_offset.{facet.name}"]
                 vectors[facet.name][:, rows] += offset[:, None]
         rate = np.repeat(self.kernels.rate[:, [UNKNOWN_ITEM]], len(items), axis=1)
-        return ProfileModel(
-            self.encoder.with_items(vectors, rate),
-            [*self.items, *items],
-            self.settings,
-            self.n_folds,
-            self.implicit,
-            self.lm_fingerprint,
-            self.tables,
+        return dataclasses.replace(
+            self, encoder=self.encoder.with_items(vectors, rate), items=[*self.items, *items]
         )
 
     def _raw_vectors(self, source: str, texts: Sequence[str]) -> np.ndarray:

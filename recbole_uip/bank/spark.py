@@ -29,7 +29,7 @@ from recbole_uip.bank import build
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.events import EventColumns
 from recbole_uip.bank.model import ProfileModel
-from recbole_uip.bank.users import user_schema, user_table
+from recbole_uip.bank.users import NO_TIME, user_schema, user_table
 from recbole_uip.em.kernels import advance_many
 from recbole_uip.settings import SettingsError, UIPSettings
 
@@ -383,7 +383,7 @@ def _states(model: ProfileModel, batches: Iterator[pa.RecordBatch]) -> Iterator[
         items = model.numbers(found.dictionary.to_pylist())[found.indices.to_numpy()]
         # A task has one core to itself.
         advance_many(states, row, model.kernels, items, folds[row], liked)
-        last_time = np.full(n, -np.inf)
+        last_time = np.full(n, NO_TIME)
         if "time" in has:
             last_time = batch["time"].to_numpy()[np.flatnonzero(np.diff(row, append=n))]
         users = [np.array(tokens, dtype=object), folds, seen, last_time, states]

@@ -279,25 +279,19 @@ class UIPDataset(LoadedDataset):
 
     def _infer(self) -> Any:
         settings = self.config.uip
-        if self.raw_time is None and settings.time == "point_in_time":
-            raise SettingsError(
-                f"uip_time=point_in_time needs the time field {self.time_field!r} as a loaded "
-                "float field: load it by load_col, or set uip_time to cross_fitted"
-            )
-        if self.raw_time is None and settings.refresh:
-            raise SettingsError(
-                f"uip_refresh={settings.refresh:g}s needs timestamps, which the data lack: "
-                "drop uip_refresh"
-            )
         if self.raw_time is None and settings.time == "auto" and settings.facets:
             logger.warning(
                 "the data have no timestamps, so profiles are cross-fitted: a training row's is of "
                 "others of its user's training rows, a held-out row's of all of them"
             )
         settings = self.settings = profile_stage.resolved(settings, self.behaviours)
-        users = self.field2id_token[self.uid_field]
-        folds = folds_of(users, settings.user_folds, settings.seed)
-        return profile_stage.infer(self.behaviours, self.item_texts(settings), settings, folds)
+        return profile_stage.infer(
+            self.behaviours, self.item_texts(settings), settings, self.user_folds(settings)
+        )
+
+    def user_folds(self, settings: UIPSettings) -> np.ndarray:
+        """Fold of each user by its token, shape (n_users,), int64."""
+        return folds_of(self.field2id_token[self.uid_field], settings.user_folds, settings.seed)
 
     def item_texts(self, settings: UIPSettings) -> list[str | None] | None:
         """Text of each item by ``uip_item_text``, or None where no facet reads texts."""

@@ -45,6 +45,10 @@ class Snapshots:
         first = history.first[self.timeline[index]]
         return history.events[first : first + self.size[index]]
 
+    def users(self, history: History, user: np.ndarray) -> np.ndarray:
+        """User of each snapshot, given that of each row, shape (n,)."""
+        return user[history.events[history.first[self.timeline]]]
+
 
 def take_snapshots(history: History, sizes: Sequence[int], train: np.ndarray) -> Snapshots:
     """The latest snapshot of each row, at one of ``sizes`` or at the end of training.

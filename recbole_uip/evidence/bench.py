@@ -396,7 +396,7 @@ def _stage_figures(task: Task, bandwidth: float, repeats: int) -> list[Figure]:
 
     def infer() -> None:
         results.clear()  # before the next: one run's memory, not two's
-        results.append(profiles.infer(task.behaviours, task.texts, task.settings))
+        results.append(profiles.infer(task.behaviours, task.texts, task.settings, task.fold))
 
     cpu_started = time.process_time()
     seconds = timed(infer, repeats)

@@ -21,7 +21,6 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip import tuning
-from recbole_uip.em import collaborative
 from recbole_uip.em.facet import Observations
 from recbole_uip.em.gradient import LEARNING_RATES, GradientPosterior, State, ascend
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
@@ -310,9 +309,8 @@ class _Slice:
         held_out = chosen & train & (rng.random(len(behaviours)) < HELD_OUT)
         is_event = chosen & train & ~held_out
         history = whole_history(behaviours.user, behaviours.time, is_event, behaviours.n_users)
-        fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
         return cls(
-            Observations(behaviours, history, fold, settings.folds),
+            Observations(behaviours, history, task.fold, settings.folds),
             take_snapshots(history, (), train),
             held_out,
         )
@@ -471,7 +469,7 @@ def _against_authors(task: Task, slice_: _Slice, peers: int) -> dict[str, Any]:
         FacetSettings(each, weight="all", prompt=each, codes=2) for each in AUTHORS_FACETS
     )
     settings = dataclasses.replace(task.settings, facets=facets, likelihood="item")
-    ours = Task(task.behaviours, task.texts, settings)
+    ours = dataclasses.replace(task, settings=settings)
     (group,) = slice_.groups(ours)
     chosen = np.arange(peers)
     posterior = _posterior(ours, group)

@@ -164,7 +164,7 @@ def measure(task: Task, users: int = 40, behaviours: int = 5, codes: int = 4) ->
         If no LM facet has a codebook, or nobody has held-out behaviours.
     """
     settings, events = task.settings, task.behaviours
-    inferred = profiles.infer(events, task.texts, settings)
+    inferred = profiles.infer(events, task.texts, settings, task.fold)
     items = [str(item) for item in range(events.n_items)]
     model = ProfileModel.from_profiles(inferred, items, settings, implicit=events.liked is None)
     fields = _fields(task, model)

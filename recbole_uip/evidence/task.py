@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge import UIPConfig, UIPDataset
 from recbole_uip.bridge.config import load_config_files, parse_command_line
@@ -32,11 +34,14 @@ class Task:
         Behaviour text of each item; None without LM facets.
     settings : UIPSettings
         With ``auto`` decided by the data.
+    fold : ndarray of int64, shape (n_users,)
+        Fold of each user, as a run has it.
     """
 
     behaviours: Behaviours
     texts: list[str | None] | None
     settings: UIPSettings
+    fold: np.ndarray
 
     @property
     def prompts(self) -> list[str]:
@@ -59,7 +64,8 @@ class Task:
         if kept is not None:
             known = set(kept)
             texts = [text if text in known else None for text in texts]
-        return Task(self.behaviours, texts, dataclasses.replace(self.settings, cache=cache))
+        settings = dataclasses.replace(self.settings, cache=cache)
+        return dataclasses.replace(self, texts=texts, settings=settings)
 
 
 def parse_config(
@@ -111,4 +117,4 @@ def load_task(config: UIPConfig) -> Task:
             "no item has a text, so there is nothing to score: check uip_item_text, or take "
             "facets with source: collaborative or constant"
         )
-    return Task(dataset.behaviours, texts, settings)
+    return Task(dataset.behaviours, texts, settings, dataset.user_folds(settings))

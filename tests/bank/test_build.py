@@ -1,5 +1,7 @@
 """A bank from an event file, against the same events in memory."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from recbole_uip.bank import build
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_events
 from recbole_uip.bank.events import EventColumns, EventFile
+from recbole_uip.settings import SettingsError
 
 COLUMNS = EventColumns("user_id", "item_id", time="timestamp", rating="rating", threshold=4)
 
@@ -87,3 +90,36 @@ def test_the_command_line(tmp_path, event_file, capsys):
     assert "none.csv: there is no such file" in capsys.readouterr().err
     assert cli.main([*command, "--items", str(config)]) == 2
     assert "uip_item_text does not say" in capsys.readouterr().err
+
+
+def test_a_rule_of_time_that_events_cannot_bear_leaves_the_bank_as_it_was(
+    tmp_path, event_file, capsys
+):
+    config = tmp_path / "facets.yaml"
+    config.write_text("uip_facets: {leniency: {weight: contrast, source: constant}}")
+    command = ["bank", "build", str(tmp_path / "bank"), "--events", str(event_file.files[0])]
+    command += ["--rating", "rating", "--threshold", "4", "--config_files", str(config)]
+    assert cli.main(command) == 0
+    untimed = [*command, "--time", "none"]
+    for setting, words in (
+        ("--uip_refresh=1h", "uip_refresh=3600s needs timestamps"),
+        ("--uip_time=point_in_time", "uip_time=point_in_time needs timestamps"),
+    ):
+        assert cli.main([*untimed, setting]) == 2
+        assert words in capsys.readouterr().err
+        with FeatureBank.open(tmp_path / "bank") as bank:
+            assert bank.model.settings.time == "point_in_time"
+    assert cli.main([*command, "--uip_time=static"]) == 0
+    with FeatureBank.open(tmp_path / "bank") as bank:
+        assert bank.model.settings.time == "static"
+
+
+def test_a_model_that_could_not_be_read_again_is_not_written(tmp_path, event_file, bank_settings):
+    with bank_of_events(tmp_path / "bank", event_file, bank_settings) as bank:
+        users, model = bank.table_of(bank.users()), bank.model
+    settings = dataclasses.replace(model.settings, time="static", refresh=3600.0)
+    broken = dataclasses.replace(model, settings=settings)
+    with pytest.raises(SettingsError, match="uip_refresh=3600s has no meaning"):
+        FeatureBank.create(tmp_path / "bank", broken, users)
+    with FeatureBank.open(tmp_path / "bank") as bank:
+        assert bank.table_of(bank.users()).equals(users)

@@ -35,7 +35,7 @@ from recbole_uip.bank.export import (
 )
 from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError
-from recbole_uip.behaviours import TRAIN
+from recbole_uip.behaviours import TRAIN, folds_of
 from recbole_uip.bridge import compat
 from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.run import write_profiles
@@ -79,8 +79,9 @@ class Run:
         self.settings = UIPSettings.from_dict(
             {"uip_facets": FACETS, "uip_history": "observed", **settings}
         )
-        self.profiles = infer(self.behaviours, None, self.settings)
         self.users = [f"u{number:03d}" for number in range(n_users)]
+        fold = folds_of(self.users, self.settings.user_folds, self.settings.seed)
+        self.profiles = infer(self.behaviours, None, self.settings, fold)
         self.items = [f"i{number}" for number in range(self.behaviours.n_items)]
         self.folder, self.path = folder, folder / "profiles.parquet"
         write_parquet(self.path, self.profiles, self.behaviours, self.users, self.items)

@@ -216,6 +216,22 @@ def test_implicit_feedback(early, late):
     assert (encoder.transform(late) > 0).mean() > 0.9
 
 
+def test_a_bank_without_labels_takes_none(early, tmp_path):
+    encoder = ProfileEncoder(label=None).fit(early.drop(columns="label"))
+    with encoder.to_bank(tmp_path / "bank"):
+        pass
+    with FeatureBank.open(tmp_path / "bank", write=True) as bank:
+        user, item, time = *map(str, early[["user_id", "item_id"]].iloc[0]), 1e6
+        before = bank.state_of(user)[0]
+        with pytest.raises(BankError, match="liked=0 of user .*: without labels"):
+            bank.update(user, item, 0, time)
+        with pytest.raises(BankError, match="liked is 0.0 in row 1: without labels"):
+            bank.update_many([user, user], [item, item], np.array([1, 0]), np.full(2, time))
+        np.testing.assert_array_equal(bank.state_of(user)[0], before)
+        bank.update(user, item, None, time)
+        assert bank.update_many([user], [item], np.ones(1), np.full(1, time)) == 1
+
+
 def test_without_match_fields_no_item_is_read(early, late):
     encoder = ProfileEncoder(match=False).fit(early)
     assert {field.kind for field in encoder.fields_} == {"code", "bin"}

@@ -26,7 +26,7 @@ def task(tmp_path, monkeypatch):
     monkeypatch.setattr(
         module,
         "load_task",
-        lambda config: Task(world.behaviours, texts, config.uip),
+        lambda config: Task(world.behaviours, texts, config.uip, np.arange(12) % 2),
     )
     monkeypatch.setattr(module, "matmul_ceiling", lambda *_: 1e12)
     return {
@@ -58,8 +58,12 @@ def test_all_of_it(task):
     assert [each["facets"] for each in results["relinearized"]] == ["interests", "taste"]
     assert all(each["lm_tokens"] > 0 for each in results["relinearized"])
     ours, theirs = results["authors"]["rows"]
-    # 2 users, 3 steps, of which ours puts a few behaviours through the LM and theirs all
-    assert ours["lm_tokens"] < theirs["lm_tokens"] or theirs["reached"] >= ours["reached"]
+    # Theirs goes on until it has gained as much as ours, or has made as many steps.
+    gains = [each["reached"] - each["start"] for each in (ours, theirs)]
+    assert ours["steps"] == 3 and 1 <= theirs["steps"] <= 3
+    assert gains[1] >= gains[0] or theirs["steps"] == 3
+    # Each of its steps puts all texts of both users through the LM.
+    assert ours["lm_tokens"] > 0 and theirs["lm_tokens"] % theirs["steps"] == 0
     json.dumps(results, allow_nan=False)
     assert "authors: 2 users" in format_bench(results)
 

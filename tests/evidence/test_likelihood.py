@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from recbole_uip import cli, lm
-from recbole_uip.behaviours import TEST, TRAIN, Behaviours
+from recbole_uip.behaviours import TEST, TRAIN, Behaviours, folds_of
 from recbole_uip.evidence import likelihood as module
 from recbole_uip.evidence.likelihood import format_likelihood, measure
 from recbole_uip.evidence.statistics import clustered_mean
@@ -63,7 +63,9 @@ def task(tiny_lm, tmp_path_factory):
     liked = (rng.random(len(user)) < 1 / (1 + np.exp(-logit))).astype(float)
     time = np.tile(np.arange(N_EVENTS, dtype=float), N_USERS)
     split = np.where(time < N_EVENTS - 8, TRAIN, TEST).astype(np.int8)
-    return Task(Behaviours(user, item, liked, time, split, N_USERS, N_ITEMS), texts, settings)
+    behaviours = Behaviours(user, item, liked, time, split, N_USERS, N_ITEMS)
+    fold = folds_of(map(str, range(N_USERS)), settings.user_folds, settings.seed)
+    return Task(behaviours, texts, settings, fold)
 
 
 @pytest.fixture(scope="module")

@@ -442,3 +442,15 @@ def test_arms_share_a_codebook_where_their_seeds_have_the_same_fit(laboratory):
     html, _ = write_report(folder, resamples=N_BOOT)
     rows = Page(html.read_text()).table("Codebooks: mean")
     assert [(row["arms"], row["seeds"]) for row in rows] == [("uip, more", "2"), ("other", "1")]
+
+
+def test_arms_are_said_as_their_settings_mean_them(laboratory):
+    """Without the key facets an arm has all of them, and a control of none is no control."""
+    arms = {"all": {"control": "none"}, "apart": {"facets": ["taste"], "control": "shuffled"}}
+    cases = [{**UIP, "arm": name, "config": {"uip_arms": {name: arms[name]}}} for name in arms]
+    html, _ = write_report(laboratory.experiment("arms", cases, seeds=(1,)), resamples=N_BOOT)
+    page = Page(html.read_text())
+    rows = page.table("What each arm reads")
+    assert [(row["arm"], row["facets"]) for row in rows] == [("all", "all"), ("apart", "taste")]
+    (codebook,) = page.table("Codebooks: mean")
+    assert codebook["arms"] == "all, apart"

@@ -256,9 +256,9 @@ def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[st
 
 def _fingerprint(dataset: UIPDataset) -> str | None:
     """Content hash of the LM that read the items' texts; None without one."""
-    if isinstance(dataset, SequenceDataset):
-        return None
-    found = {texts.fingerprint for texts in dataset.profiles.texts.values()} - {None}
+    profiles = dataset.profiles
+    readers = [*profiles.texts.values(), *profiles.tuned.values()]
+    found = {reader.fingerprint for reader in readers} - {None}
     return found.pop() if found else None
 
 
@@ -268,16 +268,15 @@ def _cost(dataset: UIPDataset, arm: ArmSettings, profile_seconds: float) -> dict
         return {"bytes_per_user": dataset.max_length * (np.dtype(np.int32).itemsize + 1)}
     if not arm.facets:
         return {}
+    cost = {**dataset.profiles.cost, "profile_seconds": profile_seconds}
+    if dataset.profiles.tuned.keys() & set(arm.facets):
+        return cost  # no bank has soft tokens that were tuned
     encoder = dataset.profiles.encoder
     widths = np.diff(encoder.kernels.start)
     facets = zip(widths, encoder.facets, strict=True)
     own = [width for width, facet in facets if facet in arm.facets]
-    return {
-        **dataset.profiles.cost,
-        "profile_seconds": profile_seconds,
-        # A bank keeps a user's state in single precision.
-        "bytes_per_user": int(sum(own)) * np.dtype(np.float32).itemsize,
-    }
+    # A bank keeps a user's state in single precision.
+    return {**cost, "bytes_per_user": int(sum(own)) * np.dtype(np.float32).itemsize}
 
 
 def _columns(

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.export_atomic import read_layout
-from recbole_uip.bank.users import user_table
+from recbole_uip.bank.users import NO_TIME, user_table
 from recbole_uip.behaviours import in_seconds
 from recbole_uip.bridge.serving import Scorer
 from recbole_uip.em.states import Events, iter_states, whole_history
@@ -298,11 +298,11 @@ def starting_bank(folder: str | os.PathLike, stream: Stream) -> FeatureBank:
 
     Its parameters are those of the run's own bank; nothing is fitted. States hold the events
     before the first test row's time, less the bank's refresh interval. Users who came later are
-    there without events: they have folds already, which the run has drawn for all users.
+    there without events.
     """
     with FeatureBank.open(stream.folder / "bank") as whole:
         model = whole.model
-        folds = whole.table_of(stream.users)["fold"].to_numpy().astype(np.int64)
+    folds = model.folds_of(stream.users)
     if set(stream.fields) != {*model.profile_names, *model.match_names}:
         raise SettingsError(
             f"{stream.folder / 'bank'} has other fields than profiles.parquet: it is of another "
@@ -315,7 +315,7 @@ def starting_bank(folder: str | os.PathLike, stream: Stream) -> FeatureBank:
     states = np.empty((n_users, len(model.kernels.initial)), np.float32)
     for at, block in iter_states(model.kernels, history, events):
         states[at] = block
-    last_time = np.full(n_users, -np.inf)
+    last_time = np.full(n_users, NO_TIME)
     np.maximum.at(last_time, stream.user[known], stream.time[known])
     table = user_table(model, stream.users, folds, history.seen, last_time, states)
     return FeatureBank.create(folder, model, table.combine_chunks())

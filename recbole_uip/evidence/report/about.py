@@ -120,7 +120,7 @@ def _arms(cases: Sequence[CaseOutcome]) -> Table:
     for case in cases:
         record = next(iter(case.runs.values())).record
         section = (record.get("config", {}).get("uip_arms") or {}).get(case.arm) or {}
-        facets, fields = section.get("facets"), record.get("profile_fields") or []
+        facets, fields = section.get("facets", "all"), record.get("profile_fields") or []
         row = [
             case.arm,
             facets if isinstance(facets, str) else ", ".join(facets or ()) or "none",

@@ -232,4 +232,5 @@ def _arms(cases: Sequence[CaseOutcome]) -> str:
 
 def _is_control(case: CaseOutcome) -> bool:
     config = next(iter(case.runs.values())).record.get("config") or {}
-    return bool(((config.get("uip_arms") or {}).get(case.arm) or {}).get("control"))
+    section = (config.get("uip_arms") or {}).get(case.arm) or {}
+    return section.get("control", "none") != "none"

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import joblib
@@ -122,15 +122,15 @@ class Profiles:
 
     fields: tuple[ProfileField, ...]
     static: bool
-    cost: dict[str, float] = field(default_factory=dict)
-    report: dict[str, dict] = field(default_factory=dict)
-    facets: dict[str, Facet] = field(default_factory=dict)
-    encoder: Encoder | None = None
-    history: states.History | None = None
-    events: states.Events | None = None
-    texts: dict[str, TextVectors] = field(default_factory=dict)
-    text_priors: dict[str, list[TextPrior]] = field(default_factory=dict)
-    tuned: dict[str, Tuned] = field(default_factory=dict)
+    cost: dict[str, float]
+    report: dict[str, dict]
+    facets: dict[str, Facet]
+    encoder: Encoder
+    history: states.History
+    events: states.Events
+    texts: dict[str, TextVectors]
+    text_priors: dict[str, list[TextPrior]]
+    tuned: dict[str, Tuned]
 
     def means(self) -> dict[str, np.ndarray]:
         """What all rows' fields are before they are quantised; see :meth:`Encoder.means`."""

@@ -18,7 +18,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from recbole_uip.settings import SettingsError
 
-__all__ = ["bag_of_words", "fill", "item_texts", "past_bom", "rated_texts"]
+__all__ = ["atomic_header", "bag_of_words", "fill", "item_texts", "past_bom", "rated_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,12 @@ def past_bom(encoding: str | None) -> str | None:
     """UTF-8 with or without a byte order mark, which would become part of the first column."""
     plain = (encoding or "utf-8").lower().replace("_", "-")
     return "utf-8-sig" if plain in ("utf-8", "utf8") else encoding
+
+
+def atomic_header(path: str | os.PathLike, separator: str, encoding: str | None) -> list[str]:
+    """The columns of one of RecBole's atomic files, each ``name:type``."""
+    with open(path, encoding=past_bom(encoding)) as file:
+        return file.readline().rstrip("\r\n").split(separator)
 
 
 def _rows(

@@ -20,6 +20,7 @@ import yaml
 
 from recbole_uip.bank.store import BankError
 from recbole_uip.files import atomic_write
+from recbole_uip.texts import atomic_header
 
 __all__ = ["SPLITS", "Layout", "atomic_files", "read_layout"]
 
@@ -186,7 +187,8 @@ def _copy_side_files(
         with atomic_write(stem.with_name(f"{stem.name}.{kind}")) as copy, file.open("rb") as old:
             shutil.copyfileobj(old, copy)
         if not given:
-            load_col[kind] = _columns(file, separator, encoding)
+            header = atomic_header(file, separator, encoding)
+            load_col[kind] = [column.partition(":")[0] for column in header]
         elif given.get(kind):
             load_col[kind] = list(given[kind])
     return load_col
@@ -260,8 +262,3 @@ def _side_file(folder: Path, kind: str) -> Path | None:
             f"leave one, or call it {named.name}"
         )
     return found[0] if found else None
-
-
-def _columns(file: Path, separator: str, encoding: str) -> list[str]:
-    with file.open(encoding=encoding) as lines:
-        return [column.partition(":")[0] for column in lines.readline().rstrip().split(separator)]

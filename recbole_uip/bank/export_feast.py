@@ -57,7 +57,7 @@ _MICROSECONDS = {"s": 10**6, "ms": 10**3, "us": 1}
 _LIMITS = np.array(["1678-01-01", "2262-01-01"], dtype="datetime64[us]").astype(np.int64)
 
 
-def timestamps(time: np.ndarray, unit: str = "s", name: str = "time") -> np.ndarray:
+def timestamps(time: np.ndarray, unit: str = "s") -> np.ndarray:
     """Raw times as UTC timestamps, to the microsecond; for entity rows too.
 
     Parameters
@@ -65,8 +65,6 @@ def timestamps(time: np.ndarray, unit: str = "s", name: str = "time") -> np.ndar
     time : ndarray of float64, shape (n,)
         Since 1970, in ``unit``.
     unit : {"s", "ms", "us"}
-    name : str
-        What errors call it.
 
     Returns
     -------
@@ -84,7 +82,7 @@ def timestamps(time: np.ndarray, unit: str = "s", name: str = "time") -> np.ndar
     bad = np.flatnonzero(~((exact >= _LIMITS[0]) & (exact < _LIMITS[1])))
     if len(bad):
         raise BankError(
-            f"{name}={time[bad[0]]} in row {bad[0]} is no time in {unit} since 1970 between the "
+            f"time={time[bad[0]]} in row {bad[0]} is no time in {unit} since 1970 between the "
             "years 1678 and 2261: give the unit of the times (s, ms or us)"
         )
     return exact.astype(np.int64).astype("datetime64[us]")

@@ -11,7 +11,7 @@ import pandas as pd
 from recbole.utils import FeatureType
 
 from recbole_uip.settings import SettingsError
-from recbole_uip.texts import past_bom
+from recbole_uip.texts import atomic_header, past_bom
 
 __all__ = ["Frame", "read_atomic_file", "split_sequences"]
 
@@ -71,8 +71,7 @@ def read_atomic_file(
     """
     encoding = past_bom(encoding)
     try:
-        with open(path, encoding=encoding) as file:
-            header = file.readline().rstrip("\r\n").split(separator)
+        header = atomic_header(path, separator, encoding)
     except (UnicodeError, LookupError) as error:
         raise _unreadable(path, encoding, error) from error
     types: dict[str, FeatureType] = {}

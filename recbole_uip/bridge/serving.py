@@ -344,37 +344,11 @@ class Scorer:
         """
         if len(users) != len(items):
             raise SettingsError(f"items has {len(items)} rows, but users has {len(users)}")
-        if profiles is None:
-            read = self._profiles(users, items)
-        else:
-            read = {
-                name: np.asarray(profiles[name], np.int64)
-                for name in (*self._codes, *self._matches)
-            }
-        return self._interaction(users, items, read, time, context)
-
-    def predict(self, interaction: Interaction) -> np.ndarray:
-        """Click probabilities, shape (n,), float32."""
-        n, columns = len(interaction), interaction.interaction
-        scores = np.empty(n, np.float32)
-        with torch.no_grad():
-            for low in range(0, n, BATCH_ROWS):
-                part = slice(low, low + BATCH_ROWS)
-                batch = Interaction({name: column[part] for name, column in columns.items()})
-                scores[part] = self.model.predict(batch).reshape(-1).cpu().numpy()
-        return scores
-
-    # Features.
-
-    def _interaction(
-        self,
-        users: Sequence[str],
-        items: Sequence[str],
-        profiles: Mapping[str, np.ndarray],
-        time: float | Sequence[float] | None = None,
-        context: Mapping[str, Any] | None = None,
-    ) -> Interaction:
-        columns = {name: torch.as_tensor(codes) for name, codes in profiles.items()}
+        profiles = self._profiles(users, items) if profiles is None else profiles
+        columns = {
+            name: torch.as_tensor(np.asarray(profiles[name], np.int64))
+            for name in (*self._codes, *self._matches)
+        }
         for key, tokens, features in (
             (self._user, users, self._user_features),
             (self._item, items, self._item_features),
@@ -396,6 +370,19 @@ class Scorer:
             columns[name] = self._context_column(field, context.get(name), len(users))
         device = self.model.device
         return Interaction({name: column.to(device) for name, column in columns.items()})
+
+    def predict(self, interaction: Interaction) -> np.ndarray:
+        """Click probabilities, shape (n,), float32."""
+        n, columns = len(interaction), interaction.interaction
+        scores = np.empty(n, np.float32)
+        with torch.no_grad():
+            for low in range(0, n, BATCH_ROWS):
+                part = slice(low, low + BATCH_ROWS)
+                batch = Interaction({name: column[part] for name, column in columns.items()})
+                scores[part] = self.model.predict(batch).reshape(-1).cpu().numpy()
+        return scores
+
+    # Features.
 
     def _ids(self, field: str, tokens: Sequence[str]) -> np.ndarray:
         known = self._id_of[field]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_data, show_figures, start
+from recbole_uip.cli.options import OVERRIDES, add_data, add_json, show_figures, start
 
 if TYPE_CHECKING:
     import argparse
@@ -22,7 +21,7 @@ def add_ceiling(subcommands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     add_data(ceiling)
-    ceiling.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    add_json(ceiling)
     ceiling.set_defaults(function=_ceiling, parser=ceiling)
 
 

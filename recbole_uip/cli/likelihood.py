@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_data, add_numbers, show_figures, start
+from recbole_uip.cli.options import OVERRIDES, add_data, add_json, add_numbers, show_figures, start
 
 if TYPE_CHECKING:
     import argparse
@@ -22,7 +21,7 @@ def add_likelihood(subcommands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     add_data(likelihood)
-    likelihood.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    add_json(likelihood)
     numbers = [
         ("users", 40, "held-out users, and as many others that choose the step"),
         ("behaviours", 5, "behaviours of each user, at most"),

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
 __all__ = [
     "OVERRIDES",
     "add_config_files",
     "add_data",
+    "add_json",
     "add_numbers",
     "log_as",
     "show_figures",
@@ -49,6 +50,11 @@ def add_numbers(parser: ArgumentParser, numbers: Iterable[tuple[str, int, str]])
             f"--{name}", type=int, default=default, metavar="N",
             help=f"{meaning} (default: {default})",
         )  # fmt: skip
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """Add ``--json`` to a command that measures something."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
 
 
 def show_figures(results: dict, format_: Callable[[dict], str], path: Path | None) -> None:

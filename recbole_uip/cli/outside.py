@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import show_figures, start
+from recbole_uip.cli.options import add_json, log_as, show_figures
 from recbole_uip.evidence.outside.driver import INSTALL
 from recbole_uip.settings import SettingsError
 
@@ -48,9 +48,8 @@ def add_outside(subcommands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="folder of the run's dataset (default: where the run says it was)",
     )
-    outside.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    # The log is RecBole's own setting in other commands; here it has one level.
-    outside.set_defaults(function=_outside, parser=outside, config_files=[])
+    add_json(outside)
+    outside.set_defaults(function=_outside, parser=outside)
 
 
 def _outside(namespace: Namespace, overrides: list[str], command: str) -> None:
@@ -60,7 +59,7 @@ def _outside(namespace: Namespace, overrides: list[str], command: str) -> None:
         raise SettingsError(
             f"argument {overrides[0]!r} is not understood: the budget is that of the run"
         )
-    start(namespace, [])
+    log_as(None)
     results = outside_check(
         namespace.folder, namespace.python, _seeds(namespace.seeds), namespace.data, command
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import show_figures, start
+from recbole_uip.cli.options import add_json, log_as, show_figures
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -38,9 +38,8 @@ def add_replay(subcommands: argparse._SubParsersAction) -> None:
     replay.add_argument("--b", default="uip", metavar="ARM", help="arm B (default: uip)")
     replay.add_argument("--salt", metavar="TEXT", help="another draw of the users who are in arm B")
     replay.add_argument("--limit", type=int, metavar="N", help="the first N test rows alone")
-    replay.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    # The log is RecBole's own setting in other commands; here it has one level.
-    replay.set_defaults(function=_replay, parser=replay, config_files=[])
+    add_json(replay)
+    replay.set_defaults(function=_replay, parser=replay)
 
 
 def _replay(namespace: Namespace, overrides: list[str], command: str) -> None:
@@ -52,7 +51,7 @@ def _replay(namespace: Namespace, overrides: list[str], command: str) -> None:
         raise SettingsError(
             f"argument {overrides[0]!r} is not understood: models and profiles are the run's"
         )
-    start(namespace, [])
+    log_as(None)
     results = replay(
         namespace.folder,
         namespace.model,

@@ -24,6 +24,8 @@ from recbole_uip.em.weights import Evidence
 __all__ = ["Basis", "Whitening", "fit", "half_means", "merge", "supported_directions", "whiten"]
 
 SMALLEST_VARIANCE = 1e-6
+# Item directions with less than this share of the largest second moment are rounding errors.
+EMPTY_SHARE = 1e-5
 # Floor of a direction's noise, as a share of the noisiest direction's.
 LEAST_NOISE = 1e-2
 # Floor of the noise within users, as a share of the second moment over all events.
@@ -78,10 +80,10 @@ class Whitening:
         return functools.reduce(np.matmul, self.factors)
 
 
-def whiten(
-    vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None, floor: float = 1e-5
-) -> Whitening:
+def whiten(vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None) -> Whitening:
     """Centre and whiten item vectors over events, leading directions first.
+
+    Directions with less than :data:`EMPTY_SHARE` of the largest eigenvalue are dropped.
 
     Parameters
     ----------
@@ -91,9 +93,6 @@ def whiten(
         Number of training events of each item.
     keep : int, optional
         Largest number of directions kept.
-    floor : float
-        Directions with less than this share of the largest eigenvalue are numerically empty
-        and dropped.
 
     Returns
     -------
@@ -117,7 +116,7 @@ def whiten(
         directions = left * root[:, None] / scale
         before, factors = inner, (centred.T,)
     order = np.argsort(-values)[: min(keep or dim, n_items, dim)]
-    order = order[values[order] > floor * max(values[order[0]], np.finfo(values.dtype).tiny)]
+    order = order[values[order] > EMPTY_SHARE * max(values[order[0]], np.finfo(values.dtype).tiny)]
     last = directions[:, order] / np.sqrt(values[order])
     return Whitening((before @ last).astype(np.float64), mean, (*factors, last))
 

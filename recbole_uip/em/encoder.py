@@ -174,35 +174,31 @@ class Encoder:
         """Where the columns of ``match_fields`` stand among all fields."""
         return [c for c, field in enumerate(self.fields) if field.kind == "match"]
 
-    def transform(
-        self, history: History, events: Events, rows: np.ndarray | None = None
-    ) -> np.ndarray:
+    def transform(self, history: History, events: Events) -> np.ndarray:
         """Tokens of all fields, each row's from what the row may see.
 
         Parameters
         ----------
         history : History
         events : Events
-        rows : ndarray of int64, shape (n,), optional
-            All rows by default.
 
         Returns
         -------
-        ndarray of int32, shape (n, n_fields)
+        ndarray of int32, shape (n_rows, n_fields)
         """
-        rows = np.arange(len(history.timeline)) if rows is None else rows
-        tokens = np.empty((len(rows), len(self.fields)), dtype=np.int32)
+        n_rows = len(history.timeline)
+        tokens = np.empty((n_rows, len(self.fields)), dtype=np.int32)
 
-        def fill(part: np.ndarray) -> None:
-            for at, states in iter_states(self.kernels, history, events, rows[part]):
-                block = rows[part[at]]
-                tokens[part[at]] = self.tokens(
+        def fill(rows: np.ndarray) -> None:
+            for at, states in iter_states(self.kernels, history, events, rows):
+                block = rows[at]
+                tokens[block] = self.tokens(
                     states, history.seen[block], events.item[block], events.fold[block]
                 )
 
         # Users are independent of one another, and the compiled code lets go of the interpreter.
-        workers = joblib.cpu_count() if len(rows) > ROWS_A_THREAD else 1
-        by_timeline = np.argsort(history.timeline[rows], kind="stable")
+        workers = joblib.cpu_count() if n_rows > ROWS_A_THREAD else 1
+        by_timeline = np.argsort(history.timeline, kind="stable")
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(fill, np.array_split(by_timeline, workers)))
         return tokens

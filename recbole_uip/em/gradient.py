@@ -731,10 +731,7 @@ class GradientPosterior:
             if codebook is None or len(known) == 0:
                 continue
             noise, offset = self.noise_[known, f], self.offset_[f][known]
-            level = codebook.levels_[0]
-            joint = component_log_densities(offset, noise, level.codewords_, level.variance_)
-            joint += np.log(np.maximum(level.weights_, np.finfo(float).tiny))
-            value[known] += scipy.special.logsumexp(joint, axis=1)
+            value[known] += codebook.levels_[0].score_samples(offset, noise)
             value[known] += 0.5 * offset.shape[1] * np.log(2.0 * np.pi * noise)
         if len(judged) == 0:
             return float("nan")

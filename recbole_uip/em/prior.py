@@ -42,10 +42,9 @@ def log_evidence(
 def climb(
     objective: Callable[[tuple[float, ...]], float],
     start: tuple[float, ...],
-    factor: float = 2.0,
     limit: float = 64.0,
 ) -> tuple[float, ...]:
-    """Maximise over positive scales by steps of ``factor`` in one coordinate at a time.
+    """Maximise over positive scales by doublings and halvings, one coordinate at a time.
 
     Empirical Bayes needs the order of magnitude of a prior variance, not its digits.
 
@@ -53,7 +52,6 @@ def climb(
     ----------
     objective : callable
     start : tuple of float
-    factor : float
     limit : float
         No scale leaves [start / limit, start * limit].
     """
@@ -61,7 +59,7 @@ def climb(
     improved = True
     while improved:
         improved = False
-        for axis, step in [(a, s) for a in range(len(best)) for s in (factor, 1.0 / factor)]:
+        for axis, step in [(a, s) for a in range(len(best)) for s in (2.0, 0.5)]:
             while True:
                 scales = (*best[:axis], best[axis] * step, *best[axis + 1 :])
                 inside = start[axis] / limit <= scales[axis] <= start[axis] * limit

@@ -125,7 +125,7 @@ def bench_gradient(
     command_line: Sequence[str] = (),
     users: int = 200,
     peers: int = 4,
-    compare: bool = True,
+    speed: bool = False,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Measure the gradient posterior: speed, agreement with the closed form, true likelihood.
@@ -143,8 +143,8 @@ def bench_gradient(
         Users, drawn at random among those with enough training rows.
     peers : int
         Of these, users for the comparison with the authors' formulation; 0 leaves it out.
-    compare : bool
-        Whether to say more than how fast the E-step is.
+    speed : bool
+        Whether to say how fast the E-step is, and nothing else.
     command : str, optional
         How this was started, for the record.
 
@@ -190,7 +190,7 @@ def bench_gradient(
             posterior = _posterior(task, group)
             spent.add(*slice_.fit(posterior, group, work), shapes)
             notes.append(_course(posterior, group))
-            if compare:
+            if not speed:
                 work = Work(Path(folder, f"relinearized-{number}"), n_workers(backbone), on_cpu)
                 for name_, found in slice_.compare(task, posterior, group, work).items():
                     results[name_] += found
@@ -207,7 +207,7 @@ def bench_gradient(
         ),
     ]
     authors = None
-    if peers and compare:
+    if peers and not speed:
         authors = _against_authors(task, slice_, peers)
         notes += authors["lines"]
     return {

@@ -124,7 +124,6 @@ def text_features(
     texts: Sequence[str],
     attributes: Sequence[str | None] | None,
     settings: UIPSettings,
-    implicit: bool = False,
 ) -> dict[str, np.ndarray]:
     """What each source says of texts, by source, each of shape (n, at most ``COMPONENTS``).
 
@@ -134,8 +133,6 @@ def text_features(
     attributes : sequence of n str or None, optional
         The texts of the items' attributes alone, such as genres.
     settings : UIPSettings
-    implicit : bool
-        Whether there is no feedback, so that the LM's prompt has no endings.
 
     Returns
     -------
@@ -143,8 +140,7 @@ def text_features(
         ``random``, ``attributes`` (where there are any), ``words``, ``embedding``, ``lm``, and
         ``all`` of them but the random ones.
     """
-    endings = None if implicit else settings.endings
-    scored = lm.score(texts, settings.prompts, endings, settings.lm, settings.cache)
+    scored = lm.score(texts, settings.prompts, settings.endings, settings.lm, settings.cache)
     raw = {
         "words": bag_of_words(texts)[0],
         "embedding": lm.embed(texts, settings.lm, settings.cache).vectors,

@@ -130,7 +130,7 @@ class _Speaker:
             theta = soft_tokens(self.model, field.name, code, step, field.scores)
             ids = prompts.text_ids(self.backbone, texts)
             likelihoods, logits, spent = lm.likelihoods(
-                self.backbone, self.prompt, torch.from_numpy(theta), ids, self.backbone.batch_tokens
+                self.backbone, self.prompt, torch.from_numpy(theta), ids
             )
             self.lm_tokens += spent
             found = logits if field.scores == "feedback" else likelihoods

@@ -307,11 +307,7 @@ def bootstrap_aucs(
 
 
 def bootstrap_sums(
-    user: np.ndarray,
-    values: np.ndarray,
-    n_boot: int = N_BOOT,
-    seed: int = 0,
-    users: np.ndarray | None = None,
+    user: np.ndarray, values: np.ndarray, n_boot: int = N_BOOT, seed: int = 0
 ) -> np.ndarray:
     """Sums of columns over rows in the resamples of :func:`bootstrap_aucs` of the same seed.
 
@@ -319,14 +315,14 @@ def bootstrap_sums(
     ----------
     user : ndarray, shape (n_rows,)
     values : ndarray of float64, shape (n_rows, n_columns)
-    n_boot, seed, users
+    n_boot, seed
         As in :func:`bootstrap_aucs`.
 
     Returns
     -------
     ndarray of float64, shape (n_boot, n_columns)
     """
-    users = np.unique(user) if users is None else users
+    users = np.unique(user)
     code = _user_codes(user, users)
     by_user = np.stack(
         [np.bincount(code, weights=column, minlength=len(users)) for column in values.T], axis=1

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone
 from recbole_uip.lm.prompt import Prompt
+from recbole_uip.work import even_batches
 
 __all__ = ["likelihoods"]
 
@@ -23,7 +25,6 @@ def likelihoods(
     prompt: Prompt,
     theta: torch.Tensor,
     texts: Sequence[Sequence[int]],
-    batch_tokens: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """Log-likelihood and feedback logit of each text under one set of soft tokens.
 
@@ -34,8 +35,6 @@ def likelihoods(
     theta : Tensor, shape (F, d)
     texts : n sequences of int
         Token ids, at least one each.
-    batch_tokens : int
-        Token budget of one batch.
 
     Returns
     -------
@@ -48,20 +47,11 @@ def likelihoods(
     """
     common = prompt.ending.common if prompt.ending else ()
     arguments = prompts.inputs(backbone, prompt, theta, [[]])
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    lengths = np.array([len(text) + len(common) for text in texts], dtype=np.int64)
     log_likelihood = torch.zeros(len(texts), dtype=torch.promote_types(backbone.dtype, torch.float))
     logit = torch.zeros_like(log_likelihood) if prompt.ending else None
-    lm_tokens, done = 0, 0
-    while done < len(order):
-        # Sorted by length, so a batch's longest text is its last.
-        size = 1
-        while (
-            done + size < len(order)
-            and (size + 1) * (len(texts[order[done + size]]) + len(common)) <= batch_tokens
-        ):
-            size += 1
-        rows = order[done : done + size]
-        done += size
+    lm_tokens = 0
+    for rows in even_batches(lengths, backbone.batch_tokens):
         batch = [list(texts[row]) for row in rows]
         full = [[*text, *common] for text in batch]
         # The cache grows as it is used, so each batch has its own.

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import pickle
 import re
@@ -187,11 +188,11 @@ def test_float_sequences_are_normalised(small):
 def test_item_texts_reach_the_profile_stage(small, monkeypatch):
     from recbole_uip import profiles
 
-    seen = {}
+    seen, original = {}, profiles.infer
 
     def infer(behaviours, texts, settings, fold):
         seen["texts"] = texts
-        return profiles.Profiles((), static=False)
+        return original(behaviours, None, dataclasses.replace(settings, facets=()), fold)
 
     monkeypatch.setattr(profiles, "infer", infer)
     facets = {"interests": {"prompt": "interests", "source": "lm"}}

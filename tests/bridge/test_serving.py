@@ -83,11 +83,11 @@ def test_scores_of_test_rows_are_the_trainers(small_run, table, model, arm):
     assert (scorer.bank is None) == (arm == "plain")
     rows = table.iloc[predicted["row"]]
     users, items = rows["user_id"].tolist(), rows["item_id"].tolist()
-    scores = scorer.predict(scorer._interaction(users, items, profiles_of(rows, scorer)))
+    scores = scorer.predict(scorer.interaction(users, items, profiles=profiles_of(rows, scorer)))
     np.testing.assert_allclose(scores, predicted["score"], atol=1e-6, rtol=0)
     # One at a time, where models squeeze batches, too.
     one = profiles_of(rows.iloc[:1], scorer)
-    alone = scorer.predict(scorer._interaction(users[:1], items[:1], one))
+    alone = scorer.predict(scorer.interaction(users[:1], items[:1], profiles=one))
     np.testing.assert_allclose(alone, predicted["score"][:1], atol=1e-6, rtol=0)
 
 
@@ -245,7 +245,7 @@ def test_context_of_the_interaction(tmp_path, method, normalise):
     place = [places[row] for row in predicted["row"]]
     profiles = profiles_of(rows, scorer)
     scores = scorer.predict(
-        scorer._interaction(users, items, profiles, rows["timestamp"].tolist(), {"place": place})
+        scorer.interaction(users, items, rows["timestamp"].tolist(), {"place": place}, profiles)
     )
     np.testing.assert_allclose(scores, predicted["score"], atol=1e-6, rtol=0)
     # Not given: what RecBole takes for missing values.
@@ -292,7 +292,7 @@ def test_a_distilled_student_needs_no_teachers_file(tmp_path):
     predicted = predictions["KD_DAGFM-uip"]
     rows = pd.read_parquet(tmp_path / "out" / "profiles.parquet").iloc[predicted["row"]]
     users, items = rows["user_id"].tolist(), rows["item_id"].tolist()
-    scores = scorer.predict(scorer._interaction(users, items, profiles_of(rows, scorer)))
+    scores = scorer.predict(scorer.interaction(users, items, profiles=profiles_of(rows, scorer)))
     np.testing.assert_allclose(scores, predicted["score"], atol=1e-6, rtol=0)
 
 

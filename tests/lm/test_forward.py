@@ -1,5 +1,7 @@
 """Likelihoods on a shared prefix are those of the prompt in one piece."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from recbole_uip.lm import prompt as prompts
 def test_as_the_whole_prompt_says(backbone, prompt, ids, batch_tokens, rng):
     theta = prompt.theta0(backbone)
     theta = theta + torch.from_numpy(rng.normal(size=theta.shape, scale=0.3).astype(np.float32))
-    values, logits, lm_tokens = likelihoods(backbone, prompt, theta, ids, batch_tokens)
+    backbone = dataclasses.replace(backbone, batch_tokens=batch_tokens)
+    values, logits, lm_tokens = likelihoods(backbone, prompt, theta, ids)
     with torch.no_grad():
         expected = prompts.log_likelihood(backbone, prompt, theta, ids)
         feedback = prompts.feedback_logit(backbone, prompt, theta, ids)

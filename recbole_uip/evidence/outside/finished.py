@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from recbole_uip.bank.export_atomic import SPLITS, Layout, read_layout
 from recbole_uip.evidence.summary import BASELINE, read_results_file
 from recbole_uip.settings import ArmSettings, SettingsError
+from recbole_uip.texts import atomic_header, past_bom
 
 __all__ = ["BUDGET", "MODEL", "FinishedRun", "read_run"]
 
@@ -252,9 +253,8 @@ def _header(path: Path, separator: str, encoding: str) -> dict[str, str]:
     """Types of an atomic file's columns by name; empty without the file."""
     if not path.is_file():
         return {}
-    with path.open(encoding=encoding) as lines:
-        columns = lines.readline().rstrip("\r\n").split(separator)
-    return {name: kind for name, _, kind in (column.partition(":") for column in columns)}
+    columns = [column.partition(":") for column in atomic_header(path, separator, encoding)]
+    return {name: kind for name, _, kind in columns}
 
 
 def _read_side(
@@ -267,7 +267,7 @@ def _read_side(
         usecols=list(columns),
         # Not numbers where tokens are: 01 is another token than 1.
         dtype={column: np.float64 if column.endswith(":float") else object for column in columns},
-        encoding=encoding,
+        encoding=past_bom(encoding),
         engine="c" if len(separator) == 1 else "python",
     )
     frame = frame.rename(columns=columns).drop_duplicates(key)

@@ -61,9 +61,9 @@ def interval(found: Difference, digits: int = 4) -> str:
     return f"[{low}, {high}]"
 
 
-def difference(found: Difference, digits: int = 4) -> str:
+def difference(found: Difference) -> str:
     """A difference and, where there is one, its interval."""
-    mean, bounds = number(found.mean, digits, sign=True), interval(found, digits)
+    mean, bounds = number(found.mean, sign=True), interval(found)
     return mean if bounds == NOTHING else f"{mean} {bounds}"
 
 
@@ -74,9 +74,9 @@ def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def amount(value: float, digits: int = 0) -> str:
+def amount(value: float) -> str:
     """A count with separators of thousands."""
-    return NOTHING if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+    return NOTHING if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
 def bytes_of(value: float) -> str:

@@ -22,7 +22,7 @@ from recbole_uip.profiles import infer
 from recbole_uip.settings import SettingsError, UIPSettings
 
 from .em.conftest import make_world
-from .lm.conftest import WORDS, make_model, make_tokenizer
+from .lm.conftest import WORDS, save_lm
 
 FACETS = {
     "leniency": {"source": "constant", "half_life": [5, "inf"], "bins": 8, "codes": 0},
@@ -352,8 +352,7 @@ def test_lm_facets_need_texts(world):
 @pytest.fixture(scope="module")
 def tiny_lm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_lm(folder)
     return {"uip_lm": str(folder), "uip_lm_dtype": "float32", "uip_cache": str(folder / "cache")}
 
 

@@ -24,7 +24,7 @@ from recbole_uip.profiles import Profiles, infer
 from recbole_uip.settings import SettingsError, UIPSettings
 
 from .em.conftest import make_world
-from .lm.conftest import WORDS, make_model, make_tokenizer
+from .lm.conftest import WORDS, save_lm
 
 FACETS = {
     "interests": {"weight": "positive", "codes": 3, "rank": 2},
@@ -49,8 +49,7 @@ def texts():
 @pytest.fixture(scope="module")
 def lm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
-    make_model(max_position_embeddings=256).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_lm(folder, max_position_embeddings=256)
     return folder
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["format_report"]
+__all__ = ["aligned", "format_report"]
 
 _METRICS = (("auc", "AUC"), ("logloss", "LogLoss"), ("gauc", "GAUC"))
 
@@ -70,12 +71,17 @@ def _table(results: dict[str, Any]) -> list[str]:
             rows.append(row)
     for _, title in _METRICS:
         rows[0] += [title, f"vs {baseline}"]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["test", *aligned(rows)]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in text: the first row, a rule, the other rows."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return ["test", lines[0], "-" * len(lines[0]), *lines[1:]]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def _arms(results: dict[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ from recbole_uip.settings import SettingsError, UIPSettings
 
 from ..bridge.conftest import Atomic, make_items, make_rows
 from ..em.conftest import make_world
-from ..lm.conftest import WORDS, make_model, make_tokenizer
+from ..lm.conftest import WORDS, make_model, save_lm
 from ..test_profiles import FACETS
 
 SPLITS = np.array(["train", "valid", "test"])
@@ -398,8 +398,7 @@ N_ITEMS = 40
 @pytest.fixture(scope="module")
 def tiny_lm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_lm(folder)
     return folder
 
 

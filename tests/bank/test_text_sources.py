@@ -17,7 +17,7 @@ from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 
 from ..em.conftest import make_world
-from ..lm.conftest import WORDS, make_model, make_tokenizer
+from ..lm.conftest import WORDS, save_lm
 from .conftest import folds_of
 
 N_USERS, N_ITEMS = 80, 40
@@ -47,8 +47,7 @@ def texts():
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_lm(folder)
     return {
         "uip_history": "observed",
         "uip_item_text": "{title}",

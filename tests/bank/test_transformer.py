@@ -33,7 +33,7 @@ from recbole_uip.profiles import infer
 from recbole_uip.settings import SettingsError, UIPSettings
 
 from ..em.conftest import make_world
-from ..lm.conftest import ENDINGS, TEXTS, make_model, make_tokenizer
+from ..lm.conftest import ENDINGS, TEXTS, save_lm
 from ..test_profiles import FACETS
 
 HALF = 30.0  # of 60 days
@@ -488,8 +488,7 @@ def test_what_is_not_fitted_says_so(late, tmp_path):
 @pytest.fixture(scope="module")
 def lm_encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
-    make_model().save_pretrained(folder / "tiny")
-    make_tokenizer().save_pretrained(folder / "tiny")
+    save_lm(folder / "tiny")
     items = pd.DataFrame({"item_id": np.arange(len(TEXTS)), "title": TEXTS, "year": 1995})
     taste = {"weight": "contrast", "codes": 3, "rank": 2, "match": {"rank": 2, "bins": 6}}
     return ProfileEncoder(

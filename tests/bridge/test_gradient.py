@@ -11,13 +11,12 @@ from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.settings import UIPSettings
 
-from ..lm.conftest import make_model, make_tokenizer
+from ..lm.conftest import save_lm
 
 
 @pytest.fixture
 def tuned(small, tmp_path):
-    make_model(max_position_embeddings=256).save_pretrained(tmp_path / "lm")
-    make_tokenizer().save_pretrained(tmp_path / "lm")
+    save_lm(tmp_path / "lm", max_position_embeddings=256)
     return {
         "uip_facets": {
             "interests": {"weight": "positive", "codes": 3, "rank": 2},

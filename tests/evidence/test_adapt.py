@@ -8,12 +8,11 @@ import json
 from recbole_uip import cli, run_recbole_uip
 
 from ..bridge.conftest import Atomic, make_rows
-from ..lm.conftest import make_model, make_tokenizer
+from ..lm.conftest import save_lm
 
 
 def test_command(tmp_path, rng, capsys):
-    make_model().save_pretrained(tmp_path / "lm")
-    make_tokenizer().save_pretrained(tmp_path / "lm")
+    save_lm(tmp_path / "lm")
     words = itertools.product(("star", "toy", "night", "city", "man"), ("war", "day", "heat", "a"))
     items = [(f"i{i}", " ".join(pair), "drama") for i, pair in enumerate(words)]
     Atomic(tmp_path, "toy", make_rows(rng, n_items=20), items=items).write()

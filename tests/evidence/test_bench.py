@@ -17,7 +17,7 @@ from recbole_uip.evidence.figures import Figure, format_bench, write_figures
 from recbole_uip.settings import SettingsError
 
 from ..bridge.conftest import Atomic, make_rows
-from ..lm.conftest import make_model, make_tokenizer
+from ..lm.conftest import make_model, save_lm
 
 MOOD = {"mood": {"source": "constant", "bins": 6, "half_life": [5, "inf"]}}
 TASTE = {
@@ -220,8 +220,7 @@ def test_without_lm(toy, tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def lm_settings(tmp_path):
     folder = tmp_path / "tiny"
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_lm(folder)
     return [f"--uip_lm={folder}", "--uip_lm_dtype=float32", "--uip_item_text={title} ( {genre} )"]
 
 

@@ -13,13 +13,12 @@ from recbole_uip.evidence.task import Task
 from recbole_uip.settings import SettingsError
 
 from ..em.conftest import make_world
-from ..lm.conftest import WORDS, make_model, make_tokenizer
+from ..lm.conftest import WORDS, save_lm
 
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    make_model(max_position_embeddings=512).save_pretrained(tmp_path / "lm")
-    make_tokenizer().save_pretrained(tmp_path / "lm")
+    save_lm(tmp_path / "lm", max_position_embeddings=512)
     world = make_world(n_users=12, n_items=20, events_per_user=40)
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS[2:], 3)) for _ in range(20)]

@@ -21,7 +21,7 @@ from recbole_uip.settings import UIPSettings
 
 from ..bridge.conftest import Atomic, make_rows
 from ..em.conftest import make_world
-from ..lm.conftest import make_model, make_tokenizer
+from ..lm.conftest import save_lm
 
 SETTINGS = UIPSettings.from_dict({"uip_folds": 2, "uip_history": "observed"})
 
@@ -172,8 +172,7 @@ def test_no_event_of_a_hidden_item_shapes_its_score(world, scores):
 def test_command(tmp_path, rng, capsys, monkeypatch):
     monkeypatch.setattr(module, "N_BOOT", 20)
     folder = tmp_path / "tiny"
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_lm(folder)
     titles = ["star wars", "toy story", "heat", "the godfather", "city of night", "man", "a day"]
     genres = ["drama", "comedy action", "thriller"]
     items = [(f"i{i}", titles[i % 7], genres[i % 3]) for i in range(14)] + [("i14", "", "")]

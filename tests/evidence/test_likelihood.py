@@ -13,7 +13,7 @@ from recbole_uip.evidence.task import Task
 from recbole_uip.settings import SettingsError, UIPSettings
 
 from ..bridge.conftest import Atomic, make_rows
-from ..lm.conftest import ENDINGS, WORDS, make_model, make_tokenizer
+from ..lm.conftest import ENDINGS, WORDS, save_lm
 
 N_ITEMS, N_USERS, N_EVENTS = 40, 80, 30
 FACETS = {
@@ -25,8 +25,7 @@ FACETS = {
 @pytest.fixture(scope="module")
 def tiny_lm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_lm(folder)
     return folder
 
 

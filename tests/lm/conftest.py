@@ -57,6 +57,13 @@ def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
     return model.requires_grad_(False).eval()
 
 
+def save_lm(folder: Path, **changes) -> Path:
+    """Write the tiny LM, as ``uip_lm`` may name it; returns its folder."""
+    make_model(**changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 class _WideNorm(torch.nn.Module):
     """LlamaRMSNorm computes in float32 whatever comes in; this one keeps float64."""
 
@@ -105,8 +112,6 @@ def ids(backbone) -> list[list[int]]:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """The tiny LM as a local folder."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    folder = save_lm(tmp_path_factory.mktemp("tiny"))
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     return folder

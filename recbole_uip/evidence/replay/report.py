@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recbole_uip.bridge.report import aligned
+
 __all__ = ["format_replay"]
 
 _TITLES = {
@@ -108,22 +110,13 @@ def _interval(value: Mapping[str, Any], signed: bool = True) -> str:
     return f"{value['mean']:{sign}.4f} [{value['low']:{sign}.4f}, {value['high']:{sign}.4f}]"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
-
-
 def _overall_table(overall: Mapping[str, Any], a: str, b: str) -> list[str]:
     rows = [["", f"A: {a}", f"B: {a}", f"B: {b}", "A/A", "A/B", "A/B less A/A (paired)"]]
     for name, title in _TITLES.items():
         levels = [f"{overall[arm][name]['mean']:.4f}" for arm in ("a", "b_before", "b")]
         changes = [_interval(overall[change][name]) for change in ("a_a", "a_b", "did")]
         rows.append([title, *levels, *changes])
-    return _table(rows)
+    return aligned(rows)
 
 
 def _period_tables(found: Sequence[Mapping[str, Any]], a: str, b: str) -> list[str]:
@@ -154,7 +147,7 @@ def _period_tables(found: Sequence[Mapping[str, Any]], a: str, b: str) -> list[s
                     *(_interval(each[change][name]) for change in ("a_a", "a_b", "did")),
                 ]
             )
-        lines += ["", *_table(rows), *_counted(found, name)]
+        lines += ["", *aligned(rows), *_counted(found, name)]
     rows = [["calibration", *(f"{arm}: {what}" for arm in "AB" for what in _CALIBRATION)]]
     for label, each in zip(labels, found, strict=True):
         cells = [label]
@@ -163,7 +156,7 @@ def _period_tables(found: Sequence[Mapping[str, Any]], a: str, b: str) -> list[s
             cells += [f"{here[name]['mean']:.3f}" for name in ("score", "share")]
             cells += [_interval(here["gap"]), _interval(here["ece"], signed=False)]
         rows.append(cells)
-    return [*lines, "", *_table(rows)]
+    return [*lines, "", *aligned(rows)]
 
 
 def _counted(found: Sequence[Mapping[str, Any]], name: str) -> list[str]:
@@ -197,7 +190,7 @@ def _cost_lines(results: Mapping[str, Any], a: str, b: str) -> list[str]:
     by_arm = cost["rows_per_second_in_blocks"]
     load = " ".join(f"{value:.2f}" for value in here["load_average"])
     lines = [
-        *_table(rows),
+        *aligned(rows),
         f"updates a second: {cost['updates_per_second']:,.0f}"
         if cost["updates_per_second"]
         else "updates a second: there was none",

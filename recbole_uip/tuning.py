@@ -2,53 +2,35 @@
 
 What ties :mod:`recbole_uip.lm.likelihood` and :mod:`recbole_uip.em.gradient` together, as
 :mod:`recbole_uip.profiles` does for the closed form. A profile here is a user at a snapshot (see
-:mod:`recbole_uip.em.snapshots`). Its behaviours speak for facets by the facets' weights:
-
-- ``positive``, ``negative`` and ``all`` facets by the likelihood of the behaviours' texts, behind
-  a prompt in which the soft tokens of the facets that the behaviour is evidence of have moved and
-  all others are at θ⁰. One pass serves all facets of a behaviour.
-- ``contrast`` facets by the likelihood of the feedback endings, given the texts and the items'
-  like rates, whose gradient at θ⁰ is the evidence that the closed form sums up.
+:mod:`recbole_uip.em.snapshots`); what it did, and what the LM reads of that, is in
+:mod:`recbole_uip.passages`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import scipy.special
 
-from recbole_uip import lm
-from recbole_uip.behaviours import Behaviours, DataError
-from recbole_uip.em import basis as em_basis
-from recbole_uip.em import kernels, weights
-from recbole_uip.em.facet import Facet, Observations
-from recbole_uip.em.gradient import Frame, GradientPosterior, Units
+from recbole_uip.behaviours import DataError
+from recbole_uip.em.facet import Observations
+from recbole_uip.em.gradient import GradientPosterior
 from recbole_uip.em.relinearize import RelinearizedPosterior
 from recbole_uip.em.residual import ResidualCodebook
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
-from recbole_uip.em.states import History
-from recbole_uip.lm import prompt as prompts
-from recbole_uip.lm.likelihood import (
-    Passage,
-    SoftTokenLikelihood,
-    feedback_passage,
-    text_passage,
-)
 from recbole_uip.lm.scoring import n_workers
-from recbole_uip.settings import FacetSettings, LMSettings, SettingsError, UIPSettings
-from recbole_uip.texts import rated_texts
-from recbole_uip.work import Work, n_processes
+from recbole_uip.passages import Group, groups
+from recbole_uip.settings import FacetSettings, SettingsError, UIPSettings
+from recbole_uip.work import Work
 
-__all__ = ["Group", "Tuned", "groups", "posterior_of", "tune"]
+__all__ = ["Tuned", "posterior_of", "tune"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,39 +99,6 @@ class Tuned:
         """Posterior mean of each row, zeros without evidence; float32, shape (n_rows, rank)."""
         means = np.concatenate([self.means, np.zeros((1, self.means.shape[1]))])
         return means[self.of_row].astype(np.float32)
-
-
-@dataclass
-class Group:
-    """Facets that are tuned together, all that they need, and the likelihood of their units.
-
-    Attributes
-    ----------
-    facets : tuple of G FacetSettings
-    frame : Frame
-    units : Units
-    fold : ndarray of int64, shape (n_profiles,)
-    passages : list of Passage
-        Of each unit.
-    likelihood : SoftTokenLikelihood
-    evidence : ndarray, shape (n_rows, G)
-        Behaviours that each row is evidence of each facet: none without a text.
-    read : callable
-        What the LM reads of pieces, each an array of rows of one user.
-    """
-
-    facets: tuple[FacetSettings, ...]
-    frame: Frame
-    units: Units
-    fold: np.ndarray
-    passages: list[Passage]
-    likelihood: SoftTokenLikelihood
-    evidence: np.ndarray
-    read: Callable[[Sequence[np.ndarray]], list[Passage]]
-
-    def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The likelihood that EM is given; see :class:`recbole_uip.em.gradient.Likelihood`."""
-        return self.likelihood.value_and_gradient([self.passages[u] for u in units], theta)
 
 
 def tune(
@@ -235,288 +184,6 @@ def posterior_of(group: Group, settings: UIPSettings) -> GradientPosterior:
         batch_tokens=group.likelihood.backbone.batch_tokens,
         seed=settings.seed,
     )
-
-
-def groups(
-    observed: Observations,
-    item_texts: Sequence[str | None],
-    settings: UIPSettings,
-    snapshots: Snapshots,
-    cost: dict[str, float],
-) -> list[Group]:
-    """The facets by what their likelihood is of, and what each profile did; see :func:`tune`."""
-    behaviours, facets = observed.behaviours, settings.tuned_facets
-    implicit = behaviours.liked is None
-    endings = None if implicit else settings.endings
-    contrast = [facet.name for facet in facets if facet.weight == "contrast"]
-    if contrast and endings is None:
-        missing = "labels, which this data lacks" if implicit else "uip_endings"
-        raise SettingsError(
-            f"uip_facets.{contrast[0]}: uip_posterior=gradient tunes weight contrast by the "
-            f"likelihood of feedback endings, and needs {missing}: take another weight"
-        )
-    texts = _Texts.of(behaviours, item_texts, settings, endings, cost)
-    return [
-        _make_group(chosen, feedback, texts, observed, settings, snapshots)
-        for feedback in (False, True)
-        if (chosen := tuple(f for f in facets if (f.weight == "contrast") == feedback))
-    ]
-
-
-def _make_group(
-    facets: tuple[FacetSettings, ...],
-    feedback: bool,
-    texts: _Texts,
-    observed: Observations,
-    settings: UIPSettings,
-    snapshots: Snapshots,
-) -> Group:
-    """The facets whose likelihood is of feedback, or those whose likelihood is of texts."""
-    behaviours = observed.behaviours
-    numbers = [settings.tuned_facets.index(facet) for facet in facets]
-    scores = (texts.scores.feedback if feedback else texts.scores.text)[:, numbers]
-    counts, maps, variances = [], [], []
-    for f, facet in enumerate(facets):
-        try:
-            counts.append(weights.event_counts(facet.weight, behaviours.liked, len(behaviours)))
-            facet_maps, variance = _facet_maps(facet, scores[:, f], texts, observed, settings)
-        except DataError as error:
-            raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
-        maps.append(facet_maps)
-        variances.append(variance)
-    likelihood = SoftTokenLikelihood(
-        texts.backbone, texts.prompt, numbers, settings.gradient.recompute
-    )
-    frame = Frame(likelihood.theta0, tuple(maps), tuple(variances))
-    evidence = np.stack(counts, axis=1) * texts.known[behaviours.item, None]
-    pieces, active, first = _pieces(behaviours, settings, observed.history, snapshots, evidence)
-    # by the folds of item vectors, so that users of one fold and code share the LM's passes
-    intercepts = kernels.intercepts(observed.rates(observed.n_folds)) if feedback else None
-    read = functools.partial(_passages, observed, texts, intercepts)
-    passages = read(pieces)
-    _check_lengths(passages, likelihood)
-    units = Units(
-        first,
-        _numbered(passages),
-        np.array([likelihood.n_tokens(passage) for passage in passages], dtype=np.int64),
-        active,
-        np.full(len(pieces), np.nan),
-        np.zeros((len(pieces), frame.size), np.float32),
-    )
-    profile_fold = observed.vector_fold[snapshots.users(observed.history, behaviours.user)]
-    if settings.likelihood == "item" and pieces:
-        rows, fold = np.concatenate(pieces), profile_fold[units.owner]
-        units = _scored_units(units, frame, scores, texts, observed, rows, fold, intercepts)
-    return Group(facets, frame, units, profile_fold, passages, likelihood, evidence, read)
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """The items' texts, and what the LM says of them at θ⁰.
-
-    Attributes
-    ----------
-    backbone : Backbone
-    prompt : Prompt
-    scores : Scores
-        Of the items that have a text, in order.
-    place : ndarray of int64, shape (n_items,)
-        Where each item's scores are; -1 without a text.
-    token_ids : list of list of int
-        Of the items that have a text.
-    counts : ndarray, shape (n_texts,)
-        Training rows of each.
-    """
-
-    backbone: lm.Backbone
-    prompt: prompts.Prompt
-    scores: lm.Scores
-    place: np.ndarray
-    token_ids: list[list[int]]
-    counts: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        behaviours: Behaviours,
-        item_texts: Sequence[str | None],
-        settings: UIPSettings,
-        endings: tuple[str, str] | None,
-        cost: dict[str, float],
-    ) -> _Texts:
-        rows, counts = rated_texts(item_texts, behaviours.item[behaviours.train], "lm")
-        texts = [item_texts[row] for row in rows]
-        lm_settings = _on_own_device(settings)
-        scored = lm.score(texts, settings.prompts, endings, lm_settings, settings.cache)
-        for name, spent in (("lm_tokens", scored.lm_tokens), ("lm_seconds", scored.seconds)):
-            cost[name] = cost.get(name, 0) + spent
-        backbone = lm.load(lm_settings, settings.cache)
-        prompt = prompts.build(backbone, settings.prompts, endings)
-        place = np.full(behaviours.n_items, -1)
-        place[rows] = np.arange(len(rows))
-        token_ids = prompts.text_ids(backbone, texts)
-        return cls(backbone, prompt, scored, place, token_ids, counts)
-
-    @property
-    def known(self) -> np.ndarray:
-        """Whether an item has a text, shape (n_items,)."""
-        return self.place >= 0
-
-
-def _facet_maps(
-    facet: FacetSettings,
-    scores: np.ndarray,
-    texts: _Texts,
-    observed: Observations,
-    settings: UIPSettings,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The facet's map M for each fold (n_folds, d, rank), and prior variances (rank,).
-
-    In its frame a facet moves in the directions in which users differ, as the closed form has
-    them; or else in the token's own, all scaled alike.
-    """
-    if settings.gradient.space == "token":
-        share = texts.counts / texts.counts.sum()
-        scale = 1.0 / np.sqrt((share @ scores.astype(np.float64) ** 2).mean())
-        width = scores.shape[1]
-        maps = np.repeat(scale * np.eye(width, dtype=np.float32)[None], settings.folds, axis=0)
-        return maps, np.ones(width)
-    whitening = em_basis.whiten(scores, texts.counts)
-    spread = np.zeros((len(texts.place), whitening.vectors.shape[1]))
-    spread[texts.known] = whitening.vectors
-    fitted = Facet(dataclasses.replace(facet, match=None), seed=settings.seed)
-    basis = fitted.fit_basis([spread] * settings.folds, observed)
-    directions = whitening.directions()
-    maps = np.stack([directions @ turned for turned in basis.directions])
-    return maps.astype(np.float32), basis.variance
-
-
-def _pieces(
-    behaviours: Behaviours,
-    settings: UIPSettings,
-    history: History,
-    snapshots: Snapshots,
-    evidence: np.ndarray,
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """What each profile did: single behaviours, or one sequence for each set of facets.
-
-    Returns
-    -------
-    events : list of n_units ndarray
-        Rows that each unit is made of.
-    active : ndarray of float64, shape (n_units, G)
-    first : ndarray of int64, shape (n_profiles + 1,)
-    """
-    first: list[int] = [0]
-    pieces: list[np.ndarray] = []
-    for profile in range(len(snapshots)):
-        events = snapshots.events(history, profile)
-        if behaviours.time is not None:
-            # static histories are not in the order of time
-            events = events[np.argsort(behaviours.time[events], kind="stable")]
-        events = events[evidence[events].any(axis=1)][-settings.gradient.behaviours :]
-        if settings.likelihood == "item":
-            pieces += list(events[:, None])
-        else:
-            # a prompt is the same for all of a sequence, so its behaviours speak for one set
-            patterns, which = np.unique(evidence[events] > 0, axis=0, return_inverse=True)
-            pieces += [events[which.ravel() == p] for p in range(len(patterns))]
-        first.append(len(pieces))
-    active = np.array([evidence[piece].sum(axis=0) for piece in pieces], dtype=np.float64)
-    return pieces, active.reshape(len(pieces), evidence.shape[1]), np.array(first)
-
-
-def _passages(
-    observed: Observations,
-    texts: _Texts,
-    intercepts: np.ndarray | None,
-    pieces: Sequence[np.ndarray],
-) -> list[Passage]:
-    """What the LM reads of each piece: texts, or feedback on them where there are intercepts.
-
-    These are the logits of like rates, shape (n_folds, n_items).
-    """
-    behaviours = observed.behaviours
-
-    @functools.cache
-    def text(items: tuple[int, ...]) -> Passage:
-        return text_passage([texts.token_ids[place] for place in texts.place[list(items)]])
-
-    if intercepts is None:
-        return [text(tuple(behaviours.item[piece])) for piece in pieces]
-
-    @functools.cache
-    def answers(items: tuple[int, ...], liked: tuple[float, ...], fold: int) -> Passage:
-        places = texts.place[list(items)]
-        ids = [texts.token_ids[place] for place in places]
-        shift = intercepts[fold, list(items)] - texts.scores.feedback_logit[places]
-        return feedback_passage(ids, texts.prompt.ending, liked, shift)
-
-    return [
-        answers(tuple(behaviours.item[piece]), tuple(behaviours.liked[piece]), fold)
-        for piece in pieces
-        for fold in [int(observed.vector_fold[behaviours.user[piece[0]]])]
-    ]
-
-
-def _numbered(passages: list[Passage]) -> np.ndarray:
-    """A number for each distinct passage, in the order of their first, shape (n_units,)."""
-    numbers: dict[Passage, int] = {}
-    which = [numbers.setdefault(passage, len(numbers)) for passage in passages]
-    return np.array(which, dtype=np.int64)
-
-
-def _check_lengths(passages: list[Passage], likelihood: SoftTokenLikelihood) -> None:
-    longest = max((len(passage.tokens) for passage in passages), default=0)
-    needed, limit = longest + len(likelihood.prompt), likelihood.n_positions
-    if limit is not None and needed > limit:
-        raise SettingsError(
-            f"a user's behaviours need {needed} positions of the LM, which has {limit}: lower "
-            "uip_gradient.behaviours, or set uip_likelihood=item"
-        )
-
-
-def _scored_units(
-    units: Units,
-    frame: Frame,
-    scores: np.ndarray,
-    texts: _Texts,
-    observed: Observations,
-    rows: np.ndarray,
-    fold: np.ndarray,
-    intercepts: np.ndarray | None,
-) -> Units:
-    """Units of one behaviour each with what cached scores (n_texts, G, d) say of them at θ⁰."""
-    items = observed.behaviours.item[rows]
-    places, n_folds = texts.place[items], len(frame.maps[0])
-    # one table a fold: there are far more behaviours than items
-    every = np.ones((len(scores), scores.shape[1]))
-    table = np.stack(
-        [frame.pull(scores, np.full(len(scores), number), every) for number in range(n_folds)]
-    )
-    gradient = table[fold, places]
-    for f, part in enumerate(frame.slices):
-        gradient[:, part] *= units.active[:, f, None] > 0
-    if intercepts is None:
-        value = texts.scores.log_likelihood[places].astype(np.float64)
-    else:
-        label = observed.behaviours.liked[rows]
-        logit = intercepts[fold, items]
-        value = -np.logaddexp(0.0, (1.0 - 2.0 * label) * logit)
-        gradient = gradient * (label - scipy.special.expit(logit))[:, None].astype(np.float32)
-    return dataclasses.replace(units, value=value, gradient=gradient.astype(np.float32))
-
-
-def _on_own_device(settings: UIPSettings) -> LMSettings:
-    """The LM's settings, with a GPU for each process where there are several of both."""
-    import torch
-
-    chosen = settings.lm
-    if n_processes() > 1 and chosen.device == "auto" and torch.cuda.is_available():
-        from accelerate import PartialState
-
-        chosen = dataclasses.replace(chosen, device=f"cuda:{PartialState().local_process_index}")
-    return chosen
 
 
 def _report(posterior: GradientPosterior, f: int) -> dict[str, Any]:

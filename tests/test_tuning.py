@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from sklearn.exceptions import ConvergenceWarning
 
-from recbole_uip import tuning
 from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.em import collaborative
 from recbole_uip.em.facet import Observations
 from recbole_uip.em.snapshots import take_snapshots
 from recbole_uip.lm.likelihood import SoftTokenLikelihood
+from recbole_uip.passages import groups
 from recbole_uip.profiles import Profiles, infer
 from recbole_uip.settings import SettingsError, UIPSettings
 
@@ -285,7 +285,7 @@ def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, wo
 
     def groups_of(data):
         observed = Held(data, history, fold, settings.folds)
-        return tuning.groups(observed, texts, settings, snapshots, {})
+        return groups(observed, texts, settings, snapshots, {})
 
     moved = 0
     for before, after in zip(

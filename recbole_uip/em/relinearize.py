@@ -18,7 +18,9 @@ import hashlib
 
 import numpy as np
 
-from recbole_uip.em.gradient import EStep, GradientPosterior, State, secant_sums, sums_by_owner
+from recbole_uip.em.ascent import EStep, State
+from recbole_uip.em.frame import secant_sums, sums_by_owner
+from recbole_uip.em.gradient import GradientPosterior
 from recbole_uip.work import even_batches
 
 __all__ = ["RelinearizedPosterior"]
@@ -47,50 +49,31 @@ class RelinearizedPosterior(GradientPosterior):
     def _relinearize(self, phase: str, profiles: np.ndarray, number: int) -> EStep:
         """Values and gradients of all behaviours at their profiles' codewords."""
         units, frame = self._units, self.frame
-        state = self._states.get((phase, 0)) or State.start(units, profiles)
+        before = self._states.get((phase, 0)) or State.start(units, profiles)
         mine = units.of(profiles)
         owner = np.repeat(np.arange(len(profiles)), np.diff(units.first)[profiles])
         active, fold = units.active[mine], self._fold[profiles][owner]
         codes, where = self._codewords(profiles)
         here = where[owner]
-        gradient, known = state.gradient.copy(), state.value.copy()
-        moved = (here - state.visited) * np.repeat(active > 0, frame.ranks, axis=1)
-        fresh = np.flatnonzero(moved.any(axis=1) | np.isnan(known))
+        moved = (here - before.visited) * np.repeat(active > 0, frame.ranks, axis=1)
+        fresh = np.flatnonzero(moved.any(axis=1) | np.isnan(before.value))
         # One pass for all that read the same under the same soft tokens.
-        moves = active > 0
-        code = np.where(moves, codes[owner], -1)
-        same = np.column_stack([units.passage[mine], fold, moves, code])
-        _, chosen, place = np.unique(same[fresh], axis=0, return_index=True, return_inverse=True)
-        chosen = fresh[chosen]
-        batches = list(even_batches(units.cost[mine[chosen]], self.batch_tokens))
-        # Kept results are of these units at these places, and of no others.
-        digest = hashlib.sha256(np.ascontiguousarray(mine[chosen]).tobytes())
-        digest.update(np.ascontiguousarray(here[chosen]).tobytes())
-        phase_key = f"{phase}-{number}-{digest.hexdigest()[:16]}"
-
-        def visit(index: int) -> dict[str, np.ndarray]:
-            rows = chosen[batches[index]]
-            theta = frame.tokens(here[rows], fold[rows], active[rows])
-            values, gradients = self._likelihood(mine[rows], theta)
-            return {"value": values, "gradient": frame.pull(gradients, fold[rows], active[rows])}
-
-        found = self._run(phase_key, visit, len(batches), ("value", "gradient"))
-        values = np.empty(len(chosen))
-        gradients = np.empty((len(chosen), frame.size), np.float32)
-        for batch, result in zip(batches, found, strict=True):
-            values[batch], gradients[batch] = result["value"], result["gradient"]
-        place = place.ravel()
-        measured = np.isfinite(known[fresh])  # at where they were before, too
-        change = gradients[place] - gradient[fresh]
-        secant = secant_sums(
-            frame, active[fresh][measured], moved[fresh][measured], change[measured]
+        code = np.where(active > 0, codes[owner], -1)
+        same = np.column_stack([units.passage[mine], fold, active > 0, code])[fresh]
+        _, first, place = np.unique(same, axis=0, return_index=True, return_inverse=True)
+        chosen, place = fresh[first], place.ravel()
+        values, gradients = self._visit(
+            f"{phase}-{number}", mine[chosen], here[chosen], fold[chosen], active[chosen]
         )
-        gradient[fresh], known[fresh] = gradients[place], values[place]
+        gradient, value = before.gradient.copy(), before.value.copy()
+        gradient[fresh], value[fresh] = gradients[place], values[place]
+        known = fresh[np.isfinite(before.value[fresh])]  # at where they were before, too
+        change = gradient[known] - before.gradient[known]
         lm_tokens = int(units.cost[mine[chosen]].sum())
         self.tokens_ += lm_tokens
-        value = np.bincount(owner, known, len(profiles))
-        own = np.ones(len(mine), dtype=bool)
-        self._states[phase, 0] = state = State(where, gradient, known, here, own)
+        after = State(where, gradient, value, here, np.ones(len(mine), dtype=bool))
+        self._states[phase, 0] = after
+        log_likelihood = np.bincount(owner, value, len(profiles))
         log_priors = [
             prior.value_and_gradient(where[:, part])[0]
             for part, prior in zip(frame.slices, self.priors() or (), strict=False)
@@ -98,12 +81,38 @@ class RelinearizedPosterior(GradientPosterior):
         return EStep(
             where,
             sums_by_owner(gradient, owner, len(profiles)),
-            value,
-            np.array([value.sum() + np.sum(log_priors)]),
-            secant,
+            log_likelihood,
+            np.array([log_likelihood.sum() + np.sum(log_priors)]),
+            secant_sums(frame, active[known], moved[known], change),
             np.array(lm_tokens),
-            state,
+            after,
         )
+
+    def _visit(
+        self, phase: str, units: np.ndarray, where: np.ndarray, fold: np.ndarray, active: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values (n,) and gradients (n, R) of units at coordinates (n, R), by the LM."""
+        batches = list(even_batches(self._units.cost[units], self.batch_tokens))
+        # Kept results are of these units at these places, and of no others.
+        digest = hashlib.sha256(np.ascontiguousarray(units).tobytes())
+        digest.update(np.ascontiguousarray(where).tobytes())
+
+        def visit(index: int) -> dict[str, np.ndarray]:
+            rows = batches[index]
+            theta = self.frame.tokens(where[rows], fold[rows], active[rows])
+            values, gradients = self._likelihood(units[rows], theta)
+            return {
+                "value": values,
+                "gradient": self.frame.pull(gradients, fold[rows], active[rows]),
+            }
+
+        key = f"{phase}-{digest.hexdigest()[:16]}"
+        found = self._run(key, visit, len(batches), ("value", "gradient"))
+        values = np.empty(len(units))
+        gradients = np.empty((len(units), self.frame.size), np.float32)
+        for rows, result in zip(batches, found, strict=True):
+            values[rows], gradients[rows] = result["value"], result["gradient"]
+        return values, gradients
 
     def _codewords(self, profiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, G), -1 for none yet, and soft tokens' coordinates (n, R), then zeros."""

@@ -21,8 +21,9 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip import tuning
+from recbole_uip.em.ascent import LEARNING_RATES, State, ascend
 from recbole_uip.em.facet import Observations
-from recbole_uip.em.gradient import LEARNING_RATES, GradientPosterior, State, ascend
+from recbole_uip.em.gradient import GradientPosterior
 from recbole_uip.em.snapshots import Snapshots, take_snapshots
 from recbole_uip.em.states import whole_history
 from recbole_uip.evidence.bench import Matrices, matmul_ceiling, matrices
@@ -35,9 +36,9 @@ from recbole_uip.lm.likelihood import (
 )
 from recbole_uip.lm.prompt import Prompt
 from recbole_uip.lm.scoring import n_workers
+from recbole_uip.passages import Group, groups
 from recbole_uip.records import peak_memory, versions
 from recbole_uip.settings import FacetSettings, SettingsError
-from recbole_uip.tuning import Group
 from recbole_uip.work import Work
 
 __all__ = ["CausalPrompt", "bench_gradient", "tuning_flops"]
@@ -321,7 +322,7 @@ class _Slice:
             dataclasses.replace(facet, codes=min(facet.codes, few))
             for facet in task.settings.facets
         )
-        return tuning.groups(
+        return groups(
             self.observed,
             task.texts,
             dataclasses.replace(task.settings, facets=facets),

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from sklearn.exceptions import ConvergenceWarning
 
-from recbole_uip.em.gradient import Frame, GradientPosterior, Prior, State, Units, ascend
+from recbole_uip.em.ascent import Prior, State, ascend
+from recbole_uip.em.frame import Frame, Units
+from recbole_uip.em.gradient import GradientPosterior
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
 
 WIDTH, RANK = 6, 3

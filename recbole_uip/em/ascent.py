@@ -1,0 +1,278 @@
+r"""The E-step by gradients: soft tokens climb the log posterior, a batch of profiles at a time.
+
+Adam on :math:`\sum_i \ell_i(\theta_u) + \log \sum_k \pi_k N(a_u; e_k, \mathrm{diag}\,\sigma^2)`:
+all codewords draw a profile, each by its responsibility. A step puts only a few of the profile's
+behaviours through the LM. The others count by their last gradient (SAGA; Defazio, Bach and
+Lacoste-Julien 2014), of which the first is the cached score at :math:`\theta^0`. With these alone
+and one Newton step this is the closed form of ``score``. The likelihood is an argument: nothing
+here knows what it is of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import scipy.special
+
+from recbole_uip.em.codebook import component_log_densities
+from recbole_uip.em.frame import Frame, Units, secant_sums, sums_by_owner
+from recbole_uip.settings import GradientSettings
+
+__all__ = ["LEARNING_RATES", "SHARED", "EStep", "Likelihood", "Prior", "State", "ascend"]
+
+LEARNING_RATES = (0.01, 0.03, 0.1)  # of which ``learning_rate: auto`` takes one
+BETAS = (0.9, 0.99)  # few steps: the second moment cannot look back over a thousand of them
+#: What of a batch's result all processes need; the rest stays with the process that made it.
+SHARED = ("where", "total", "value", "curve", "secant", "lm_tokens")
+
+
+class Likelihood(Protocol):
+    """Log-likelihoods of units and their gradients, each under soft tokens of its own."""
+
+    def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ℓ (n,) and its gradient (n, G, d) of ``units`` (n,) under ``theta`` (n, G, d)."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """log sum_k pi_k N(a; e_k, diag sigma^2) of one facet, without noise.
+
+    Attributes
+    ----------
+    weights : ndarray, shape (K,)
+    codewords : ndarray, shape (K, r)
+    variance : ndarray, shape (r,)
+    """
+
+    weights: np.ndarray
+    codewords: np.ndarray
+    variance: np.ndarray
+
+    def value_and_gradient(self, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log p (n,) and its gradient (n, r) at ``where`` (n, r)."""
+        where = where.astype(np.float64)
+        noise = np.zeros(len(where))
+        joint = component_log_densities(where, noise, self.codewords, self.variance)
+        joint += np.log(self.weights)
+        responsibility = scipy.special.softmax(joint, axis=1)
+        pull = (responsibility @ self.codewords - where) / self.variance
+        return scipy.special.logsumexp(joint, axis=1), pull
+
+
+@dataclass(frozen=True)
+class State:
+    """Where n profiles are, and what was last found of their m units, profile by profile.
+
+    Attributes
+    ----------
+    where : ndarray of float32, shape (n, R)
+        Coordinates of each profile.
+    gradient : ndarray of float32, shape (m, R)
+        Gradient of each unit, at its last visit.
+    value : ndarray of float64, shape (m,)
+        ℓ of each unit then; NaN where not known.
+    visited : ndarray of float32, shape (m, R)
+        Coordinates at which that was.
+    own : ndarray of bool, shape (m,)
+        Whether that was by the likelihood, and not by cached scores.
+    """
+
+    where: np.ndarray
+    gradient: np.ndarray
+    value: np.ndarray
+    visited: np.ndarray
+    own: np.ndarray
+
+    @classmethod
+    def start(cls, units: Units, profiles: np.ndarray) -> State:
+        """Profiles ``profiles`` at θ⁰."""
+        mine = units.of(profiles)
+        size = units.gradient.shape[1]
+        return cls(
+            np.zeros((len(profiles), size), np.float32),
+            units.gradient[mine].astype(np.float32),
+            units.value[mine].astype(np.float64),
+            np.zeros((len(mine), size), np.float32),
+            np.zeros(len(mine), dtype=bool),
+        )
+
+
+@dataclass(frozen=True)
+class EStep:
+    """What the E-step of a batch of n profiles came to.
+
+    Attributes
+    ----------
+    where : ndarray of float32, shape (n, R)
+        Coordinates where it ended.
+    total : ndarray of float32, shape (n, R)
+        Gradient of all of a profile's behaviours, each of its last visit.
+    value : ndarray of float64, shape (n,)
+        Their log-likelihood.
+    curve : ndarray of float64, shape (steps + 1,)
+        Sum of the log posteriors before and after each step; NaN while a behaviour's value is not
+        known.
+    secant : ndarray of float64, shape (G, 2)
+        Sums of curvature and of its weights, see :func:`secant_sums`.
+    lm_tokens : ndarray of int64, shape ()
+    state : State or None
+        From which the next one goes on; None if that stayed in another process.
+    """
+
+    where: np.ndarray
+    total: np.ndarray
+    value: np.ndarray
+    curve: np.ndarray
+    secant: np.ndarray
+    lm_tokens: np.ndarray
+    state: State | None = None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As :func:`in_turn` and its like keep and exchange it."""
+        own = {name: array for name, array in vars(self).items() if name != "state"}
+        return own | {f"state_{name}": array for name, array in vars(self.state).items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> EStep:
+        """The inverse of :attr:`arrays`, also where other processes gave but ``SHARED``."""
+        state = None
+        if "state_where" in arrays:
+            state = State(*(arrays[f"state_{each.name}"] for each in dataclasses.fields(State)))
+        return cls(*(arrays[name] for name in SHARED), state)
+
+
+class _Adam:
+    """Steps of Adam (Kingma and Ba 2015), whose rate falls to zero so that they come to rest."""
+
+    def __init__(self, rate: np.ndarray, n_steps: int) -> None:
+        self.rate, self.n_steps = rate, n_steps
+        self.step = 0
+        self.moments = (0.0, 0.0)
+
+    def move(self, gradient: np.ndarray) -> np.ndarray:
+        """The next step uphill, in the shape of the gradient."""
+        rate = self.rate * (1.0 - self.step / self.n_steps)
+        self.step += 1
+        self.moments = tuple(
+            beta * moment + (1 - beta) * gradient**power
+            for beta, moment, power in zip(BETAS, self.moments, (1, 2), strict=True)
+        )
+        first, second = (
+            moment / (1 - beta**self.step) for beta, moment in zip(BETAS, self.moments, strict=True)
+        )
+        return rate * first / (np.sqrt(second) + 1e-12)
+
+
+def ascend(
+    state: State,
+    units: Units,
+    profiles: np.ndarray,
+    fold: np.ndarray,
+    frame: Frame,
+    priors: Sequence[Prior] | None,
+    likelihood: Likelihood,
+    settings: GradientSettings,
+    learning_rate: float,
+    seed: Sequence[int],
+) -> EStep:
+    """The E-step of a batch of profiles: ``settings.steps`` steps of Adam.
+
+    Parameters
+    ----------
+    state : State
+        To start from.
+    units : Units
+    profiles : ndarray of int64, shape (n,)
+        The batch.
+    fold : ndarray of int64, shape (n,)
+        Their users' folds.
+    frame : Frame
+    priors : sequence of G Prior, or None for maximum likelihood
+    likelihood : Likelihood
+    settings : GradientSettings
+    learning_rate : float
+    seed : sequence of int
+        With a profile's number, seed of the order in which its behaviours take their turns.
+
+    Returns
+    -------
+    EStep
+    """
+    n, mine, counts = len(profiles), units.of(profiles), np.diff(units.first)[profiles]
+    owner = np.repeat(np.arange(n), counts)
+    active = units.active[mine]
+    state = State(**{name: array.copy() for name, array in vars(state).items()})
+    where = state.where
+    taken = np.minimum(settings.batch, counts)
+    scale = (counts / np.maximum(taken, 1)).astype(np.float32)
+    adam = _Adam(frame.steps(learning_rate), settings.steps)
+    secant, lm_tokens = np.zeros((len(frame.maps), 2)), 0
+    log_posterior, pull = _log_posterior(where, np.bincount(owner, state.value, n), frame, priors)
+    curve = [log_posterior.sum()]
+    for rows in _turns(profiles, counts, taken, settings.steps, seed):
+        here, row_fold, row_active = where[owner[rows]], fold[owner[rows]], active[rows]
+        values, gradients = likelihood(mine[rows], frame.tokens(here, row_fold, row_active))
+        new = frame.pull(gradients, row_fold, row_active)
+        lm_tokens += int(units.cost[mine[rows]].sum())
+        change = new - state.gradient[rows]
+        # cached scores differ from our own by rounding, which no short move should be blamed for
+        moved = (here - state.visited[rows]) * state.own[rows, None]
+        secant += secant_sums(frame, row_active, moved, change)
+        # SAGA: the last gradients of all, and the change of a few scaled to all
+        estimate = sums_by_owner(state.gradient, owner, n)
+        estimate += scale[:, None] * sums_by_owner(change, owner[rows], n)
+        state.gradient[rows], state.value[rows], state.visited[rows] = new, values, here
+        state.own[rows] = True
+        where = (where + adam.move(estimate + pull)).astype(np.float32)
+        log_posterior, pull = _log_posterior(
+            where, np.bincount(owner, state.value, n), frame, priors
+        )
+        curve.append(log_posterior.sum())
+    return EStep(
+        where,
+        sums_by_owner(state.gradient, owner, n),
+        np.bincount(owner, state.value, n),
+        np.array(curve),
+        secant,
+        np.array(lm_tokens),
+        dataclasses.replace(state, where=where),
+    )
+
+
+def _turns(
+    profiles: np.ndarray,
+    counts: np.ndarray,
+    taken: np.ndarray,
+    n_steps: int,
+    seed: Sequence[int],
+) -> Iterator[np.ndarray]:
+    """Units of each step: of each profile the next ``taken`` of its ``counts``, round and round."""
+    start = np.cumsum(counts) - counts
+    # seeded per profile, so that a result does not depend on the rest of the batch
+    orders = [
+        first + np.random.default_rng([*seed, profile]).permutation(count)
+        for first, profile, count in zip(start, profiles, counts, strict=True)
+    ]
+    for step in range(n_steps):
+        yield np.concatenate(
+            [
+                order[(step * few + np.arange(few)) % max(1, len(order))]
+                for order, few in zip(orders, taken, strict=True)
+            ]
+        )
+
+
+def _log_posterior(
+    where: np.ndarray, value: np.ndarray, frame: Frame, priors: Sequence[Prior] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log posteriors (n,) by log-likelihoods ``value``, and the priors' gradients (n, R)."""
+    pull = np.zeros_like(where)
+    for part, prior in zip(frame.slices, priors or (), strict=False):
+        log_prior, pull[:, part] = prior.value_and_gradient(where[:, part])
+        value = value + log_prior
+    return value, pull

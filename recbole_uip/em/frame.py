@@ -1,0 +1,164 @@
+r"""Soft tokens in coordinates, and the behaviours that move them.
+
+A profile u has G soft tokens, one a facet. They are written in coordinates :math:`a_u`,
+
+.. math:: \theta_{uf} = \theta^0_f + M_f a_{uf},
+
+where :math:`M_f` is scaled so that the score of one behaviour has about unit variance in each
+coordinate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+
+__all__ = ["Frame", "Units", "secant_sums", "sums_by_owner"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What profiles did, in pieces that the likelihood reads whole.
+
+    Attributes
+    ----------
+    first : ndarray of int64, shape (n_profiles + 1,)
+        Where each profile's units start.
+    passage : ndarray of int64, shape (n_units,)
+        Which text each reads: units of one number have one likelihood.
+    cost : ndarray of int64, shape (n_units,)
+        LM tokens of each.
+    active : ndarray of float64, shape (n_units, G)
+        Behaviours in it that are evidence of each facet. A facet of which it is none has its
+        soft token at θ⁰.
+    value : ndarray of float64, shape (n_units,)
+        ℓ at θ⁰; NaN where not known.
+    gradient : ndarray of float32, shape (n_units, R)
+        Its gradient in the coordinates at θ⁰; zeros where not known.
+    """
+
+    first: np.ndarray
+    passage: np.ndarray
+    cost: np.ndarray
+    active: np.ndarray
+    value: np.ndarray
+    gradient: np.ndarray
+
+    @property
+    def owner(self) -> np.ndarray:
+        """Profile of each unit, shape (n_units,)."""
+        return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+
+    def of(self, profiles: np.ndarray) -> np.ndarray:
+        """The units of ``profiles``, profile by profile, shape (m,)."""
+        return np.concatenate([np.arange(self.first[u], self.first[u + 1]) for u in profiles])
+
+    @property
+    def evidence(self) -> np.ndarray:
+        """N of each profile and facet, shape (n_profiles, G)."""
+        sums = np.concatenate([np.zeros((1, self.active.shape[1])), self.active.cumsum(axis=0)])
+        return np.diff(sums[self.first], axis=0)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The coordinates of G soft tokens, R in all.
+
+    Attributes
+    ----------
+    theta0 : ndarray, shape (G, d)
+    maps : tuple of ndarray, each of shape (n_folds, d, rank of the facet)
+        M of each facet, for each fold of users.
+    variance : tuple of ndarray, each of shape (rank,)
+        Between-user variance of each facet, the prior before there is a codebook.
+    """
+
+    theta0: np.ndarray
+    maps: tuple[np.ndarray, ...]
+    variance: tuple[np.ndarray, ...]
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where each facet's coordinates are among the R."""
+        ends = np.cumsum(self.ranks).tolist()
+        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Number of coordinates of each facet."""
+        return [each.shape[2] for each in self.maps]
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates R."""
+        return sum(self.ranks)
+
+    def tokens(self, where: np.ndarray, fold: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Soft tokens at coordinates (n, R), θ⁰ where not active; float32, shape (n, G, d)."""
+        theta = np.repeat(self.theta0[None].astype(np.float32), len(where), axis=0)
+        for f, (part, maps) in enumerate(zip(self.slices, self.maps, strict=True)):
+            for chosen, each in _by_fold(fold, maps):
+                mask = (active[chosen, f] > 0)[:, None]
+                theta[chosen, f] += mask * (where[chosen, part] @ each.T)
+        return theta
+
+    def pull(self, gradient: np.ndarray, fold: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """A gradient (n, G, d) in soft tokens as one in the coordinates; float32, shape (n, R)."""
+        pulled = np.empty((len(gradient), self.size), np.float32)
+        for f, (part, maps) in enumerate(zip(self.slices, self.maps, strict=True)):
+            for chosen, each in _by_fold(fold, maps):
+                mask = (active[chosen, f] > 0)[:, None]
+                pulled[chosen, part] = mask * (gradient[chosen, f] @ each)
+        return pulled
+
+    def steps(self, learning_rate: float) -> np.ndarray:
+        """Step of each coordinate that moves soft tokens' entries by about ``learning_rate``.
+
+        In the root mean square over entries, if each coordinate moves by its step; shape (R,).
+        """
+        steps = [
+            np.full(maps.shape[2], np.sqrt(maps.shape[1] / (maps**2).sum(axis=(1, 2)).mean()))
+            for maps in self.maps
+        ]
+        return learning_rate * np.concatenate(steps)
+
+
+def _by_fold(fold: np.ndarray, maps: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows of each fold there is, and the fold's map."""
+    for number in np.unique(fold):
+        yield np.flatnonzero(fold == number), maps[number]
+
+
+def secant_sums(
+    frame: Frame, active: np.ndarray, moved: np.ndarray, change: np.ndarray
+) -> np.ndarray:
+    """Curvature of each facet and its weight, summed over behaviours: their quotient is c.
+
+    Parameters
+    ----------
+    frame : Frame
+    active : ndarray, shape (n, G)
+    moved, change : ndarray, shape (n, R)
+        Between two visits to each behaviour, of the coordinates and of the gradient.
+
+    Returns
+    -------
+    ndarray of float64, shape (G, 2)
+    """
+    sums = np.zeros((len(frame.maps), 2))
+    for f, part in enumerate(frame.slices):
+        sums[f, 0] = -(moved[:, part] * change[:, part]).sum()
+        sums[f, 1] = (active[:, f] * (moved[:, part] ** 2).sum(axis=1)).sum()
+    return sums
+
+
+def sums_by_owner(rows: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:
+    """Sums of rows (m, R) by owner, shape (n, R), in the order of the rows."""
+    # a product with ones, which adds row by row as numpy.add.at does, many times faster
+    places = owner, np.arange(len(owner))
+    return (
+        scipy.sparse.csr_array((np.ones_like(rows, shape=len(rows)), places), (n, len(rows))) @ rows
+    )

@@ -132,7 +132,7 @@ def item_texts(
         for item, *values in _rows(Path(path), (id_field, *names), template, separator, encoding):
             # RecBole reads a quoted ID without its quotation marks.
             index = token_id.get(item, token_id.get(_unquote(item)))
-            if index:
+            if index and texts[index] is None:  # of an item's rows RecBole takes the first
                 texts[index] = fill(template, dict(zip(names, map(_unquote, values), strict=True)))
     except (OSError, UnicodeError, LookupError, csv.Error, pa.ArrowException) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error

@@ -27,6 +27,13 @@ def test_item_texts(item_file):
     assert texts == [None, '"Great" Film (Drama)', '"Open quote', None, None]
 
 
+def test_an_item_twice_has_its_first_text(item_file):
+    with item_file.open("a", encoding="utf-8") as file:
+        file.write("a\tAnother Film\tDrama\nc\tLate\tDrama\n")
+    texts = item_texts(item_file, "{title} ({genre})", "item_id", TOKENS, 5)
+    assert texts == [None, '"Great" Film (Drama)', '"Open quote', "Late (Drama)", None]
+
+
 def test_quoted_separators_and_quotation_marks(item_file):
     item_file.write_text(
         "item_id:token\ttitle:token_seq\tgenre:token_seq\n"

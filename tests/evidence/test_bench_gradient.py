@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from recbole_uip.evidence import bench_authors
 from recbole_uip.evidence import bench_gradient as module
 from recbole_uip.evidence.bench import Matrices
 from recbole_uip.evidence.figures import format_bench
@@ -73,7 +74,7 @@ def test_flops_are_counted_by_hand():
 
 
 def test_the_authors_prompt_has_no_blocks():
-    prompt = module.CausalPrompt(("a", "b"), (), ((1,), (2, 3)))
+    prompt = bench_authors.CausalPrompt(("a", "b"), (), ((1,), (2, 3)))
     mask = prompt.mask(2)
     assert torch.equal(mask, torch.ones(7, 7).tril().bool())
 

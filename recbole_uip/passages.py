@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def groups(
     item_texts: Sequence[str | None],
     settings: UIPSettings,
     snapshots: Snapshots,
-    cost: dict[str, float],
+    cost: Counter[str],
 ) -> list[Group]:
     """The facets by what their likelihood is of, and what each profile did; see :func:`tune`."""
     behaviours, facets = observed.behaviours, settings.tuned_facets
@@ -196,14 +197,13 @@ class _Texts:
         item_texts: Sequence[str | None],
         settings: UIPSettings,
         endings: tuple[str, str] | None,
-        cost: dict[str, float],
+        cost: Counter[str],
     ) -> _Texts:
         rows, counts = rated_texts(item_texts, behaviours.item[behaviours.train], "lm")
         texts = [item_texts[row] for row in rows]
         lm_settings = _on_own_device(settings)
         scored = lm.score(texts, settings.prompts, endings, lm_settings, settings.cache)
-        for name, spent in (("lm_tokens", scored.lm_tokens), ("lm_seconds", scored.seconds)):
-            cost[name] = cost.get(name, 0) + spent
+        cost.update(lm_tokens=scored.lm_tokens, lm_seconds=scored.seconds)
         backbone = lm.load(lm_settings, settings.cache)
         prompt = prompts.build(backbone, settings.prompts, endings)
         place = np.full(behaviours.n_items, -1)

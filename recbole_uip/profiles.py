@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def infer(
     if not (fold.min() >= 0 and fold.max() < settings.user_folds):
         raise ValueError(f"fold must be from 0 to {settings.user_folds - 1}, got {fold.max()}")
     observed = Observations(behaviours, history, fold, settings.folds)
-    cost: dict[str, float] = {}
+    cost: Counter[str] = Counter()
     closed = [facet for facet in settings.facets if facet not in settings.tuned_facets]
     text_vectors, texts = {}, {}
     for source in TEXT_SOURCES:
@@ -227,11 +228,11 @@ def infer(
         tuned = tune(observed, item_texts or (), settings, cost)
         fields += [field for each in tuned.values() for field in _tuned_fields(each, settings)]
     order = [facet.name for facet in settings.facets]
-    cost["em_seconds"] = time.perf_counter() - started - cost.get("lm_seconds", 0.0)
+    cost["em_seconds"] = time.perf_counter() - started - cost["lm_seconds"]
     return Profiles(
         fields=tuple(sorted(fields, key=lambda each: order.index(each.facet))),
         static=settings.time == "static",
-        cost=cost,
+        cost=dict(cost),
         report={name: facet.report() for name, facet in facets.items()}
         | {name: each.report for name, each in tuned.items()},
         facets=facets,
@@ -409,7 +410,7 @@ def _text_vectors(
     behaviours: Behaviours,
     item_texts: Sequence[str | None] | None,
     settings: UIPSettings,
-    cost: dict[str, float],
+    cost: Counter[str],
 ) -> tuple[np.ndarray, TextVectors]:
     """Whitened vectors of every item by its text, shape (n_items, m), and what made them.
 
@@ -428,7 +429,7 @@ def _text_vectors(
 
 
 def _raw_vectors(
-    source: str, texts: list[str], implicit: bool, settings: UIPSettings, cost: dict[str, float]
+    source: str, texts: list[str], implicit: bool, settings: UIPSettings, cost: Counter[str]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Vectors of texts, one each, and what :class:`TextVectors` is to say of them."""
     if source == "words":
@@ -446,8 +447,7 @@ def _raw_vectors(
     else:
         scored = lm.embed(texts, settings.lm, settings.cache)
         vectors, about = scored.vectors, {}
-    for name, spent in (("lm_tokens", scored.lm_tokens), ("lm_seconds", scored.seconds)):
-        cost[name] = cost.get(name, 0) + spent
+    cost.update(lm_tokens=scored.lm_tokens, lm_seconds=scored.seconds)
     return vectors, {"fingerprint": scored.fingerprint, **about}
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +106,7 @@ def tune(
     observed: Observations,
     item_texts: Sequence[str | None],
     settings: UIPSettings,
-    cost: dict[str, float],
+    cost: Counter[str],
 ) -> dict[str, Tuned]:
     """Tune the facets of ``settings`` that are tuned by gradients.
 
@@ -114,7 +115,7 @@ def tune(
     observed : Observations
     item_texts : sequence of str or None, length n_items
     settings : UIPSettings
-    cost : dict
+    cost : Counter
         ``lm_tokens`` and ``lm_seconds`` are added to it.
 
     Returns
@@ -159,8 +160,7 @@ def tune(
             posterior.fit(group.units, group.fold, snapshots.fitted, held_out[user], group, work)
         except DataError as error:
             raise SettingsError(f"uip_facets.{'/'.join(names)}: {error}") from error
-        cost["lm_tokens"] = cost.get("lm_tokens", 0) + posterior.tokens_
-        cost["lm_seconds"] = cost.get("lm_seconds", 0.0) + time.perf_counter() - started
+        cost.update(lm_tokens=posterior.tokens_, lm_seconds=time.perf_counter() - started)
         for f, facet in enumerate(group.facets):
             tuned[facet.name] = Tuned(
                 facet,

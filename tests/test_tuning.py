@@ -9,6 +9,7 @@ import pathlib
 import signal
 import socket
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -285,7 +286,7 @@ def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, wo
 
     def groups_of(data):
         observed = Held(data, history, fold, settings.folds)
-        return groups(observed, texts, settings, snapshots, {})
+        return groups(observed, texts, settings, snapshots, Counter())
 
     moved = 0
     for before, after in zip(

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +111,7 @@ class Slice:
             task.texts,
             dataclasses.replace(task.settings, facets=facets),
             self.snapshots,
-            {},
+            Counter(),
         )
 
     def fit(self, posterior: GradientPosterior, group: Group, work: Work) -> tuple[float, Counted]:

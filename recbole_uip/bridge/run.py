@@ -25,7 +25,8 @@ from recbole_uip.bridge.dataset import UIPDataset
 from recbole_uip.bridge.metrics import gauc
 from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.refusals import recbole_refusals
-from recbole_uip.bridge.serving import model_fields, write_serving
+from recbole_uip.bridge.served_model import model_fields
+from recbole_uip.bridge.serving_files import write_serving
 from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
 from recbole_uip.files import LockedError, atomic_write, lock, unlock

@@ -1,164 +1,37 @@
-"""Click probabilities from a trained checkpoint and the bank, for users RecBole never saw too.
-
-A run leaves, beside its checkpoints, what a model needs besides weights, as plain data:
-
-=================================  ============================================================
-``serving/features.safetensors``   features of users and items, row by row as the models read
-                                   them (normalised, discretised, filled); row 0 is [PAD]
-``serving/tokens.parquet``         vocabulary of every token field, in the order of the ids
-``serving/<MODEL>-<ARM>.json``     fields of one model, how context values become features,
-                                   and the SHA-256 of its checkpoint and of the files above
-=================================  ============================================================
-
-The checksums tell when checkpoints and features are of two runs, which would score with the
-wrong rows and no error. Nothing here is unpickled, and no text of a file is run as code.
-"""
+"""Click probabilities from a trained checkpoint and the bank, for users RecBole never saw too."""
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from recbole.data.interaction import Interaction
-from recbole.model.context_aware_recommender import kd_dagfm
-from recbole.utils import FeatureSource, FeatureType
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from recbole.utils import FeatureType
 
 from recbole_uip.bank.bank import FeatureBank
-from recbole_uip.bridge.config import UIPConfig, restore_config
+from recbole_uip.bridge.served_model import make_model, model_fields
+from recbole_uip.bridge.serving_files import (
+    CODE,
+    FEATURES,
+    MATCH,
+    TOKENS,
+    check_file,
+    read_description,
+    read_features,
+    read_tokens,
+)
 from recbole_uip.bridge.storage import load_checkpoint
-from recbole_uip.files import atomic_write, sha256_of
 from recbole_uip.settings import SettingsError
 
-if TYPE_CHECKING:
-    from recbole_uip.bridge.dataset import UIPDataset
+__all__ = ["Scorer"]
 
-__all__ = ["Scorer", "model_fields", "write_serving"]
-
-FORMAT = 1
-FEATURES, TOKENS = "serving/features.safetensors", "serving/tokens.parquet"
 BANK = "bank"
 # Rows that go through the model at a time.
 BATCH_ROWS = 8192
-# A field is a code of the user, a match of the user and the item, or no profile field.
-CODE, MATCH = "code", "match"
-
-_SOURCES = {source.value: source for source in FeatureSource}
-_TYPES = {ftype.value: ftype for ftype in FeatureType}
-
-
-# --- writing -------------------------------------------------------------------------------
-
-
-def write_serving(output: Path, dataset: UIPDataset, configs: Sequence[UIPConfig]) -> str:
-    """Write what serving the models of a finished run needs besides their weights.
-
-    Parameters
-    ----------
-    output : Path
-        The run's folder, where its checkpoints lie.
-    dataset : UIPDataset
-        Built, with its profiles.
-    configs : sequence of UIPConfig
-        One for each model.
-
-    Returns
-    -------
-    str
-        The folder that the files are in.
-    """
-    split = dataset.splits[0]
-    profile = {field.name: field for field in split.profiles.fields}
-    tensors = {
-        f"{side}.{name}": column.contiguous()
-        for side in ("user", "item")
-        if (feat := getattr(split, f"{side}_feat")) is not None
-        for name, column in feat.interaction.items()
-        if name not in profile
-    }
-    with atomic_write(output / FEATURES) as file:
-        file.write(save(tensors))
-    tokens = {
-        name: [str(token) for token in vocabulary]
-        for name, vocabulary in split.field2id_token.items()
-        if name not in profile and name in split.field2type
-    }
-    field = np.repeat(np.array([*tokens], dtype=object), [len(each) for each in tokens.values()])
-    with atomic_write(output / TOKENS) as file:
-        columns = {
-            "field": pa.array(field, pa.string()).dictionary_encode(),
-            "token": pa.array([token for each in tokens.values() for token in each], pa.string()),
-        }
-        pq.write_table(pa.table(columns), file)
-    shared = {name: sha256_of(output / name) for name in (FEATURES, TOKENS)}
-    for config in configs:
-        for arm in filter(lambda arm: arm.served, config.uip.arms):
-            name = f"{config['model']}-{arm.name}"
-            checkpoint = f"checkpoints/{name}.pth"
-            described = {
-                "format": FORMAT,
-                "user_field": dataset.uid_field,
-                "item_field": dataset.iid_field,
-                "time_field": dataset.time_field,
-                "fields": _describe_fields(split.select(arm, config), profile),
-                "files": {**shared, checkpoint: sha256_of(output / checkpoint)},
-            }
-            with atomic_write(output / "serving" / f"{name}.json", "w") as file:
-                file.write(json.dumps(described, indent=1, allow_nan=False) + "\n")
-    return str(output / "serving")
-
-
-def _describe_fields(view: UIPDataset, profile: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The fields of one model's view, in the order in which its weights know them."""
-    described = []
-    for name in view.fields():
-        source, ftype = view.field2source[name], view.field2type[name]
-        field = {
-            "name": name,
-            "type": ftype.value,
-            "source": getattr(source, "value", source),
-            "size": int(view.num(name)),
-            "length": int(view.field2seqlen[name]),
-        }
-        if name in profile:
-            field["profile"] = MATCH if profile[name].kind == "match" else CODE
-        elif ftype == FeatureType.FLOAT and np.isfinite(_range(view, name)).all():
-            field["float"] = _describe_float(view, name)
-        described.append(field)
-    return described
-
-
-def _range(view: UIPDataset, name: str) -> tuple[float, ...]:
-    """Lowest, highest and mean value; NaN for fields of users and items."""
-    # A dataset that an older version has saved lacks them all.
-    return getattr(view, "float_ranges", {}).get(name, (np.nan,))
-
-
-def _describe_float(view: UIPDataset, name: str) -> dict[str, Any]:
-    config = view.config
-    low, high, mean = view.float_ranges[name]
-    discretised = (config["discretization"] or {}).get(name)
-    return {
-        "low": low,
-        "high": high,
-        # What RecBole puts in place of a missing value.
-        "fill": mean,
-        "normalised": bool(config["normalize_all"] or name in (config["normalize_field"] or ())),
-        "method": discretised and discretised["method"],
-        "buckets": discretised and discretised.get("bucket"),
-    }
-
-
-# --- reading -------------------------------------------------------------------------------
 
 
 class Scorer:
@@ -240,20 +113,20 @@ class Scorer:
             the bank lacks a field that the model reads.
         """
         output, name = Path(output_dir), f"{model}-{arm}"
-        described = _read_description(output, model, arm)
+        described = read_description(output, model, arm)
         checkpoint = f"checkpoints/{name}.pth"
         for file in (FEATURES, TOKENS, checkpoint):
-            _check_file(output, name, file, described["files"].get(file))
+            check_file(output, name, file, described["files"].get(file))
         saved = load_checkpoint(output / checkpoint, device)
-        network = _make_model(model, saved, described["fields"], torch.device(device))
+        network = make_model(model, saved, described["fields"], torch.device(device))
         if bank is None and any("profile" in field for field in described["fields"]):
             bank = FeatureBank.open(output / BANK)
         return cls(
             name,
             network,
             described,
-            _read_features(output / FEATURES, device),
-            _read_tokens(output / TOKENS),
+            read_features(output / FEATURES, device),
+            read_tokens(output / TOKENS),
             bank,
         )
 
@@ -407,7 +280,7 @@ class Scorer:
         return columns
 
     def _context_column(self, field: Mapping[str, Any], value: Any, n: int) -> torch.Tensor:
-        ftype, name = _TYPES[field["type"]], field["name"]
+        ftype, name = FeatureType(field["type"]), field["name"]
         if ftype == FeatureType.TOKEN:
             values = _spread(name, [""] if value is None else value, n)
             return torch.from_numpy(self._ids(name, [str(token) for token in values]))
@@ -485,124 +358,3 @@ def _float_feature(
     # Values beyond those of the data go to the outermost buckets.
     bucket = np.clip(bucket, 1, size - 1)
     return torch.from_numpy(np.stack([one, bucket], axis=-1)).float()
-
-
-# --- files ---------------------------------------------------------------------------------
-
-
-def _read_description(output: Path, model: str, arm: str) -> dict[str, Any]:
-    path = output / "serving" / f"{model}-{arm}.json"
-    if "/" in model or "/" in arm or not path.is_file():
-        there = sorted(file.stem for file in (output / "serving").glob("*.json"))
-        raise SettingsError(
-            f"model={model!r} and arm={arm!r} of {output} cannot be served, for {path} is not "
-            f"there: {'give one of ' + ', '.join(there) if there else 'run recbole-uip run first'}"
-        )
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        version = described["format"]
-        known = version != FORMAT or {"files", "fields", "user_field"} <= described.keys()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingsError(f"{path} is damaged ({error!r}): train again") from error
-    if version != FORMAT or not known:
-        raise SettingsError(
-            f"{path} has the format {version!r}, and this recbole-uip reads {FORMAT}: train again"
-        )
-    return described
-
-
-def _check_file(output: Path, name: str, file: str, expected: str | None) -> None:
-    path = output / file
-    if not path.is_file():
-        raise SettingsError(f"{path} is missing, and {name} needs it: train again")
-    if sha256_of(path) != expected:
-        raise SettingsError(
-            f"{path} is not the file that serving/{name}.json was written with: it is damaged, or "
-            "of another run into the same folder. Train again"
-        )
-
-
-def _read_features(path: Path, device: Any) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path, device=str(device))
-    except (SafetensorError, OSError, struct.error) as error:
-        raise SettingsError(f"{path} cannot be read ({error}): train again") from error
-
-
-def _read_tokens(path: Path) -> dict[str, list[str]]:
-    table = pq.read_table(path)
-    tokens: dict[str, list[str]] = {}
-    for field, token in zip(table["field"].to_pylist(), table["token"].to_pylist(), strict=True):
-        tokens.setdefault(field, []).append(token)
-    return tokens
-
-
-# --- the model -----------------------------------------------------------------------------
-
-
-class _Fields:
-    """In a dataset's place: what RecBole's context-aware models ask of it when they are made."""
-
-    def __init__(self, fields: Sequence[Mapping[str, Any]], config: UIPConfig) -> None:
-        self.config = config
-        self.field2type = {field["name"]: _TYPES[field["type"]] for field in fields}
-        self.field2source = {field["name"]: _SOURCES[field["source"]] for field in fields}
-        self.field2seqlen = {field["name"]: field["length"] for field in fields}
-        self._size = {field["name"]: field["size"] for field in fields}
-
-    def fields(self, ftype: Any = None, source: Any = None) -> list[str]:
-        return [
-            name
-            for name in self.field2type
-            if (ftype is None or self.field2type[name] in ftype)
-            and (source is None or self.field2source[name] in source)
-        ]
-
-    def num(self, field: str) -> int:
-        return self._size[field]
-
-
-def _make_model(
-    name: str,
-    saved: Mapping[str, Any],
-    fields: Sequence[Mapping[str, Any]],
-    device: torch.device,
-) -> torch.nn.Module:
-    """RecBole's model of a checkpoint, with its weights, ready to predict."""
-    settings = dict(saved["config"])
-    settings["device"] = device
-    if isinstance(settings.get("fields"), dict):
-        # Numbers of FFM's and FwFM's fields became text in the checkpoint.
-        settings["fields"] = {int(key): value for key, value in settings["fields"].items()}
-    phase = settings.get("phase")
-    if name == "KD_DAGFM":
-        # RecBole evaluates the teacher's name as code.
-        teacher = getattr(kd_dagfm, str(settings.get("teacher")), None)
-        if not (isinstance(teacher, type) and issubclass(teacher, torch.nn.Module)):
-            raise SettingsError(f"teacher={settings.get('teacher')!r} is no network of KD_DAGFM")
-        # Any other phase loads the teacher's checkpoint, whose weights are in this one too.
-        settings["phase"] = "teacher_training"
-    config = restore_config(
-        {"model": name, "model_class": None, "dataset": None, "final_config_dict": settings}
-    )
-    network = config.model_class(config, _Fields(fields, config))
-    if name == "KD_DAGFM":
-        network.phase = phase
-    try:
-        network.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(
-            f"the checkpoint of {name} does not fit its fields: {reason}"
-        ) from error
-    network.load_other_parameter(saved.get("other_parameter"))
-    return network.to(device).eval()
-
-
-def model_fields(model: torch.nn.Module) -> list[str]:
-    """Fields that a model reads; two-tower models keep (tower, names) pairs in some lists."""
-    names: list[str] = []
-    for kind in ("token", "float", "token_seq", "float_seq"):
-        for item in getattr(model, f"{kind}_field_names", ()):
-            names += [item] if isinstance(item, str) else list(item)
-    return names

@@ -13,7 +13,7 @@ from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.service import BankService, create_app
 from recbole_uip.bank.users import user_table
 from recbole_uip.bridge import run as run_module
-from recbole_uip.bridge import serving
+from recbole_uip.bridge import served_model
 from recbole_uip.bridge.config import context_models
 from recbole_uip.bridge.run import run_recbole_uip
 from recbole_uip.bridge.serving import Scorer, _sequences
@@ -329,5 +329,5 @@ def test_no_text_of_a_checkpoint_is_run_as_code(output, tmp_path):
     fields = json.loads((output / "serving" / "KD_DAGFM-uip.json").read_text())["fields"]
     saved["config"]["teacher"] = f"open({str(tmp_path / 'run')!r}, 'w').close"
     with pytest.raises(SettingsError, match="is no network of KD_DAGFM"):
-        serving._make_model("KD_DAGFM", saved, fields, torch.device("cpu"))
+        served_model.make_model("KD_DAGFM", saved, fields, torch.device("cpu"))
     assert not (tmp_path / "run").exists()

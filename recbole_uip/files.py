@@ -6,12 +6,21 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["LockedError", "atomic_write", "lock", "sha256_of", "sync", "unlock"]
+__all__ = [
+    "LockedError",
+    "atomic_write",
+    "lock",
+    "remove_temporaries",
+    "sha256_of",
+    "sync",
+    "unlock",
+]
 
 CHUNK = 1 << 20  # bytes read at a time
 
@@ -46,6 +55,13 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     # The file has its name by now, so an exception would say what is not so.
     with contextlib.suppress(OSError):
         sync(path.parent)
+
+
+def remove_temporaries(folder: str | os.PathLike) -> None:
+    """Remove temporary files of :func:`atomic_write` from a folder that nobody writes to now."""
+    for path in Path(folder).glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def sync(path: str | os.PathLike) -> None:

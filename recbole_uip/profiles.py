@@ -5,13 +5,15 @@ This module knows no RecBole: the bridge and the bank call it with plain arrays.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import joblib
@@ -188,6 +190,8 @@ def infer(
     settings = resolved(settings, behaviours)
     _check_time(behaviours, settings)
     history = _history(behaviours, settings)
+    if settings.folds > behaviours.n_users:
+        raise SettingsError(f"uip_folds={settings.folds} is more than there are users: lower it")
     if fold is None:
         fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
     if not (fold.min() >= 0 and fold.max() < settings.user_folds):
@@ -198,9 +202,10 @@ def infer(
     text_vectors, texts = {}, {}
     for source in TEXT_SOURCES:
         if any(source in facet.text_sources for facet in closed):
-            text_vectors[source], texts[source] = _text_vectors(
-                source, behaviours, item_texts, settings, cost
-            )
+            with _cache_refusals(settings.cache):
+                text_vectors[source], texts[source] = _text_vectors(
+                    source, behaviours, item_texts, settings, cost
+                )
 
     def fit(facet: FacetSettings) -> tuple[Facet, list[TextPrior]]:
         try:
@@ -225,7 +230,8 @@ def infer(
     if settings.tuned_facets:
         from recbole_uip.tuning import tune
 
-        tuned = tune(observed, item_texts or (), settings, cost)
+        with _cache_refusals(settings.cache):
+            tuned = tune(observed, item_texts or (), settings, cost)
         fields += [field for each in tuned.values() for field in _tuned_fields(each, settings)]
     order = [facet.name for facet in settings.facets]
     cost["em_seconds"] = time.perf_counter() - started - cost["lm_seconds"]
@@ -243,6 +249,21 @@ def infer(
         text_priors={name: priors for name, (_, priors) in fitted.items() if priors},
         tuned=tuned,
     )
+
+
+@contextlib.contextmanager
+def _cache_refusals(cache: Path) -> Iterator[None]:
+    """Say of a cache that cannot be written to how to have another."""
+    try:
+        yield
+    except OSError as error:
+        folder, failed = cache.expanduser(), Path(error.filename or "")
+        if folder not in (failed, *failed.parents) and failed not in folder.parents:
+            raise
+        raise SettingsError(
+            f"uip_cache={str(cache)!r} cannot be used: {error}; name a folder that can be written "
+            "to, by uip_cache or by RECBOLE_UIP_CACHE in the environment"
+        ) from error
 
 
 def _tuned_fields(tuned: Tuned, settings: UIPSettings) -> list[ProfileField]:

@@ -385,7 +385,7 @@ class UIPSettings:
             empty=_choice("uip_empty", given.get("uip_empty", "pad"), ("pad", "prior")),
             folds=_positive("uip_folds", given.get("uip_folds", 4), minimum=2),
             arms=_parse_arms(given.get("uip_arms"), facets, user_id),
-            seed=_positive("seed", config.get("seed", 2020), minimum=0),
+            seed=_positive("seed", config.get("seed", 2020), minimum=0, maximum=2**32 - 1),
             cache=_parse_path("uip_cache", given.get("uip_cache") or default_cache_dir()),
             output=_parse_path("uip_output", given.get("uip_output")),
         )
@@ -571,9 +571,11 @@ def _choice(key: str, value: Any, choices: tuple) -> Any:
     return value
 
 
-def _positive(key: str, value: Any, minimum: int = 1) -> int:
+def _positive(key: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise SettingsError(f"{key}={value!r} must be an integer of at least {minimum}")
+    if maximum is not None and value > maximum:
+        raise SettingsError(f"{key}={value!r} must be at most {maximum}")
     return value
 
 
@@ -586,7 +588,11 @@ def _positive_or_auto(key: str, value: Any) -> int | None:
 
 
 def _parse_path(key: str, value: Any) -> Path | None:
-    return None if value is None else Path(_typed(key, value, (str, os.PathLike))).expanduser()
+    if value is None:
+        return None
+    if value == "":
+        raise SettingsError(f"{key} is an empty text: name a folder")
+    return Path(_typed(key, value, (str, os.PathLike))).expanduser()
 
 
 def _parse_text(key: str, value: Any) -> str | None:
@@ -820,10 +826,17 @@ def _parse_arms(
             raise SettingsError(f"{key}={section!r} must be a mapping, such as {{facets: all}}")
         section = dict(section or {})
         wanted = section.pop("facets", "all")
+        if not isinstance(wanted or (), (str, list, tuple)):
+            raise SettingsError(f"{key}.facets={wanted!r} must be all, or a list of facets")
+        if isinstance(wanted, str):
+            wanted = names if wanted == "all" else (wanted,)
+        wanted = tuple(map(str, wanted or ()))
+        # Without profiles there is nothing that could stand in for the user ID.
+        default_id = user_id if wanted else "keep"
         chosen = {
             option: _choice(f"{key}.{option}", section.pop(option, default), choices)
             for option, default, choices in (
-                ("user_id", user_id, ("keep", "drop")),
+                ("user_id", default_id, ("keep", "drop")),
                 ("control", "none", CONTROLS),
                 ("values", "tokens", VALUES),
             )
@@ -834,11 +847,6 @@ def _parse_arms(
                 f"unknown setting {f'{key}.{unknown}'!r}"
                 f"{_nearest(str(unknown), ('facets', *chosen))}"
             )
-        if not isinstance(wanted or (), (str, list, tuple)):
-            raise SettingsError(f"{key}.facets={wanted!r} must be all, or a list of facets")
-        if isinstance(wanted, str):
-            wanted = names if wanted == "all" else (wanted,)
-        wanted = tuple(map(str, wanted or ()))
         for facet in wanted:
             if facet not in names:
                 raise SettingsError(f"{key}.facets: no facet {facet!r}{_nearest(facet, names)}")

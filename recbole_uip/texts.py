@@ -162,15 +162,16 @@ def _rows(
         yield from zip(*columns, strict=True)
         return
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding=past_bom(encoding), newline="") as file:
-        # Between tabs, titles hold quotation marks that quote nothing: one left open must not eat
-        # the next rows. Between commas they have to quote.
-        quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-        rows = csv.reader(file, delimiter=separator, quoting=quoting)
+    # Between tabs, titles hold quotation marks that quote nothing: one left open must not eat the
+    # next rows. Between commas they have to quote, over the ends of lines.
+    quoted = separator == ","
+    with opened(path, "rt", encoding=past_bom(encoding), newline="" if quoted else None) as file:
+        lines = (line.rstrip("\n").split(separator) for line in file)
+        rows = csv.reader(file) if quoted else lines
         header = [_unquote(column).split(":")[0] for column in next(rows, [])]
         places = _places(header, names, template, path)
         for row in rows:
-            if len(row) > len(header) and quoting == csv.QUOTE_NONE:
+            if len(row) > len(header) and not quoted and len(separator) == 1:
                 # so a separator may be quoted
                 row = next(csv.reader([separator.join(row)], delimiter=separator))
             yield [row[place] if place < len(row) else "" for place in places]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from recbole_uip import files
-from recbole_uip.files import LockedError, atomic_write, lock, sha256_of, unlock
+from recbole_uip.files import LockedError, atomic_write, lock, remove_temporaries, sha256_of, unlock
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -95,3 +95,14 @@ def test_a_lock_is_of_one_process(tmp_path):
     unlock(file)
     assert path.read_text() == ""
     unlock(lock(path))
+
+
+def test_temporary_files_of_killed_processes_go(tmp_path):
+    with atomic_write(tmp_path / "kept"):
+        names = [path.name for path in tmp_path.iterdir()]
+    assert len(names) == 1
+    for name in [*names, ".lock", "kept", ".kept.old"]:
+        (tmp_path / name).write_text("")
+    remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".kept.old", ".lock", "kept"]
+    remove_temporaries(tmp_path / "none")

@@ -339,6 +339,15 @@ def test_no_training_rows_is_said(world):
         infer(behaviours, None, settings())
 
 
+def test_a_cache_that_cannot_be_written_to_is_named(world, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    texts = [f"film {number}" for number in range(world.behaviours.n_items)]
+    wanted = {"uip_facets": {"told": {"source": "embedding"}}, "uip_item_text": "{title}"}
+    folder = tmp_path / "file" / "cache"
+    with pytest.raises(SettingsError, match="uip_cache='.*cache' cannot be used: .*directory"):
+        infer(world.behaviours, texts, settings(**wanted, uip_cache=str(folder)))
+
+
 def test_lm_facets_need_texts(world):
     facets = {"interests": {"weight": "positive"}}
     with pytest.raises(SettingsError, match="no item has a text"):

@@ -48,17 +48,20 @@ def test_default_arms_are_plain_and_uip():
 def test_arms_are_parsed():
     arms = parse(
         uip_arms={
-            "plain": {"facets": [], "user_id": "keep"},
+            "plain": {"facets": []},
+            "bare": {"facets": [], "user_id": "drop"},
             "some": {"facets": ["leniency"]},
             "all": None,
         }
     ).arms
     assert [arm.facets for arm in arms] == [
         (),
+        (),
         ("leniency",),
         ("interests", "taste", "leniency"),
     ]
-    assert [arm.user_id for arm in arms] == ["keep", "drop", "drop"]
+    # In place of the user ID there are profiles, if any.
+    assert [arm.user_id for arm in arms] == ["keep", "drop", "drop", "drop"]
 
 
 def test_other_keys_are_not_looked_at():

@@ -27,6 +27,13 @@ def test_item_texts(item_file):
     assert texts == [None, '"Great" Film (Drama)', '"Open quote', None, None]
 
 
+def test_texts_of_any_length(item_file):
+    long = "word " * 50_000
+    item_file.write_text(f"item_id:token\ttitle:token_seq\na\t{long}\n", encoding="utf-8")
+    texts = item_texts(item_file, "{title}", "item_id", TOKENS, 2)
+    assert texts == [None, long.strip()]
+
+
 def test_an_item_twice_has_its_first_text(item_file):
     with item_file.open("a", encoding="utf-8") as file:
         file.write("a\tAnother Film\tDrama\nc\tLate\tDrama\n")

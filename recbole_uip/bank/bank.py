@@ -536,13 +536,15 @@ class FeatureBank:
         """Let others write. Updates that are not committed are lost."""
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
 
     # Rows.
 
     def _check_writable(self) -> None:
         if self._writer is None:
             raise BankError(
-                f"the bank {self.folder} is open for reading: open it with write=True to update it"
+                f"the bank {self.folder} is not open for writing: open it with write=True to update"
+                " it"
             )
 
     def _numbers(self, items: Sequence[str] | np.ndarray | pa.Array) -> np.ndarray:

@@ -227,6 +227,8 @@ def token_array(tokens: Any, what: str = "user") -> pa.Array | pa.ChunkedArray:
     BankError
         If a token is null or no string.
     """
+    if isinstance(tokens, str):
+        raise BankError(f"{what}s={tokens!r} is a text: give a list of {what}s")
     if not isinstance(tokens, pa.Array | pa.ChunkedArray):
         tokens = _array_of(tokens, what)
     kind = tokens.type

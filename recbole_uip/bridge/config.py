@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import recbole
 import yaml
 from recbole.config import Config
@@ -47,8 +48,9 @@ logger = logging.getLogger(__name__)
 PLAN_KEY = "uip_experiment"
 
 _CONTEXT = "context_aware_recommender"
-# What RecBole reads without a default for it.
+# What RecBole, or we in its place, read without a default for it.
 _BARE_KEYS = ("model", "dataset", "save_dataset", "save_dataloaders", "dataset_save_path")
+_BARE_KEYS += ("encoding",)
 # RecBole tells a model's type by its class. The folder tells as much without importing it, which
 # for decision trees would need xgboost or lightgbm.
 _OTHER_TYPES = {
@@ -214,6 +216,17 @@ def _converted(settings: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
+def _native(value: Any) -> Any:
+    """Numbers of numpy as Python's, which is all that checkpoints hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _native(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_native, value))
+    return value
+
+
 def _convert(value: str) -> Any:
     """A string as RecBole reads it, by literals and YAML where RecBole calls ``eval``."""
     try:
@@ -270,7 +283,7 @@ class UIPConfig(Config):
     ) -> None:
         self._command_line = tuple(command_line)
         # RecBole converts the strings of the dict in place; the caller's stays as it is.
-        config_dict = copy.deepcopy(dict(config_dict or {})) or None
+        config_dict = _native(copy.deepcopy(dict(config_dict or {}))) or None
         with recbole_refusals():
             super().__init__(model, dataset, config_file_list, config_dict)
         self._warn_of_unknown_keys()
@@ -428,8 +441,9 @@ def _check_model_name(model: str) -> None:
                 f"model={model} is {reason}. Profile IDs are token fields, which RecBole's "
                 f"context-aware models read: {', '.join(known)}"
             )
-    nearest = difflib.get_close_matches(model, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    written = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(model.lower(), written, n=1, cutoff=0.4)
+    hint = f"; did you mean {written[nearest[0]]!r}?" if nearest else ""
     raise SettingsError(
         f"model={model!r} is not a model of RecBole{hint}. Context-aware models are "
         f"{', '.join(known)}"

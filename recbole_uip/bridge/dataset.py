@@ -154,6 +154,9 @@ class UIPDataset(LoadedDataset):
                     if field.facet in arm.facets:
                         view._attach(self._controlled(field, arm))
         view._hidden = frozenset([self.uid_field] if arm.user_id == "drop" else [])
+        if config["double_tower"]:
+            # Other models leave floats out that are not declared; these count them all the same.
+            view._hidden |= view._undeclared_floats()
         if config["double_tower"] and not view.fields(
             source=[FeatureSource.USER, FeatureSource.USER_ID]
         ):
@@ -162,6 +165,18 @@ class UIPDataset(LoadedDataset):
                 "set user_id: keep in uip_arms, or give the arm a facet"
             )
         return view
+
+    def _undeclared_floats(self) -> set[str]:
+        """Features of users and items that are numbers, and no numerical features."""
+        floats = {FeatureType.FLOAT, FeatureType.FLOAT_SEQ}
+        sources = {FeatureSource.USER, FeatureSource.ITEM}
+        return {
+            name
+            for name, ftype in self.field2type.items()
+            if ftype in floats
+            and self.field2source[name] in sources
+            and name not in self.config["numerical_features"]
+        }
 
     def fields(self, ftype: Any = None, source: Any = None) -> list[str]:
         """As in RecBole, without the user ID where the arm drops it.

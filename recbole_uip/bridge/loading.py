@@ -210,6 +210,7 @@ class LoadedDataset(Dataset):
                 if ftype == FeatureType.TOKEN:
                     feat[field] = feat[field].fillna(0).astype(np.int64)
                 elif ftype == FeatureType.FLOAT:
+                    self._check_any_number(field, feat[field])
                     feat[field] = feat[field].fillna(feat[field].mean())
                 else:
                     dtype = np.int64 if ftype == FeatureType.TOKEN_SEQ else np.float64
@@ -218,6 +219,14 @@ class LoadedDataset(Dataset):
                     for row, value in enumerate(feat[field]):
                         filled[row] = empty if isinstance(value, float) else value
                     feat[field] = filled
+
+    def _check_any_number(self, field: str, column: pd.Series) -> None:
+        """Refuse a feature without any value, which RecBole would fill by the mean of none."""
+        if field in self.config["numerical_features"] and column.isna().all():
+            raise SettingsError(
+                f"{field!r} is among numerical_features={self.config['numerical_features']}, and "
+                "has no value in any row: leave it out of them"
+            )
 
     def _normalize(self) -> None:
         # A served model meets raw values, which this step and the next one rescale.

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # What RecBole raises, knowingly or not, where a setting or a file is not what it takes.
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError)
-_REFUSALS += (TypeError, ValueError)
+_REFUSALS += (ImportError, TypeError, ValueError)
 
 
 @contextlib.contextmanager

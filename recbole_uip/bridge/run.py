@@ -29,7 +29,7 @@ from recbole_uip.bridge.served_model import model_fields
 from recbole_uip.bridge.serving_files import write_serving
 from recbole_uip.bridge.storage import plain
 from recbole_uip.bridge.trainer import make_trainer
-from recbole_uip.files import LockedError, atomic_write, lock, unlock
+from recbole_uip.files import LockedError, atomic_write, lock, remove_temporaries, unlock
 from recbole_uip.records import finite, peak_memory, versions
 from recbole_uip.settings import ArmSettings, SettingsError
 from recbole_uip.work import is_main_process
@@ -157,6 +157,11 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     if not is_main_process():
         # Processes of accelerate share the tuning of soft tokens; the first goes on by itself.
         return {}
+    runs = [(each, arm) for each in configs for arm in settings.arms]
+    for each, arm in runs:
+        # An arm that a model cannot be given is refused before anything is written.
+        dataset.build()[0].select(arm, copy.deepcopy(each))
+    _clear(output)
     path = output / "profiles.parquet"
     field_bytes = write_profiles(path, dataset)
     artefacts = {"results": str(output / "results.json"), "profiles": str(path)}
@@ -186,10 +191,6 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         "versions": versions(),
         "command": command or f"run_recbole_uip(dataset={config['dataset']!r})",
     }
-    runs = [(each, arm) for each in configs for arm in settings.arms]
-    for each, arm in runs:
-        # An arm that a model cannot be given is refused before any other has been trained.
-        dataset.build()[0].select(arm, copy.deepcopy(each))
     for number, (each, arm) in enumerate(runs, start=1):
         logger.info("%d of %d: training %s, arm %s", number, len(runs), each["model"], arm.name)
         outcome, _ = train_arm(each, dataset, arm, output / "checkpoints")
@@ -203,6 +204,20 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         json.dump(finite(results), file, indent=2, allow_nan=False)
         file.write("\n")
     return results
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run left that says something of the files to be written now.
+
+    Until this run is done there are no results, and no models that would be served with its bank.
+    """
+    (output / "results.json").unlink(missing_ok=True)
+    for name in ("serving", "checkpoints"):
+        # A process that was killed leaves what it had not finished.
+        remove_temporaries(output / name)
+        for description in (output / name).glob("*.json"):
+            description.unlink()
+    remove_temporaries(output)
 
 
 def train_arm(

@@ -245,7 +245,13 @@ class Scorer:
         return Interaction({name: column.to(device) for name, column in columns.items()})
 
     def predict(self, interaction: Interaction) -> np.ndarray:
-        """Click probabilities, shape (n,), float32."""
+        """Click probabilities, shape (n,), float32.
+
+        Raises
+        ------
+        SettingsError
+            If one is no number, for which a context value far out can be the cause.
+        """
         n, columns = len(interaction), interaction.interaction
         scores = np.empty(n, np.float32)
         with torch.no_grad():
@@ -253,6 +259,11 @@ class Scorer:
                 part = slice(low, low + BATCH_ROWS)
                 batch = Interaction({name: column[part] for name, column in columns.items()})
                 scores[part] = self.model.predict(batch).reshape(-1).cpu().numpy()
+        if np.isnan(scores).any():
+            raise SettingsError(
+                f"{self.name} gives no number for {int(np.isnan(scores).sum())} of {n} pairs: "
+                f"check the values of its context fields ({', '.join(self._context) or 'none'})"
+            )
         return scores
 
     # Features.
@@ -339,8 +350,10 @@ def _float_feature(
         value = np.array([float(each) for each in values])
     except (TypeError, ValueError) as error:
         raise SettingsError(f"context[{name!r}] must be numbers: {error}") from None
-    if not np.isfinite(value).all():
-        raise SettingsError(f"context[{name!r}] must be finite numbers, got {values!r:.80}")
+    if not (np.abs(value) <= np.finfo(np.float32).max).all():
+        raise SettingsError(
+            f"context[{name!r}] must be finite numbers in single precision, got {values!r:.80}"
+        )
     low, high = told["low"], told["high"]
     if told["normalised"]:
         value = np.ones(len(value)) if low == high else (value - low) / (high - low)

@@ -17,6 +17,7 @@ from recbole_uip.bridge import compat
 from recbole_uip.bridge.loading import ROW
 from recbole_uip.bridge.storage import load_checkpoint, plain
 from recbole_uip.files import atomic_write
+from recbole_uip.settings import SettingsError
 
 __all__ = ["UIPTrainerMixin", "make_trainer"]
 
@@ -109,6 +110,14 @@ class UIPTrainerMixin:
         self.model.load_state_dict(checkpoint["state_dict"])
         self.model.load_other_parameter(checkpoint.get("other_parameter"))
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+
+    def _check_nan(self, loss: torch.Tensor) -> None:
+        if torch.isnan(loss):
+            raise SettingsError(
+                f"the training loss of {self.config['model']} is NaN: lower learning_rate="
+                f"{self.config['learning_rate']}, or leave out a numerical feature that has values "
+                f"far out (numerical_features={self.config['numerical_features']})"
+            )
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         if not self.config["single_spec"] and self.config["local_rank"] != 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import shlex
 import sys
 import traceback
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["entry_point", "main", "run_main"]
 
 OK, UNEXPECTED, USAGE, INTERRUPTED = 0, 1, 2, 130
+# What a file system refuses: no defect of ours, and for the user to mend.
+_OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,6 +131,16 @@ def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
         return INTERRUPTED
     except SettingsError as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            traceback.print_exc()
+            return UNEXPECTED
+        print(
+            f"{parser.prog}: error: {error}: make room or give other rights, or choose another "
+            "folder (uip_output, uip_cache)",
+            file=sys.stderr,
+        )
         return USAGE
     except Exception:
         traceback.print_exc()

@@ -144,7 +144,7 @@ def test_a_reader_sees_commits_alone(full_bank, users, items):
         np.testing.assert_array_equal(reader.look_up(users[0]), full_bank.look_up(users[0]))
         assert (reader.state_of(users[0])[0] != state).any()
         assert not reader.refresh()
-        with pytest.raises(BankError, match="open for reading"):
+        with pytest.raises(BankError, match="not open for writing"):
             reader.update(users[0], items[0])
 
 
@@ -251,9 +251,23 @@ def test_bad_batches_change_nothing(full_bank, arguments, message):
         full_bank.update_many(["a"], ["i1"])
     with pytest.raises(BankError, match="items='i1' is a text"):
         full_bank.match("a", "i1")
+    with pytest.raises(BankError, match="users='u1' is a text"):
+        full_bank.look_up_many("u1")
     with pytest.raises(BankError, match="time=nan of user 'a' must be a finite number"):
         full_bank.update("a", "i1", 1, np.nan)
     assert "a" not in full_bank
+
+
+def test_a_closed_bank_takes_no_events(full_bank, users, items):
+    full_bank.close()
+    for write in (
+        lambda: full_bank.update(users[0], items[0], 1),
+        lambda: full_bank.update_many(users[:1], items[:1], np.ones(1)),
+        full_bank.commit,
+    ):
+        with pytest.raises(BankError, match="is not open for writing"):
+            write()
+    full_bank.close()
 
 
 def test_times_in_another_unit_are_refused(full_bank, users, items):

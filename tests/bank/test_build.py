@@ -100,6 +100,8 @@ def test_a_rule_of_time_that_events_cannot_bear_leaves_the_bank_as_it_was(
     command = ["bank", "build", str(tmp_path / "bank"), "--events", str(event_file.files[0])]
     command += ["--rating", "rating", "--threshold", "4", "--config_files", str(config)]
     assert cli.main(command) == 0
+    assert cli.main(command) == 0
+    assert "of 300 users, will be replaced" in capsys.readouterr().err
     untimed = [*command, "--time", "none"]
     for setting, words in (
         ("--uip_refresh=1h", "uip_refresh=3600s needs timestamps"),
@@ -123,3 +125,11 @@ def test_a_model_that_could_not_be_read_again_is_not_written(tmp_path, event_fil
         FeatureBank.create(tmp_path / "bank", broken, users)
     with FeatureBank.open(tmp_path / "bank") as bank:
         assert bank.table_of(bank.users()).equals(users)
+
+
+@pytest.mark.parametrize(("threshold", "label"), [("9", 0), ("0", 1)])
+def test_labels_that_are_all_alike_are_said(tmp_path, event_file, capsys, threshold, label):
+    command = ["bank", "build", str(tmp_path / "bank"), "--events", str(event_file.files[0])]
+    command += ["--rating", "rating", "--threshold", threshold]
+    assert cli.main([*command, "--uip_facets={leniency: {source: constant}}"]) == 2
+    assert f"labels of all events are {label}, so nothing" in capsys.readouterr().err

@@ -136,6 +136,11 @@ def test_unknown_keys_are_named(caplog):
     assert "is no setting" not in caplog.text
 
 
+def test_encoding_is_a_setting(small, caplog):
+    small.config(encoding="latin-1")
+    assert "encoding" not in caplog.text
+
+
 def test_nothing_leaks_between_configs_of_several_datasets():
     from recbole.utils import dataset_arguments
 

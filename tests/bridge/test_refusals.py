@@ -1,6 +1,7 @@
 """Settings and files that cannot be used: one clear error each, and never a silent wrong result."""
 
 import gzip
+import sys
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_no_arm_is_trained_before_one_that_cannot_be(small, tmp_path):
     }
     with pytest.raises(SettingsError, match="values=means.*DSSM has no tower"):
         run(small, tmp_path / "out", model="DSSM", uip_arms=arms)
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out" / "profiles.parquet").exists()
 
 
 def test_our_own_defects_are_not_called_settings():
@@ -159,6 +160,44 @@ def test_one_class_of_validation_labels_does_not_leave_an_earlier_runs_model(ato
         run(atomic.write(), tmp_path / "out")
     again = run(atomic, tmp_path / "out", valid_metric="LogLoss")
     assert again["models"]["FM"]["plain"]["test"]["logloss"] > 0
+
+
+def test_a_loss_that_is_no_number(small, tmp_path):
+    with pytest.raises(SettingsError, match=r"loss of FM is NaN: lower learning_rate=1e\+30"):
+        run(small, tmp_path / "out", learning_rate=1e30, epochs=5)
+
+
+def with_years(small, years):
+    """Settings that load ``years``, which the items' file gets as a column of floats."""
+    lines = ["item_id:token\tyear:float", *(f"i{n}\t{year}" for n, year in enumerate(years))]
+    (small.folder / "small" / "small.item").write_text("\n".join(lines) + "\n")
+    return {"load_col": {**LIST, "user": ["user_id", "age"], "item": ["item_id", "year"]}}
+
+
+def test_a_numerical_feature_without_numbers(small):
+    settings = with_years(small, [""] * 15)
+    with pytest.raises(SettingsError, match="'year' is among numerical_features=.*no value in any"):
+        UIPDataset(small.config(**settings, numerical_features=["year"]))
+    UIPDataset(small.config(**settings))  # which no model reads
+
+
+def test_two_towers_leave_out_floats_that_are_not_declared(small, tmp_path):
+    settings = with_years(small, range(1980, 1995))
+    results = run(small, tmp_path / "out", model="DSSM", **settings)
+    assert "year" not in results["models"]["DSSM"]["uip"]["fields"]
+    results = run(small, tmp_path / "out", model="DSSM", **settings, numerical_features=["year"])
+    assert "year" in results["models"]["DSSM"]["uip"]["fields"]
+
+
+def test_more_folds_than_users(small):
+    with pytest.raises(SettingsError, match="uip_folds=1000 is more than there are users"):
+        UIPDataset(small.config(uip_folds=1000)).build()
+
+
+def test_a_package_that_is_missing(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SettingsError, match="please install wandb"):
+        run(small, tmp_path / "out", log_wandb=True)
 
 
 def test_an_output_that_is_a_file(small, tmp_path):

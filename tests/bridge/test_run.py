@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bridge import run as run_module
 from recbole_uip.bridge.report import format_report
 from recbole_uip.bridge.run import run_recbole_uip
+from recbole_uip.bridge.serving import Scorer
 from recbole_uip.files import lock, unlock
 from recbole_uip.settings import SettingsError
 
@@ -205,6 +207,36 @@ def test_an_interrupt_leaves_no_half_written_file(go, tmp_path, monkeypatch):
     }
 
 
+def test_an_interrupted_rerun_leaves_no_results_of_the_run_before(go, tmp_path, monkeypatch):
+    go()
+    out = tmp_path / "out"
+    (out / "checkpoints" / f".FM-plain.pth.{'0' * 32}").write_text("of a killed process")
+    assert (out / "serving" / "FM-uip.json").is_file()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "train_arm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(seed=7)
+    assert not (out / "results.json").exists()
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "FM-plain.pth",
+        "FM-uip.pth",
+    ]
+    with pytest.raises(SettingsError, match="cannot be served.*run recbole-uip run first"):
+        Scorer.load(out, "FM", "uip")
+    monkeypatch.undo()
+    go()
+    Scorer.load(out, "FM", "uip")
+
+
+def test_numbers_of_numpy_are_numbers(go, small):
+    grid = {"learning_rate": np.float32(0.125), "epochs": np.int64(1), "mlp": [np.float64(0.5)]}
+    assert go(**grid)["models"]["FM"]["uip"]["config"]["learning_rate"] == 0.125
+    assert small.config(**grid)["mlp"] == [0.5]
+
+
 def test_a_folder_has_one_run_at_a_time(go, tmp_path):
     (tmp_path / "out").mkdir()
     held = lock(tmp_path / "out" / ".lock")
@@ -257,6 +289,9 @@ def test_command_line(small, tmp_path, capsys):
         (["--uip_facet=1"], "did you mean 'uip_facets'"),
         (["--uip_refresh=soon"], "uip_refresh='soon'"),
         (["--model=BPR"], "general model"),
+        (["--model=deepfm"], "did you mean 'DeepFM'"),
+        (["--seed=99999999999"], "seed=99999999999 must be at most 4294967295"),
+        (["--uip_output="], "uip_output is an empty text"),
         (["--epochs", "3"], "--key=value"),
         (["--config_files", "missing.yaml"], "missing.yaml"),
         (["--dataset=no-such-data", "--uip_facets={}"], "no-such-data.inter"),
@@ -302,6 +337,10 @@ def test_exit_codes_of_interrupts_and_accidents(monkeypatch, capsys):
 
     assert fail_with(KeyboardInterrupt()) == 130
     assert "Traceback" not in capsys.readouterr().err
+    assert fail_with(OSError(errno.ENOSPC, "No space left on device")) == 2
+    assert "No space left on device: make room" in capsys.readouterr().err
+    assert fail_with(OSError(errno.EBADF, "Bad file descriptor")) == 1
+    assert "Traceback" in capsys.readouterr().err
     assert fail_with(RuntimeError("what is this")) == 1
     assert "what is this" in capsys.readouterr().err
 

@@ -255,6 +255,11 @@ def test_context_of_the_interaction(tmp_path, method, normalise):
     torch.testing.assert_close(columns["timestamp"], mean["timestamp"])
     with pytest.raises(SettingsError, match="'timestamp'. must be numbers"):
         scorer.score("u1", ["i1"], time="yesterday")
+    with pytest.raises(SettingsError, match="must be finite numbers in single precision"):
+        scorer.score("u1", ["i1"], time=1e39)
+    if method is None:
+        with pytest.raises(SettingsError, match="gives no number for 1 of 1 pairs.*timestamp"):
+            scorer.score("u1", ["i1"], time=1e38)
     with pytest.raises(SettingsError, match="'place'. has 3 values: give 1, or 2"):
         scorer.score("u1", ["i1", "i2"], context={"place": ["p1", "p2", "p3"]})
 

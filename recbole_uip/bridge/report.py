@@ -13,7 +13,8 @@ _METRICS = (("auc", "AUC"), ("logloss", "LogLoss"), ("gauc", "GAUC"))
 
 def format_report(results: dict[str, Any]) -> str:
     """The report of one dataset: protocol, table, what the arms differ in, cost, artefacts."""
-    lines = [_protocol(results), "", *_table(results), "", *_arms(results), "", _cost(results)]
+    lines = [_protocol(results), "", *_table(results), *_other_metrics(results), ""]
+    lines += [*_arms(results), "", _cost(results)]
     lines += [f"{name}: {path}" for name, path in results["artefacts"].items()]
     return "\n".join(lines)
 
@@ -72,6 +73,23 @@ def _table(results: dict[str, Any]) -> list[str]:
     for _, title in _METRICS:
         rows[0] += [title, f"vs {baseline}"]
     return ["test", *aligned(rows)]
+
+
+def _other_metrics(results: dict[str, Any]) -> list[str]:
+    """What else RecBole's ``metrics`` ask for, if anything."""
+    arms = [
+        (model, name, arm["test"])
+        for model, arms in results["models"].items()
+        for name, arm in arms.items()
+    ]
+    shown = {metric for metric, _ in _METRICS}
+    others = [metric for metric in arms[0][2] if metric not in shown]
+    if not others:
+        return []
+    rows = [
+        [model, name, *(_number(test[metric]) for metric in others)] for model, name, test in arms
+    ]
+    return ["", "other metrics", *aligned([["model", "arm", *others], *rows])]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

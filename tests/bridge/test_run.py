@@ -178,6 +178,24 @@ def test_several_models_and_datasets(small, tmp_path):
         )
 
 
+def test_ranking_metrics_are_printed_too(go):
+    sampled = {
+        "threshold": None,
+        "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1},
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"},
+        "metrics": ["Recall", "NDCG"],
+        "topk": [3],
+        "valid_metric": "NDCG@3",
+        "uip_facets": {"likes": {**COMPANY, "weight": "positive"}},
+    }
+    results = go(**sampled)
+    lines = format_report(results).splitlines()
+    header, _, plain, *_ = lines[lines.index("other metrics") + 1 :]
+    assert header.split() == ["model", "arm", "recall@3", "ndcg@3"]
+    test = results["models"]["FM"]["plain"]["test"]
+    assert plain.split() == ["FM", "plain", f"{test['recall@3']:.4f}", f"{test['ndcg@3']:.4f}"]
+
+
 def test_no_test_rows_give_no_figures(go):
     eval_args = {"split": {"LS": "valid_only"}, "order": "TO", "mode": "labeled"}
     results = go(eval_args=eval_args)

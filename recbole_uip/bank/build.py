@@ -16,7 +16,6 @@ from tqdm import tqdm
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.events import EventFile
 from recbole_uip.bank.model import NO_ITEM, ProfileModel
-from recbole_uip.bank.store import BankError
 from recbole_uip.bank.users import NO_TIME, advance_in_parallel, user_schema, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import iter_states, whole_history
@@ -112,7 +111,8 @@ def bank_of_events(
         Open for writing.
     """
     _check_servable(settings)
-    with contextlib.suppress(BankError), FeatureBank.open(folder, verify=False) as old:
+    # One that cannot be opened, of whatever settings, is no loss.
+    with contextlib.suppress(SettingsError), FeatureBank.open(folder, verify=False) as old:
         logger.warning("the bank in %s, of %d users, will be replaced", folder, len(old))
     counts = events.item_counts()
     sample = events.sample_users(FIT_USERS, settings.seed, FIT_EVENTS)
@@ -150,7 +150,7 @@ def fit_model(
     item_texts = None if texts is None else texts(number_of, len(items))
     behaviours, users = _behaviours(sample, counts["item"], len(items))
     logger.info("fitting on %d users and %d events", behaviours.n_users, len(behaviours))
-    if behaviours.liked is not None and len(set(behaviours.liked)) == 1:
+    if behaviours.liked is not None and (behaviours.liked == behaviours.liked[0]).all():
         raise SettingsError(
             f"the labels of all events are {behaviours.liked[0]:g}, so nothing can be learned from "
             "them: change the threshold, or leave labels out where every event is of liking"

@@ -212,12 +212,11 @@ def _clear(output: Path) -> None:
     Until this run is done there are no results, and no models that would be served with its bank.
     """
     (output / "results.json").unlink(missing_ok=True)
-    for name in ("serving", "checkpoints"):
+    for description in (output / "serving").glob("*.json"):
+        description.unlink()
+    for folder in (output, output / "serving", output / "checkpoints"):
         # A process that was killed leaves what it had not finished.
-        remove_temporaries(output / name)
-        for description in (output / name).glob("*.json"):
-            description.unlink()
-    remove_temporaries(output)
+        remove_temporaries(folder)
 
 
 def train_arm(

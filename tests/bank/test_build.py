@@ -11,6 +11,7 @@ from recbole_uip.bank import build
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_events
 from recbole_uip.bank.events import EventColumns, EventFile
+from recbole_uip.bank.store import Writer
 from recbole_uip.settings import SettingsError
 
 COLUMNS = EventColumns("user_id", "item_id", time="timestamp", rating="rating", threshold=4)
@@ -125,6 +126,19 @@ def test_a_model_that_could_not_be_read_again_is_not_written(tmp_path, event_fil
         FeatureBank.create(tmp_path / "bank", broken, users)
     with FeatureBank.open(tmp_path / "bank") as bank:
         assert bank.table_of(bank.users()).equals(users)
+
+
+def test_a_bank_that_cannot_be_opened_can_be_built_again(tmp_path, event_file, bank_settings):
+    with bank_of_events(tmp_path / "bank", event_file, bank_settings) as bank:
+        metadata, users = bank.model.metadata(), bank.users()
+    metadata["settings"] |= {"uip_time": "static", "uip_refresh": 3600.0}
+    writer = Writer(tmp_path / "bank")
+    writer.commit(metadata=metadata)
+    writer.close()
+    with pytest.raises(SettingsError, match="uip_refresh=3600s has no meaning"):
+        FeatureBank.open(tmp_path / "bank")
+    with bank_of_events(tmp_path / "bank", event_file, bank_settings) as bank:
+        assert bank.users() == users
 
 
 @pytest.mark.parametrize(("threshold", "label"), [("9", 0), ("0", 1)])

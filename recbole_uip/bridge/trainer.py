@@ -17,6 +17,7 @@ from recbole_uip.bridge import compat
 from recbole_uip.bridge.loading import ROW
 from recbole_uip.bridge.storage import load_checkpoint, plain
 from recbole_uip.files import atomic_write
+from recbole_uip.lm.backbone import multiplies_bfloat16
 from recbole_uip.settings import SettingsError
 
 __all__ = ["UIPTrainerMixin", "make_trainer"]
@@ -72,6 +73,13 @@ class UIPTrainerMixin:
         ]
         with _tensorboard_in(os.path.join(config["checkpoint_dir"], "log_tensorboard")):
             super().__init__(config, model)
+        # On a GPU RecBole's mixed precision is float16.
+        if self.enable_amp and self.device.type == "cpu" and not multiplies_bfloat16(self.device):
+            self.logger.warning(
+                "enable_amp=True computes in bfloat16, and this CPU has no instructions for it "
+                "(AVX512-BF16 or AMX): training may take a hundred times as long; set "
+                "enable_amp=False"
+            )
 
     @property
     def predictions(self) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ from recbole.data import data_preparation as recbole_data_preparation
 from recbole.data.dataset import Dataset
 
 from recbole_uip.bridge import UIPConfig, UIPDataset, data_preparation, make_trainer
+from recbole_uip.bridge import trainer as trainers
 from recbole_uip.bridge.config import context_models
 from recbole_uip.bridge.loading import ROW
 from recbole_uip.bridge.run import train_arm
@@ -120,6 +121,18 @@ def fitted(small, tmp_path, **more):
     trainer = make_trainer(config, config.model_class(config, train.dataset))
     trainer.fit(train, valid, show_progress=False)
     return trainer, train, valid
+
+
+@pytest.mark.parametrize(("enable_amp", "native"), [(True, False), (True, True), (False, False)])
+def test_mixed_precision_without_instructions_is_warned_of(
+    small, monkeypatch, caplog, enable_amp, native
+):
+    monkeypatch.setattr(trainers, "multiplies_bfloat16", lambda device: native)
+    config = small.config(enable_amp=enable_amp)
+    train, _, _ = data_preparation(config, UIPDataset(config))
+    with caplog.at_level("WARNING"):
+        make_trainer(config, config.model_class(config, train.dataset))
+    assert ("set enable_amp=False" in caplog.text) == (enable_amp and not native)
 
 
 def test_checkpoints_resume_and_are_safe(small, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["aligned", "format_report"]
 
-_METRICS = (("auc", "AUC"), ("logloss", "LogLoss"), ("gauc", "GAUC"))
+_METRICS = (("auc", "AUC"), ("logloss", "LogLoss"), ("gauc", "GAUC"), ("list_auc", "list AUC"))
 
 
 def format_report(results: dict[str, Any]) -> str:

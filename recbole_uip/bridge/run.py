@@ -22,7 +22,7 @@ from recbole.utils import init_seed
 from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset
-from recbole_uip.bridge.metrics import gauc
+from recbole_uip.bridge.metrics import gauc, lists
 from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.bridge.served_model import model_fields
@@ -34,7 +34,7 @@ from recbole_uip.records import finite, peak_memory, versions
 from recbole_uip.settings import ArmSettings, SettingsError
 from recbole_uip.work import is_main_process
 
-__all__ = ["protocol", "run_recbole_uip", "train_arm", "write_profiles"]
+__all__ = ["predicted_lists", "protocol", "run_recbole_uip", "train_arm", "write_profiles"]
 
 logger = logging.getLogger(__name__)
 
@@ -200,8 +200,9 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     if servable:
         artefacts["serving"] = write_serving(output, dataset, configs)
     results["cost"]["peak_memory_bytes"] = peak_memory()
+    results = finite(results)
     with atomic_write(output / "results.json", "w") as file:
-        json.dump(finite(results), file, indent=2, allow_nan=False)
+        json.dump(results, file, indent=2, allow_nan=False)
         file.write("\n")
     return results
 
@@ -259,7 +260,10 @@ def train_arm(
             init_seed(seed, reproducibility)
             reported = trainer.evaluate(data, show_progress=show_progress) or {}
             predictions[name] = trainer.predictions
-            outcome[name] = {**plain(dict(reported)), **_metrics(config, predictions[name])}
+            outcome[name] = {
+                **plain(dict(reported)),
+                **_metrics(config, predictions[name], dataset.behaviours.time),
+            }
     outcome["fields"] = model_fields(model)
     # The dataset itself has the data's own fields, its views for arms the profiles' besides.
     data = dataset.field2type
@@ -299,16 +303,24 @@ def _subnormals_as_zero() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _metrics(config: UIPConfig, predictions: dict[str, np.ndarray]) -> dict[str, float]:
-    """RecBole's AUC and LogLoss without its rounding, and GAUC."""
+def _metrics(
+    config: UIPConfig, predictions: dict[str, np.ndarray], times: np.ndarray | None
+) -> dict[str, float]:
+    """RecBole's AUC and LogLoss without its rounding, GAUC and list AUC."""
     if not predictions:
-        return {"auc": math.nan, "logloss": math.nan, "gauc": math.nan}
-    label, score = predictions["label"], predictions["score"]
+        return dict.fromkeys(("auc", "logloss", "gauc", "list_auc"), math.nan)
+    user, label, score = (predictions[name] for name in ("user", "label", "score"))
     return {
         "auc": float(AUC(config).metric_info(score, label)),
         "logloss": float(LogLoss(config).metric_info(score, label)),
-        "gauc": gauc(predictions["user"], label, score),
+        "gauc": gauc(user, label, score),
+        "list_auc": gauc(predicted_lists(predictions, times), label, score),
     }
+
+
+def predicted_lists(predictions: dict[str, np.ndarray], times: np.ndarray | None) -> np.ndarray:
+    """:func:`~recbole_uip.bridge.metrics.lists` of predicted rows; ``times`` are of all rows."""
+    return lists(predictions["user"], None if times is None else times[predictions["row"]])
 
 
 def write_profiles(path: Path, dataset: UIPDataset) -> int:

@@ -14,6 +14,8 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
+from recbole_uip.bridge.metrics import group_aucs
+
 __all__ = [
     "N_BOOT",
     "Difference",
@@ -22,6 +24,7 @@ __all__ = [
     "auc",
     "bootstrap_aucs",
     "bootstrap_difference",
+    "bootstrap_gaucs",
     "bootstrap_sums",
     "clustered_error",
     "clustered_mean",
@@ -306,8 +309,43 @@ def bootstrap_aucs(
     return np.array(list(_weighted_aucs(code, label, score, _draws(len(users), n_boot, seed))))
 
 
+def bootstrap_gaucs(
+    user: np.ndarray,
+    group: np.ndarray,
+    label: np.ndarray,
+    score: np.ndarray,
+    n_boot: int = N_BOOT,
+    seed: int = 0,
+    users: np.ndarray | None = None,
+) -> np.ndarray:
+    """:func:`~recbole_uip.bridge.metrics.gauc` in the resamples of :func:`bootstrap_aucs`.
+
+    Parameters
+    ----------
+    user, group, label, score : ndarray, shape (n_rows,)
+        All rows of a group are of one user.
+    n_boot, seed, users
+        As in :func:`bootstrap_aucs`.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_boot,)
+        NaN where a resample has no group with both labels.
+    """
+    users = np.unique(user) if users is None else users
+    found = group_aucs(group, label, score)
+    weighted = np.stack([found.n_rows * found.auc, found.n_rows], axis=1)
+    sums = bootstrap_sums(user[found.first], weighted, n_boot, seed, users)
+    with np.errstate(invalid="ignore"):
+        return sums[:, 0] / sums[:, 1]
+
+
 def bootstrap_sums(
-    user: np.ndarray, values: np.ndarray, n_boot: int = N_BOOT, seed: int = 0
+    user: np.ndarray,
+    values: np.ndarray,
+    n_boot: int = N_BOOT,
+    seed: int = 0,
+    users: np.ndarray | None = None,
 ) -> np.ndarray:
     """Sums of columns over rows in the resamples of :func:`bootstrap_aucs` of the same seed.
 
@@ -315,14 +353,14 @@ def bootstrap_sums(
     ----------
     user : ndarray, shape (n_rows,)
     values : ndarray of float64, shape (n_rows, n_columns)
-    n_boot, seed
+    n_boot, seed, users
         As in :func:`bootstrap_aucs`.
 
     Returns
     -------
     ndarray of float64, shape (n_boot, n_columns)
     """
-    users = np.unique(user)
+    users = np.unique(user) if users is None else users
     code = _user_codes(user, users)
     by_user = np.stack(
         [np.bincount(code, weights=column, minlength=len(users)) for column in values.T], axis=1

@@ -20,7 +20,7 @@ from recbole_uip.settings import SettingsError
 
 __all__ = ["Cell", "format_summary", "read_results", "read_results_file", "summarise"]
 
-METRICS = ("auc", "logloss", "gauc")
+METRICS = ("auc", "logloss", "gauc", "list_auc")
 BASELINE = "plain"
 
 
@@ -162,8 +162,9 @@ def format_summary(cells: Sequence[Cell]) -> str:
     Relative differences are ratios of means; ``rel. AUC`` is that of AUC itself.
     """
     lines = [
-        "| model | arm | seeds | AUC | LogLoss | GAUC | AUC - plain | LogLoss - plain | rel. AUC |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | arm | seeds | AUC | LogLoss | GAUC | list AUC | AUC - plain | LogLoss - plain "
+        "| rel. AUC |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         columns = [cell.model, cell.arm, str(len(cell.seeds))]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from recbole_uip.bridge.metrics import gauc
+from recbole_uip.bridge.metrics import gauc, lists
 
 
 def test_gauc_is_the_weighted_mean_of_user_aucs(rng):
@@ -22,3 +22,22 @@ def test_gauc_is_the_weighted_mean_of_user_aucs(rng):
 def test_gauc_without_a_user_of_both_classes():
     assert np.isnan(gauc(np.array([1, 2]), np.array([0, 1]), np.array([0.1, 0.2])))
     assert np.isnan(gauc(np.array([]), np.array([]), np.array([])))
+
+
+def test_a_list_is_what_a_user_meets_at_one_time(rng):
+    user = rng.integers(0, 5, 60)
+    time = rng.integers(0, 4, 60) + 0.25
+    number = lists(user, time)
+    for first in range(60):
+        together = (user == user[first]) & (time == time[first])
+        np.testing.assert_array_equal(number == number[first], together)
+    np.testing.assert_array_equal(lists(user, None), user)
+
+
+def test_a_lift_of_all_that_a_user_meets_at_one_time_does_not_change_list_auc(rng):
+    user, time = rng.integers(0, 9, 400), rng.integers(0, 9, 400).astype(float)
+    label, score = rng.integers(0, 2, 400), rng.random(400)
+    number = lists(user, time)
+    lifted = score + 10 * rng.random(number.max() + 1)[number]
+    assert gauc(number, label, lifted) == gauc(number, label, score)
+    assert gauc(user, label, lifted) != gauc(user, label, score)

@@ -44,7 +44,7 @@ def test_results(go, tmp_path):
     for name, arm in arms.items():
         assert {"valid", "test", "fields", "config"} <= set(arm)
         for part in ("valid", "test"):
-            assert {"auc", "logloss", "gauc"} <= set(arm[part])
+            assert {"auc", "logloss", "gauc", "list_auc"} <= set(arm[part])
         assert arm["config"]["learning_rate"] == arms["plain"]["config"]["learning_rate"]
         assert any(field.startswith("uip_") for field in arm["fields"]) == (name == "uip")
         assert ("user_id" in arm["fields"]) == (name == "plain")
@@ -200,7 +200,7 @@ def test_no_test_rows_give_no_figures(go):
     eval_args = {"split": {"LS": "valid_only"}, "order": "TO", "mode": "labeled"}
     results = go(eval_args=eval_args)
     assert results["protocol"]["rows"]["test"] == 0
-    assert np.isnan(results["models"]["FM"]["uip"]["test"]["auc"])
+    assert results["models"]["FM"]["uip"]["test"]["auc"] is None
     assert "-" in format_report(results)
 
 

@@ -23,6 +23,7 @@ def test_world(world=0):
         "row": 8100 + np.arange(N_ROWS),
         "user": user,
         "item": rng.integers(1, 200, size=N_ROWS),
+        "list": 4 * user + rng.integers(0, 4, size=N_ROWS),
         "label": (rng.random(N_ROWS) < 1 / (1 + np.exp(-logit))).astype(np.int8),
         "history": rng.integers(0, 40, size=N_ROWS),
         "user_rows": rng.integers(0, 3, size=N_ROWS),
@@ -80,6 +81,7 @@ class Laboratory:
             "auc": sklearn.metrics.roc_auc_score(rows["label"], score),
             "logloss": sklearn.metrics.log_loss(rows["label"], score.astype(float)),
             "gauc": gauc(rows["user"], rows["label"], score),
+            "list_auc": gauc(rows["list"], rows["label"], score),
         }
         record = {
             **place,

@@ -305,7 +305,7 @@ def test_usage_errors_exit_with_2():
 def test_summary_command(tmp_path, capsys):
     for seed in (1, 2):
         arms = {
-            name: {"test": {"auc": auc + seed / 100, "logloss": 0.5, "gauc": 0.6}}
+            name: {"test": {"auc": auc + seed / 100, "logloss": 0.5, "gauc": 0.6, "list_auc": 0.6}}
             for name, auc in (("plain", 0.7), ("uip", 0.75))
         }
         folder = tmp_path / f"seed-{seed}"

@@ -9,6 +9,7 @@ import sklearn.metrics
 from recbole_uip.evidence import statistics
 from recbole_uip.evidence.experiments.agreement import seed_agreement
 from recbole_uip.evidence.experiments.outcomes import (
+    TESTED,
     compare,
     load,
     load_all,
@@ -150,9 +151,12 @@ def test_measures_are_those_of_the_predictions(laboratory):
         found.slices["history length"]["0"]["auc"],
         sklearn.metrics.roc_auc_score(label[new], score[new]),
     )
-    np.testing.assert_allclose(
-        found.replicates, statistics.bootstrap_aucs(rows["user"], label, score, N_BOOT)
-    )
+    expected = {
+        "auc": statistics.bootstrap_aucs(rows["user"], label, score, N_BOOT),
+        "list_auc": statistics.bootstrap_gaucs(rows["user"], rows["list"], label, score, N_BOOT),
+    }
+    for name, replicates in expected.items():
+        np.testing.assert_allclose(found.replicates[name], replicates)
 
 
 def test_a_second_report_measures_nothing_again(laboratory, monkeypatch):
@@ -161,19 +165,22 @@ def test_a_second_report_measures_nothing_again(laboratory, monkeypatch):
     calls = []
     real = statistics.bootstrap_aucs
     monkeypatch.setattr(
-        statistics, "bootstrap_aucs", lambda *given: calls.append(given) or real(*given)
+        statistics,
+        "bootstrap_aucs",
+        lambda *given, **drawn: calls.append(given) or real(*given, **drawn),
     )
     second = measure([outcomes], N_BOOT)
     assert not calls
     for key, found in first.items():
         np.testing.assert_equal(second[key].slices, found.slices)  # a NaN equals itself here
         assert second[key].auc == found.auc
-        np.testing.assert_array_equal(found.replicates, second[key].replicates)
+        np.testing.assert_equal(second[key].replicates, found.replicates)
         np.testing.assert_array_equal(found.reliability.share, second[key].reliability.share)
         np.testing.assert_array_equal(found.users, second[key].users)
 
     # Other resamples, other predictions, or a damaged file: measured again.
-    assert len(next(iter(measure([outcomes], N_BOOT + 1).values())).replicates) == N_BOOT + 1
+    more = next(iter(measure([outcomes], N_BOOT + 1).values()))
+    assert len(more.replicates["auc"]) == N_BOOT + 1
     assert len(calls) == 4
     measure([outcomes], N_BOOT)
     del calls[:]
@@ -230,10 +237,11 @@ def test_differences_are_paired_by_seed(laboratory):
         for seed in (1, 4, 5)
     ]
     np.testing.assert_allclose(found.over_seeds["auc"].mean, np.mean(changes))
-    np.testing.assert_allclose(found.over_users.mean, np.mean(changes), atol=1e-6)
-    assert found.over_users.low < np.mean(changes) < found.over_users.high
+    over_users = found.over_users["auc"]
+    np.testing.assert_allclose(over_users.mean, np.mean(changes), atol=1e-6)
+    assert over_users.low < np.mean(changes) < over_users.high
     # One comparison: nothing to adjust.
-    assert found.p_seeds == found.over_seeds["auc"].p
+    assert found.p_seeds["auc"] == found.over_seeds["auc"].p
 
 
 def test_intervals_over_users_are_those_of_the_bootstrap(laboratory):
@@ -244,11 +252,11 @@ def test_intervals_over_users_are_those_of_the_bootstrap(laboratory):
         for case in outcomes.cases[::-1]
     ]
     expected = statistics.user_clustered_bootstrap(rows["user"], rows["label"], *scores, N_BOOT)
+    over_users = found.over_users["auc"]
     np.testing.assert_allclose(
-        [found.over_users.low, found.over_users.high, found.over_users.p],
-        [expected.low, expected.high, expected.p],
+        [over_users.low, over_users.high, over_users.p], [expected.low, expected.high, expected.p]
     )
-    assert found.over_users.n == expected.n
+    assert over_users.n == expected.n
 
 
 def test_seeds_on_other_rows_are_left_out_and_named(laboratory):
@@ -275,7 +283,7 @@ def test_nothing_in_common_is_no_comparison(laboratory):
     laboratory.run(complete({**UIP, "arm": "other"}), 1, world=1)
     _, _, (found,) = measured_and_compared(folder)
     assert found.seeds == () and found.seeds_with_other_rows == (1,)
-    assert np.isnan(found.over_users.mean) and found.verdict == "untested"
+    assert np.isnan(found.over_users["auc"].mean) and found.verdict("auc") == "untested"
 
 
 def test_verdicts_need_both_kinds_of_chance_ruled_out(laboratory):
@@ -286,26 +294,28 @@ def test_verdicts_need_both_kinds_of_chance_ruled_out(laboratory):
         {"arm": "same", "skill": 0.5},
     ]
     _, _, found = measured_and_compared(laboratory.experiment("help", arms))
-    assert {each.name: each.verdict for each in found} == {
-        "uip − plain": "higher",
-        "worse − plain": "lower",
-        "same − plain": "not told apart",
-    }
-    np.testing.assert_allclose(
-        [each.p_seeds for each in found],
-        statistics.holm([each.over_seeds["auc"].p for each in found]),
-    )
-    np.testing.assert_allclose(
-        [each.p_users for each in found], statistics.holm([each.over_users.p for each in found])
-    )
+    for metric in TESTED:
+        assert {each.name: each.verdict(metric) for each in found} == {
+            "uip − plain": "higher",
+            "worse − plain": "lower",
+            "same − plain": "not told apart",
+        }
+        np.testing.assert_allclose(
+            [each.p_seeds[metric] for each in found],
+            statistics.holm([each.over_seeds[metric].p for each in found]),
+        )
+        np.testing.assert_allclose(
+            [each.p_users[metric] for each in found],
+            statistics.holm([each.over_users[metric].p for each in found]),
+        )
     higher = found[0]
-    higher.p_users = 0.2
-    assert higher.verdict == "not told apart"
+    higher.p_users["auc"] = 0.2
+    assert higher.verdict("auc") == "not told apart" and higher.verdict("list_auc") == "higher"
 
 
 def test_one_seed_is_untested(laboratory):
     _, _, (found,) = measured_and_compared(laboratory.experiment("help", [PLAIN, UIP], seeds=(1,)))
-    assert found.verdict == "untested" and not np.isnan(found.p_users)
+    assert found.verdict("auc") == "untested" and not np.isnan(found.p_users["auc"])
 
 
 def test_an_arm_of_other_models_is_met_with_each_of_them(laboratory):

@@ -415,6 +415,7 @@ def test_both_libraries_stand_side_by_side(finished, stand_in):
                 "auc": pytest.approx(0.7 + gain / 10),
                 "logloss": 0.4,
                 "gauc": pytest.approx(gauc(user, label, score)),
+                "list_auc": None,  # no two rows of a user have one time
             }
         assert "f_user_id" not in arms["uip"]["fields"]
         assert "user_id" in arms["plain"]["fields"]

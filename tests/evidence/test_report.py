@@ -210,7 +210,12 @@ def test_differences_are_those_of_paired_seeds_and_users(pages, shared, whole):
     assert row["rel. AUC"] == f"+{100 * (ours / base - 1):.2f}%"
     assert row["RelaImpr"] == f"+{100 * ((ours - 0.5) / (base - 0.5) - 1):.2f}%"
     compared = compare(outcomes, measure([outcomes], N_BOOT))
-    assert [row["verdict"] for row in rows] == [each.verdict for each in compared]
+    assert [row["verdict"] for row in rows] == [each.verdict("auc") for each in compared]
+    rows = page.table("List AUC")
+    assert [row["verdict"] for row in rows] == [each.verdict("list_auc") for each in compared]
+    assert [row["Δlist AUC"] for row in rows] == [
+        number(each.over_users["list_auc"].mean, sign=True) for each in compared
+    ]
 
 
 def test_null_results_stay_in_the_tables(laboratory):

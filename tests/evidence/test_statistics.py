@@ -5,10 +5,12 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
+from recbole_uip.bridge.metrics import gauc
 from recbole_uip.evidence.statistics import (
     auc,
     bootstrap_aucs,
     bootstrap_difference,
+    bootstrap_gaucs,
     half_width,
     holm,
     logloss,
@@ -188,6 +190,25 @@ def test_several_seeds_are_averaged_within_each_resample(rng):
     user, label, a, b = rows(rng, 20)
     found = user_clustered_bootstrap(user, label, np.stack([a, b]), np.stack([b, a]), n_boot=50)
     np.testing.assert_allclose([found.mean, found.low, found.high], 0, atol=1e-12)
+
+
+def test_list_auc_is_resampled_by_user(rng):
+    user, label, score, _ = rows(rng, 12)
+    group = 3 * user + rng.integers(0, 3, len(user))
+    found = bootstrap_gaucs(user, group, label, score, n_boot=20, seed=4)
+    # The same users drawn, a copy of a user's rows being lists of its own.
+    generator = np.random.default_rng(4)
+    users = np.unique(user)
+    for replicate in found:
+        drawn = users[generator.integers(len(users), size=len(users))]
+        copies = [np.flatnonzero(user == each) for each in drawn]
+        own = np.concatenate([100 * copy + group[at] for copy, at in enumerate(copies)])
+        at = np.concatenate(copies)
+        np.testing.assert_allclose(replicate, gauc(own, label[at], score[at]))
+    # One that all rows of a list share makes no difference of it.
+    np.testing.assert_array_equal(
+        bootstrap_gaucs(user, group, label, score + group, n_boot=20, seed=4), found
+    )
 
 
 @pytest.fixture(scope="module")

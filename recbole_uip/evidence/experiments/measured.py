@@ -33,7 +33,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Raised whenever a measure changes its meaning: older files are then measured again.
-FORMAT = 1
+FORMAT = 2
+_DRAWN = "replicates_"
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Measured:
     reliability : Reliability
     slices : dict of str to dict of str to dict of str to float
         Metrics by what is sliced and by slice.
-    replicates : ndarray of float, shape (n_boot,)
-        AUC in each resample of users.
+    replicates : dict of str to ndarray of float, shape (n_boot,)
+        ``auc`` and ``list_auc`` in each resample of users.
     """
 
     rows: str
@@ -62,7 +63,7 @@ class Measured:
     auc: float
     reliability: Reliability
     slices: dict[str, dict[str, dict[str, float]]]
-    replicates: np.ndarray
+    replicates: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def measure_rows(
     Parameters
     ----------
     rows : mapping of str to ndarray, shape (n_rows,)
-        ``row``, ``user``, ``item``, ``label`` and ``score``, in an order that does not depend on
-        the run.
+        ``row``, ``user``, ``item``, ``list``, ``label`` and ``score``, in an order that does not
+        depend on the run.
     known : sequence of ndarray, shape (n_rows,)
         History, and training rows of item and user, as :func:`statistics.slices` takes them.
     n_boot, seed : int
@@ -116,12 +117,13 @@ def measure_rows(
     users : ndarray of int
         Sorted users to draw from, at least those of the rows.
     """
-    label, score = rows["label"], rows["score"]
+    user, label, score = rows["user"], rows["label"], rows["score"]
+    drawn = {"n_boot": n_boot, "seed": seed, "users": users}
     masks = statistics.slices(*known)
     return Measured(
         rows_digest(rows),
         len(label),
-        np.unique(rows["user"]),
+        np.unique(user),
         statistics.auc(label, score),
         statistics.reliability_curve(label, score),
         {
@@ -130,7 +132,10 @@ def measure_rows(
             }
             for kind, by_name in masks.items()
         },
-        statistics.bootstrap_aucs(rows["user"], label, score, n_boot, seed, users),
+        {
+            "auc": statistics.bootstrap_aucs(user, label, score, **drawn),
+            "list_auc": statistics.bootstrap_gaucs(user, rows["list"], label, score, **drawn),
+        },
     )
 
 
@@ -157,8 +162,8 @@ def write_measured(path: Path, stamp: Stamp, measured: Measured) -> None:
                 file,
                 meta=np.array(json.dumps(meta)),
                 users=measured.users,
-                replicates=measured.replicates,
                 **{f"reliability_{name}": array for name, array in _curve(measured)},
+                **{f"{_DRAWN}{name}": array for name, array in measured.replicates.items()},
             )
     except OSError as error:
         logger.warning("%s cannot be written (%s): it is measured anew each time", path, error)
@@ -180,7 +185,11 @@ def read_measured(path: Path) -> tuple[Stamp, Measured] | None:
             meta["auc"],
             Reliability(*(file[f"reliability_{name}"] for name in ("score", "share", "rows"))),
             meta["slices"],
-            file["replicates"],
+            {
+                name.removeprefix(_DRAWN): file[name]
+                for name in file.files
+                if name.startswith(_DRAWN)
+            },
         )
         return Stamp(**meta["stamp"]), measured
     return None

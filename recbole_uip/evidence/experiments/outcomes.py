@@ -30,6 +30,7 @@ __all__ = [
     "METRICS",
     "REFRESH",
     "SIGNIFICANT",
+    "TESTED",
     "CaseOutcome",
     "Comparison",
     "Outcomes",
@@ -45,13 +46,15 @@ __all__ = [
 ]
 
 PLAN = "experiment.json"
-METRICS = ("auc", "logloss", "gauc")
+METRICS = ("auc", "logloss", "gauc", "list_auc")
+#: Those of which a difference is tested over seeds and over users.
+TESTED = ("auc", "list_auc")
 SIGNIFICANT = 0.05
 #: The setting that a staleness curve is drawn of.
 REFRESH = "uip_refresh"
 # Scores are kept in single precision, which may tie or part a few of them.
 AUC_TOLERANCE = 1e-4
-_ARRAYS = ("row", "user", "item", "label", "score", "history", "user_rows", "item_rows")
+_ARRAYS = ("row", "user", "item", "list", "label", "score", "history", "user_rows", "item_rows")
 # What slices are made by, in the order that statistics.slices takes it.
 _KNOWN = ("history", "item_rows", "user_rows")
 _TOKENS = "test_token_"
@@ -459,12 +462,12 @@ class Comparison:
         Seeds left out because the rows differ.
     over_seeds : dict of str to Difference
         By metric.
-    over_users : Difference
-        Of AUC.
-    relative : Relative
-        Of the mean AUCs.
-    p_seeds, p_users : float
-        Holm-adjusted p-values of the AUC difference.
+    over_users : dict of str to Difference
+        By metric of :data:`TESTED`.
+    relative : dict of str to Relative
+        Of the means, by metric of :data:`TESTED`.
+    p_seeds, p_users : dict of str to float
+        Holm-adjusted p-values, by metric of :data:`TESTED`.
     """
 
     case: CaseOutcome
@@ -472,10 +475,10 @@ class Comparison:
     seeds: tuple[int, ...]
     seeds_with_other_rows: tuple[int, ...]
     over_seeds: dict[str, Difference]
-    over_users: Difference
-    relative: Relative
-    p_seeds: float = np.nan
-    p_users: float = np.nan
+    over_users: dict[str, Difference]
+    relative: dict[str, Relative]
+    p_seeds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TESTED, np.nan))
+    p_users: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TESTED, np.nan))
 
     @property
     def name(self) -> str:
@@ -488,18 +491,20 @@ class Comparison:
             f" ({', '.join(differs)})" if differs else ""
         )
 
-    @property
-    def verdict(self) -> str:
+    def verdict(self, metric: str) -> str:
         """Higher or lower only where both adjusted p-values are below .05."""
-        if np.isnan(self.p_seeds) or np.isnan(self.p_users):
+        p_values = self.p_seeds[metric], self.p_users[metric]
+        if np.isnan(p_values).any():
             return "untested"
-        if max(self.p_seeds, self.p_users) >= SIGNIFICANT:
+        if max(p_values) >= SIGNIFICANT:
             return "not told apart"
-        return "higher" if self.over_users.mean > 0 else "lower"
+        return "higher" if self.over_users[metric].mean > 0 else "lower"
 
 
 def compare(outcomes: Outcomes, measured: Mapping[str, Measured]) -> list[Comparison]:
-    """Differences from the baseline, then those of the plan's pairs; p-values adjusted over all.
+    """Differences from the baseline, then those of the plan's pairs.
+
+    A metric's p-values are adjusted over all of them.
 
     A case is compared with the other arm's case of the same dataset and model whose settings it
     shares (all of them, or as many as there is one with). An arm that does not exist with the
@@ -517,12 +522,14 @@ def compare(outcomes: Outcomes, measured: Mapping[str, Measured]) -> list[Compar
                     if (comparison := _compare(case, against, measured))
                 ]
     compared = [each for each in found if each.seeds]
-    for name, p_values in (
-        ("p_seeds", [each.over_seeds["auc"].p for each in compared]),
-        ("p_users", [each.over_users.p for each in compared]),
-    ):
-        for each, p in zip(compared, statistics.holm(p_values), strict=True):
-            setattr(each, name, float(p))
+    for metric in TESTED:
+        for differences, adjusted in (
+            ([each.over_seeds for each in compared], [each.p_seeds for each in compared]),
+            ([each.over_users for each in compared], [each.p_users for each in compared]),
+        ):
+            p_values = statistics.holm([each[metric].p for each in differences])
+            for each, p in zip(adjusted, p_values, strict=True):
+                each[metric] = float(p)
     return found
 
 
@@ -556,8 +563,8 @@ def _compare(
             (),
             others,
             dict.fromkeys(METRICS, empty),
-            empty,
-            Relative(np.nan, np.nan),
+            dict.fromkeys(TESTED, empty),
+            dict.fromkeys(TESTED, Relative(np.nan, np.nan)),
         )
     over_seeds = {
         metric: statistics.paired_difference(
@@ -568,19 +575,25 @@ def _compare(
     of_a, of_b = (
         [each for each, is_same in zip(side, same, strict=True) if is_same] for side in sides
     )
-    replicates = [np.mean([each.replicates for each in side], axis=0) for side in (of_a, of_b)]
-    aucs = [float(np.mean([each.auc for each in side])) for side in (of_a, of_b)]
     n_users = len(np.unique(np.concatenate([each.users for each in of_a])))
+    over_users, relative = {}, {}
+    for metric in TESTED:
+        replicates = [
+            np.mean([each.replicates[metric] for each in side], axis=0) for side in (of_a, of_b)
+        ]
+        means = [float(side.values(metric, seeds).mean()) for side in (case, against)]
+        over_users[metric] = statistics.bootstrap_difference(
+            means[0] - means[1], replicates[0] - replicates[1], n_users
+        )
+        relative[metric] = statistics.relative(*means)
     return Comparison(
         case,
         against,
         tuple(seeds),
         others,
         over_seeds,
-        statistics.bootstrap_difference(aucs[0] - aucs[1], replicates[0] - replicates[1], n_users),
-        statistics.relative(
-            float(case.values("auc", seeds).mean()), float(against.values("auc", seeds).mean())
-        ),
+        over_users,
+        relative,
     )
 
 

@@ -50,8 +50,9 @@ INERT = {
 # Settings of a facet that only a codebook reads.
 _OF_CODEBOOKS = ("codes", "rank", "levels", "directions")
 
-# Raise it when the same settings give other results: finished runs are then made anew.
-RESULTS = 1
+# Raise it when the same settings give other results, or a run's files hold others: finished runs
+# are then made anew.
+RESULTS = 2
 # The same of runs with profiles alone.
 PROFILES = 2
 
@@ -305,8 +306,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
         for key, value in config.final_config_dict.items()
         if key not in INERT and not key.startswith("uip_")
     }
-    if RESULTS > 1:
-        essence["results"] = RESULTS
+    essence["results"] = RESULTS
     parts = [f"{part}.inter" for part in config["benchmark_filename"] or ()]
     essence["data_bytes"] = [
         path.stat().st_size if path.is_file() else 0

@@ -24,7 +24,7 @@ from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge.config import load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset
 from recbole_uip.bridge.preparation import create_dataset, data_preparation
-from recbole_uip.bridge.run import protocol, train_arm
+from recbole_uip.bridge.run import predicted_lists, protocol, train_arm
 from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
 from recbole_uip.bridge.storage import plain
 from recbole_uip.em.states import index_history
@@ -282,7 +282,7 @@ def _cost(dataset: UIPDataset, arm: ArmSettings, profile_seconds: float) -> dict
 def _columns(
     predictions: dict[str, dict[str, np.ndarray]], dataset: UIPDataset, arm: ArmSettings
 ) -> dict[str, np.ndarray]:
-    """Predictions of both splits, how much is known of each row's user and item, and codes."""
+    """Predictions of both splits, lists, how much is known of each user and item, and codes."""
     behaviours: Behaviours = dataset.behaviours
     train = behaviours.train
     user_rows = np.bincount(behaviours.user[train], minlength=behaviours.n_users)
@@ -295,6 +295,7 @@ def _columns(
     for split, part in predictions.items():
         for name, kind in kinds.items():
             columns[f"{split}_{name}"] = part[name].astype(kind)
+        columns[f"{split}_list"] = predicted_lists(part, behaviours.time).astype(np.int32)
         columns[f"{split}_score"] = part["score"].astype(np.float32)
         columns[f"{split}_history"] = earlier[part["row"]].astype(np.int32)
         columns[f"{split}_user_rows"] = user_rows[part["user"]].astype(np.int32)

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from recbole_uip.bank.export_atomic import SPLITS
-from recbole_uip.bridge.metrics import gauc
+from recbole_uip.bridge.metrics import gauc, lists
 from recbole_uip.evidence.outside.driver import EXPERIMENT, INSTALL
 from recbole_uip.evidence.outside.finished import BUDGET, MODEL, FinishedRun, read_run
 from recbole_uip.evidence.summary import BASELINE, METRICS, Cell, format_summary, summarise
@@ -249,7 +249,7 @@ def _versions(python: str | os.PathLike) -> dict[str, str]:
 
 
 def _train(run: FinishedRun, python: str | os.PathLike, folder: Path, seed: int) -> dict[str, Any]:
-    """FuxiCTR's AUC and LogLoss, and GAUC of its scores."""
+    """FuxiCTR's AUC and LogLoss, and GAUC and list AUC of its scores."""
     for name in ("result.json", "scores.npz"):
         (folder / name).unlink(missing_ok=True)
     finished = _run_driver(python, str(folder), str(seed))
@@ -260,9 +260,11 @@ def _train(run: FinishedRun, python: str | os.PathLike, folder: Path, seed: int)
     with np.load(folder / "scores.npz") as scores:
         for split in ("valid", "test"):
             rows = run.rows(split)
-            users = rows[run.layout.user].combine_chunks().dictionary_encode().indices
-            value = gauc(users.to_numpy(), rows[run.layout.label].to_numpy(), scores[split])
-            outcome[split]["gauc"] = None if math.isnan(value) else value
+            users = rows[run.layout.user].combine_chunks().dictionary_encode().indices.to_numpy()
+            times = None if run.layout.time is None else rows[run.layout.time].to_numpy()
+            for name, group in (("gauc", users), ("list_auc", lists(users, times))):
+                value = gauc(group, rows[run.layout.label].to_numpy(), scores[split])
+                outcome[split][name] = None if math.isnan(value) else value
     return outcome
 
 

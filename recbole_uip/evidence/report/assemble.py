@@ -146,7 +146,8 @@ def _how_to_read(resamples: int, command: str | None) -> Section:
         Items(
             [
                 "AUC: over all test rows. LogLoss: mean negative log-likelihood in nats. GAUC: "
-                "mean over users of the AUC among a user's own rows, weighted by rows.",
+                "mean over users of the AUC among a user's own rows, weighted by rows. List AUC: "
+                "the same among a user's rows of one time, which one profile serves.",
                 "Interval over seeds: paired t-interval of the differences, seed by seed. It tells "
                 "what another training would give on these rows; where every seed splits the rows "
                 "anew, on another such split (with Nadeau and Bengio's correction, for splits "

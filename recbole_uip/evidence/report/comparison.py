@@ -60,7 +60,7 @@ def results(outcomes: Outcomes) -> Section:
     ]
     columns = ["dataset", "model", "arm", "settings", "seeds"]
     table = Table(
-        "Test split: mean ± standard deviation over seeds. Higher AUC and GAUC are better, lower "
+        "Test split: mean ± standard deviation over seeds. Higher AUCs are better, lower "
         f"LogLoss (nats) is better. The baseline is {outcomes.baseline}.",
         columns + [METRIC_NAMES[metric] for metric in METRICS],
         rows,
@@ -71,7 +71,7 @@ def results(outcomes: Outcomes) -> Section:
 
 def verdicts(comparisons: Sequence[Comparison]) -> str:
     """How many comparisons came out how, in words."""
-    found = [each.verdict for each in comparisons]
+    found = [each.verdict("auc") for each in comparisons]
     counted = [
         f"{found.count(name)} {name}"
         for name in ("higher", "lower", "not told apart", "untested")
@@ -105,7 +105,7 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
         charted = [each for each in comparisons if each.seeds and each.case.dataset == dataset]
         if charted:
             blocks.append(_intervals(outcomes, dataset, charted))
-    blocks.append(_other_differences(comparisons))
+    blocks += [_list_differences(comparisons), _other_differences(comparisons)]
     others = [each for each in comparisons if each.seeds_with_other_rows]
     if others:
         left_out = "; ".join(
@@ -122,37 +122,58 @@ def differences(outcomes: Outcomes, comparisons: Sequence[Comparison]) -> Sectio
     return Section("Differences", blocks)
 
 
+def _tested_differences(
+    comparisons: Sequence[Comparison], metric: str, caption: str, with_relative: bool = False
+) -> Table:
+    name = METRIC_NAMES[metric]
+    columns = [
+        *_PLACE, "comparison", "seeds", "verdict", f"Δ{name}", "95% over seeds", "p, seeds",
+        "95% over users", "p, users",
+    ]  # fmt: skip
+    rows = [
+        [
+            *_place(each.case),
+            each.name,
+            str(len(each.seeds)),
+            each.verdict(metric),
+            number(each.over_seeds[metric].mean, sign=True),
+            interval(each.over_seeds[metric]),
+            p_value(each.p_seeds[metric]),
+            interval(each.over_users[metric]),
+            p_value(each.p_users[metric]),
+        ]
+        for each in comparisons
+    ]
+    if with_relative:
+        columns += [f"rel. {name}", "RelaImpr"]
+        for row, each in zip(rows, comparisons, strict=True):
+            relative = each.relative[metric]
+            row += [share(relative.ratio), share(relative.above_half)]
+    return Table(caption, columns, rows, heads=4).without("dataset", "model", "settings")
+
+
 def _auc_differences(comparisons: Sequence[Comparison]) -> Table:
-    tested = sum(not math.isnan(each.p_users) for each in comparisons)
-    table = Table(
+    tested = sum(not math.isnan(each.p_users["auc"]) for each in comparisons)
+    return _tested_differences(
+        comparisons,
+        "auc",
         "AUC differences on the same rows, with 95% intervals. Over seeds: paired "
         "t-interval. Over users: cluster bootstrap of the mean over seeds. p: two-sided, "
         f"adjusted by Holm's method for the {tested} comparisons of this experiment. A "
         "verdict of higher or lower needs both p below .05. Relative improvement in two "
         "customs: rel. AUC = AUC / base − 1, RelaImpr = (AUC − .5) / (base − .5) − 1.",
-        [
-            *_PLACE, "comparison", "seeds", "verdict", "ΔAUC", "95% over seeds", "p, seeds",
-            "95% over users", "p, users", "rel. AUC", "RelaImpr",
-        ],
-        [
-            [
-                *_place(each.case),
-                each.name,
-                str(len(each.seeds)),
-                each.verdict,
-                number(each.over_seeds["auc"].mean, sign=True),
-                interval(each.over_seeds["auc"]),
-                p_value(each.p_seeds),
-                interval(each.over_users),
-                p_value(each.p_users),
-                share(each.relative.ratio),
-                share(each.relative.above_half),
-            ]
-            for each in comparisons
-        ],
-        heads=4,
-    )  # fmt: skip
-    return table.without("dataset", "model", "settings")
+        with_relative=True,
+    )
+
+
+def _list_differences(comparisons: Sequence[Comparison]) -> Table:
+    return _tested_differences(
+        comparisons,
+        "list_auc",
+        "List AUC: the AUC among the rows of one user at one time, which one profile serves, "
+        "weighted by rows. This is what ranking a served list is; GAUC also compares a user's rows "
+        "of different times, under profiles of different histories. Intervals and p as for AUC.",
+    )
 
 
 def _other_differences(comparisons: Sequence[Comparison]) -> Table:
@@ -179,7 +200,7 @@ def _other_differences(comparisons: Sequence[Comparison]) -> Table:
 def _intervals(outcomes: Outcomes, dataset: str, comparisons: Sequence[Comparison]) -> Chart:
     kinds = (
         ("95% over paired seeds", [each.over_seeds["auc"] for each in comparisons]),
-        ("95% over users", [each.over_users for each in comparisons]),
+        ("95% over users", [each.over_users["auc"] for each in comparisons]),
     )
     return Chart(
         forest(

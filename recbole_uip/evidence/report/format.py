@@ -23,7 +23,7 @@ __all__ = [
     "share",
 ]
 
-METRIC_NAMES = {"auc": "AUC", "logloss": "LogLoss", "gauc": "GAUC"}
+METRIC_NAMES = {"auc": "AUC", "logloss": "LogLoss", "gauc": "GAUC", "list_auc": "list AUC"}
 #: Stands where the data give no number.
 NOTHING = "–"
 _MINUS = "−"

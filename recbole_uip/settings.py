@@ -445,6 +445,12 @@ class UIPSettings:
     def _check_fields(self) -> None:
         owner = {"uip_row": "the number of each row"}
         for facet in self.facets:
+            if facet.codes > self.codebook.sample:
+                raise SettingsError(
+                    f"uip_facets.{facet.name}.codes={facet.codes} is more than the "
+                    f"uip_codebook.sample={self.codebook.sample} rows that a codebook is fitted "
+                    "on: lower the first, or raise the second"
+                )
             for name in facet.field_names:
                 if name in owner:
                     raise SettingsError(

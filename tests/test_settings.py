@@ -164,6 +164,13 @@ def test_durations(value, seconds):
         ({"uip_arms": {"x": {"user": 1}}}, "unknown setting 'uip_arms.x.user'"),
         ({"uip_lm_dtype": "int3"}, "uip_lm_dtype='int3' must be one of"),
         ({"uip_codebook": {"sample": 0}}, "uip_codebook.sample=0 must be an integer"),
+        (
+            {
+                "uip_facets": {"a": {"source": "collaborative", "codes": 9}},
+                "uip_codebook": {"sample": 8},
+            },
+            "uip_facets.a.codes=9 is more than the uip_codebook.sample=8 rows",
+        ),
     ],
 )
 def test_bad_settings_name_key_value_and_way_out(keys, message):

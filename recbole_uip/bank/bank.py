@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -295,16 +296,13 @@ class FeatureBank:
         """
         self._check_writable()
         if liked is None:
-            if not self.model.implicit:
-                raise BankError(
-                    f"liked is not given for user {user!r}: the bank's events have labels"
-                )
+            self._check_implicit(f" for user {user!r}")
             liked = 1.0
         if liked not in self._labels:
             raise BankError(f"liked={liked!r} of user {user!r}: {self._labels_are()}")
-        if time is not None and not math.isfinite(time):
-            raise BankError(f"time={time!r} of user {user!r} must be a finite number")
         if time is not None:
+            if not isinstance(time, Real) or not math.isfinite(time):
+                raise BankError(f"time={time!r} of user {user!r} must be a finite number")
             self._check_unit(time)
         item_number = self.model.number(item)
         number = self._users.get(user)
@@ -361,10 +359,10 @@ class FeatureBank:
             raise BankError(f"late={late!r} must be one of refuse, drop, apply")
         n = len(users)
         numbers = self._numbers(items)
-        if liked is None and not self.model.implicit:
-            raise BankError("liked is not given: the bank's events have labels")
-        liked = np.ones(n) if liked is None else np.asarray(liked, dtype=np.float64)
-        time = None if time is None else np.asarray(time, dtype=np.float64)
+        if liked is None:
+            self._check_implicit()
+        liked = np.ones(n) if liked is None else _as_floats("liked", liked)
+        time = None if time is None else _as_floats("time", time)
         self._check_batch(users, numbers, liked, time)
         tokens = token_array(users)
         user = self._users.find_many(tokens)
@@ -582,6 +580,11 @@ class FeatureBank:
             self._check_unit(float(time.min()))
             self._check_unit(float(time.max()))
 
+    def _check_implicit(self, of: str = "") -> None:
+        """Refuse events without labels where the bank's events have them."""
+        if not self.model.implicit:
+            raise BankError(f"liked is missing{of}: the bank's events have labels")
+
     @property
     def _labels(self) -> tuple[int, ...]:
         return (1,) if self.model.implicit else (0, 1)
@@ -704,6 +707,17 @@ class FeatureBank:
         for name, out in columns.items():
             self._gather(name, numbers, out)
         return user_table(self.model, self._users.take(numbers), **columns)
+
+
+def _as_floats(name: str, values: Any) -> np.ndarray:
+    values = np.asarray(values)
+    if len(values) and values.dtype.kind not in "bifu":
+        raise BankError(
+            f"{name} must hold numbers, but its first value is {values[:1].tolist()[0]!r}: give "
+            "times in the unit of the bank's events, such as seconds since 1970, and labels as 0 "
+            "or 1"
+        )
+    return values.astype(np.float64)
 
 
 def _late(user: str, time: float, last: float) -> str:

@@ -144,7 +144,7 @@ class EventFile:
         with its subfolders, whose files come in the order of their names.
     columns : EventColumns
         What to read.
-    memory_limit : str
+    memory : str
         What DuckDB may take, such as ``"2GB"``. Blocks, the item tokens and the allocators'
         slack come on top: allow a few hundred MB.
     threads : int, optional
@@ -165,18 +165,18 @@ class EventFile:
         path: str | os.PathLike | Sequence[str | os.PathLike],
         columns: EventColumns,
         *,
-        memory_limit: str = "2GB",
+        memory: str = "2GB",
         threads: int | None = None,
         scratch: str | os.PathLike | None = None,
     ) -> None:
         self.columns = columns
         self.files: tuple[Path, ...] = tuple(_paths(path))
-        self._memory_limit = memory_limit
+        self._memory = memory
         self._format = _format_of(self.files, path)
         self._folder = _temporary_folder(scratch)
         # Also at an exit, or when an error below leaves no object to close.
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._database = _connect(self._folder / "spill", memory_limit, threads)
+        self._database = _connect(self._folder / "spill", memory, threads)
         self._headers = [self._header(file) for file in self.files]
         wanted = {self._said(role): name for role, name in self._roles.items()}
         for file, header in zip(self.files, self._headers, strict=True):
@@ -450,7 +450,7 @@ class EventFile:
             "label": "labels are 0 or 1; leave such rows out, or give rating and threshold",
             "rating": "every event needs a finite number; leave such rows out",
             "time": "every event needs a finite number, or all of them a date such as 2024-01-31 "
-            "12:00:00; leave such rows out, or read no time (time=None)",
+            "12:00:00; leave such rows out, or read no time (time=None, or --time=none)",
         }[said]
         shown = "empty" if value in (None, "") else repr(value)
         raise SettingsError(
@@ -522,7 +522,7 @@ class EventFile:
             what, message = file or self._what, str(error)
             if "Out of Memory" in message:
                 raise SettingsError(
-                    f"memory_limit={self._memory_limit!r} is too little to read {what}: raise "
+                    f"memory={self._memory!r} is too little to read {what}: raise "
                     "it, or give fewer threads"
                 ) from error
             # What follows are DuckDB's options, which nobody can set here.
@@ -650,9 +650,9 @@ def _temporary_folder(parent: str | os.PathLike | None) -> Path:
         ) from error
 
 
-def _connect(spill: Path, memory_limit: str, threads: int | None) -> duckdb.DuckDBPyConnection:
+def _connect(spill: Path, memory: str, threads: int | None) -> duckdb.DuckDBPyConnection:
     config = {
-        "memory_limit": memory_limit,
+        "memory_limit": memory,
         "temp_directory": str(spill),
         "preserve_insertion_order": True,
         # No look at Python's variables or at the network.
@@ -665,7 +665,7 @@ def _connect(spill: Path, memory_limit: str, threads: int | None) -> duckdb.Duck
         database = duckdb.connect(config=config)
     except (duckdb.Error, TypeError) as error:
         raise SettingsError(
-            f"memory_limit={memory_limit!r} and threads={threads!r} cannot be used ({error}): "
+            f"memory={memory!r} and threads={threads!r} cannot be used ({error}): "
             "give such as '2GB', and a number of threads or None"
         ) from error
     # Timestamps without a time zone are UTC, wherever the machine is.

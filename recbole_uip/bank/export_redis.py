@@ -169,8 +169,9 @@ class RedisLookup:
 
 
 def _number_type(bank: FeatureBank) -> str:
-    """The smallest little-endian type that holds every field's tokens."""
-    largest = max((field.size for field in bank.model.encoder.fields), default=0)
+    """The smallest little-endian type that holds every token of a look-up."""
+    fields = bank.model.encoder.fields
+    largest = max((field.size for field in fields if field.name in bank.fields), default=0)
     return np.min_scalar_type(largest).newbyteorder("<").str
 
 

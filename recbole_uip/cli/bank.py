@@ -84,7 +84,7 @@ def _build(namespace: Namespace, overrides: list[str], command: str) -> None:
         namespace.rating,
         namespace.threshold,
     )
-    with EventFile(namespace.events, columns, memory_limit=namespace.memory) as events:
+    with EventFile(namespace.events, columns, memory=namespace.memory) as events:
         bank_of_events(namespace.folder, events, settings, texts).close()
     _print_info(namespace.folder)
 

@@ -184,7 +184,7 @@ def _building(
     has_texts = any(texts)
     logger.info("building a bank")
     started = time.perf_counter()
-    with EventFile(path, COLUMNS, memory_limit="1.5GB") as events:
+    with EventFile(path, COLUMNS, memory="1.5GB") as events:
         settings = dataclasses.replace(settings, refresh=0.0)
         bank_of_events(folder, events, settings, texts_of if has_texts else None).close()
     seconds = time.perf_counter() - started

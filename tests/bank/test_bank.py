@@ -1,6 +1,7 @@
 """The bank against the point-in-time path, and what outlives a commit."""
 
 import dataclasses
+import datetime
 import os
 import shutil
 import signal
@@ -25,6 +26,8 @@ from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 
 from .conftest import N_ITEMS
+
+DAY = datetime.datetime(2024, 1, 31)
 
 
 @pytest.fixture
@@ -236,6 +239,8 @@ def test_late_events(full_bank, users, items):
         ((["a"], ["i1"], [2]), "liked is 2.0 in row 0"),
         ((["a", "b"], ["i1"], [1, 1]), "items has 1 rows, but users has 2"),
         ((["a"], ["i1"], [1], [np.nan]), "time is nan in row 0"),
+        ((["a"], ["i1"], [1], ["2024-01-31"]), "time must hold numbers, .* '2024-01-31'"),
+        ((["a"], ["i1"], [1], [DAY]), r"time must hold numbers, .* datetime"),
         ((["a"], np.array([N_ITEMS]), [1]), "item numbers must be from 0 to 79"),
     ],
 )
@@ -245,9 +250,9 @@ def test_bad_batches_change_nothing(full_bank, arguments, message):
     assert "a" not in full_bank
     with pytest.raises(BankError, match="labels must be 0 or 1"):
         full_bank.update("a", "i1", 0.5)
-    with pytest.raises(BankError, match="liked is not given for user 'a'"):
+    with pytest.raises(BankError, match="liked is missing for user 'a'"):
         full_bank.update("a", "i1")
-    with pytest.raises(BankError, match="liked is not given"):
+    with pytest.raises(BankError, match="liked is missing: "):
         full_bank.update_many(["a"], ["i1"])
     with pytest.raises(BankError, match="items='i1' is a text"):
         full_bank.match("a", "i1")
@@ -255,6 +260,8 @@ def test_bad_batches_change_nothing(full_bank, arguments, message):
         full_bank.look_up_many("u1")
     with pytest.raises(BankError, match="time=nan of user 'a' must be a finite number"):
         full_bank.update("a", "i1", 1, np.nan)
+    with pytest.raises(BankError, match=r"time=datetime.* of user 'a' must be a finite number"):
+        full_bank.update("a", "i1", 1, DAY)
     assert "a" not in full_bank
 
 

@@ -30,7 +30,7 @@ def event_file(tmp_path, world, users, items):
     )
     path = tmp_path / "events.csv"
     table.to_csv(path, index=False)
-    with EventFile(path, COLUMNS, memory_limit="500MB") as events:
+    with EventFile(path, COLUMNS, memory="500MB") as events:
         yield events
 
 

@@ -72,7 +72,7 @@ def same(table, frame):
 
 @contextlib.contextmanager
 def opened(path, columns=COLUMNS, **options):
-    with EventFile(path, columns, memory_limit="200MB", **{"threads": 2, **options}) as file:
+    with EventFile(path, columns, memory="200MB", **{"threads": 2, **options}) as file:
         yield file
 
 
@@ -300,7 +300,7 @@ def test_a_sort_that_spills(tmp_path, rng):
     frame = random_frame(rng, 1_000_000, users=1000)
     path = tmp_path / "events.parquet"
     pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), path, row_group_size=20_000)
-    with EventFile(path, COLUMNS, memory_limit="32MB", threads=1, scratch=tmp_path) as file:
+    with EventFile(path, COLUMNS, memory="32MB", threads=1, scratch=tmp_path) as file:
         blocks = file.blocks(50_000)
         first = next(blocks)
         assert any(p.is_file() for p in tmp_path.glob("recbole-uip-events-*/spill/*"))
@@ -522,7 +522,7 @@ def test_files_that_cannot_be_read(tmp_path, rng):
         "several columns 'user_id' (user)",
         EventColumns("user_id", "item_id"),
     )
-    refused(path, "memory_limit='much'", memory_limit="much")
+    refused(path, "memory='much'", memory="much")
     refused(path, "threads=0", threads=0)
     refused(path, "scratch=", scratch=tmp_path / "nowhere")
     with opened(path) as file, pytest.raises(SettingsError, match="max_rows=0 must be at least 1"):
@@ -548,8 +548,8 @@ def test_too_little_memory_says_so(tmp_path, rng):
     path = tmp_path / "events.parquet"
     pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), path)
     with (
-        EventFile(path, COLUMNS, memory_limit="1MB", threads=2) as file,
-        pytest.raises(SettingsError, match="memory_limit='1MB' is too little to read"),
+        EventFile(path, COLUMNS, memory="1MB", threads=2) as file,
+        pytest.raises(SettingsError, match="memory='1MB' is too little to read"),
     ):
         list(file.blocks())
 

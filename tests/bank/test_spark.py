@@ -95,7 +95,7 @@ def folder(tmp_path_factory, table):
 
 
 def expected_bank(folder, events, columns, settings):
-    with EventFile(events, EventColumns(**columns), memory_limit="500MB") as file:
+    with EventFile(events, EventColumns(**columns), memory="500MB") as file:
         return bank_of_events(folder, file, settings)
 
 
@@ -185,7 +185,7 @@ def test_values_are_those_of_an_event_file(session, tmp_path, time, feedback, ra
     columns = {"user": pa.array([10, 9, 9, 9]), "item": pa.array(["007", "7", " ", "é"])}
     pq.write_table(pa.table({**columns, "liked": ratings, "time": TIMES[time]}), path)
     names = EventColumns("user", "item", "time", **feedback)
-    with EventFile(path, names, memory_limit="200MB") as file:
+    with EventFile(path, names, memory="200MB") as file:
         (expected,) = file.blocks()
     values = _by_user(_values(session.read.parquet(str(path)), names, None))
     assert pa.concat_tables(_fetched(values, _as_they_are)).to_pylist() == expected.to_pylist()

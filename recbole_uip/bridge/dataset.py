@@ -410,8 +410,14 @@ class UIPDataset(LoadedDataset):
 
 def _take(feat: Interaction, index: Any) -> Interaction:
     # Interaction's own indexing makes a Python list of the index, and a tensor of it per field:
-    # most of the time of a batch.
-    return Interaction({name: column[index] for name, column in feat.interaction.items()})
+    # most of the time of a batch. For row numbers, index_select takes a third of indexing's time.
+    by_number = torch.is_tensor(index) and index.dtype == torch.int64 and index.dim() == 1
+    return Interaction(
+        {
+            name: column.index_select(0, index) if by_number else column[index]
+            for name, column in feat.interaction.items()
+        }
+    )
 
 
 def saved_dataset(config: UIPConfig) -> str:

@@ -41,3 +41,16 @@ def test_a_lift_of_all_that_a_user_meets_at_one_time_does_not_change_list_auc(rn
     lifted = score + 10 * rng.random(number.max() + 1)[number]
     assert gauc(number, label, lifted) == gauc(number, label, score)
     assert gauc(user, label, lifted) != gauc(user, label, score)
+
+
+def test_gauc_falls_where_scores_know_a_users_past_and_list_auc_does_not(rng):
+    """With labels by chance, whoever liked more than half so far has fewer likes left."""
+    n_users, n_rows, at_a_time = 300, 60, 3
+    label = rng.integers(0, 2, (n_users, n_rows))
+    user = np.repeat(np.arange(n_users), n_rows)
+    time = np.tile(np.arange(n_rows) // at_a_time, n_users)
+    past = at_a_time * (np.arange(n_rows) // at_a_time)  # events before that time
+    likes = np.cumsum(np.c_[np.zeros(n_users), label], axis=1)[:, past]
+    past_like_rate = ((likes + 1) / (past + 2)).ravel()
+    assert gauc(user, label.ravel(), past_like_rate) < 0.45
+    assert gauc(lists(user, time), label.ravel(), past_like_rate) == 0.5

@@ -34,6 +34,7 @@ __all__ = [
     "ModelError",
     "ModelSource",
     "load",
+    "local_fingerprint",
     "multiplies_bfloat16",
     "resolve",
     "resolve_dtype",
@@ -159,10 +160,32 @@ def resolve(settings: LMSettings, cache: Path) -> ModelSource:
     if settings.adapter is not None:
         adapter = _find(settings.adapter, "uip_lm_adapter", weights="adapter_model")
         files += _content_files(adapter, "uip_lm_adapter")
+    return ModelSource(path, adapter, _fingerprint(files, models))
+
+
+def local_fingerprint(name: str, cache: Path) -> str | None:
+    """Content hash of a model or adapter that lies on this machine under ``name``, else None.
+
+    A hub id is not looked up: what it stands for does not change with the files here.
+
+    Parameters
+    ----------
+    name : str
+        As ``LMSettings.name`` and ``LMSettings.adapter``.
+    cache : Path
+        The user's cache directory, where hashes of files are kept.
+    """
+    path = Path(name).expanduser()
+    if name == DEFAULT_LM or not path.exists():
+        return None
+    return _fingerprint(_content_files(path, ""), Path(cache).expanduser() / "models")
+
+
+def _fingerprint(files: Iterable[tuple[str, Path]], models: Path) -> str:
     digest = hashlib.sha256()
     for name, sha256 in _hash_files(files, models / "fingerprints.json"):
         digest.update(f"{name}\0{sha256}\n".encode())
-    return ModelSource(path, adapter, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def resolve_dtype(settings: LMSettings) -> tuple[torch.device, torch.dtype]:

@@ -481,15 +481,19 @@ def test_benchmark_files_are_known_by_their_size(written, data):
     assert of_size(10) == of_size(10)
 
 
-def test_an_adapter_is_known_by_its_content(written, tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "file"),
+    [("uip_lm_adapter", "adapter_model.safetensors"), ("uip_lm", "model.safetensors")],
+)
+def test_an_lm_on_this_machine_is_known_by_its_content(written, tmp_path, setting, file):
     facets = {"likes": {"weight": "positive", "codes": 2, "rank": 1}}
-    folder = tmp_path / "adapter"
+    folder = tmp_path / "files"
     folder.mkdir()
 
     def of(content):
-        (folder / "adapter_model.safetensors").write_bytes(content)
+        (folder / file).write_bytes(content)
         plan = {"arms": {"uip": {"facets": ["likes"]}}}
-        settings = {"uip_facets": facets, "uip_lm_adapter": str(folder)}
+        settings = {"uip_facets": facets, setting: str(folder), "uip_cache": str(tmp_path)}
         return run_of(written(plan, **settings), "uip").key
 
     first = of(b"one")

@@ -24,7 +24,7 @@ from recbole_uip.bridge.sequences import MODELS as SEQUENCE_MODELS
 from recbole_uip.bridge.sequences import SequenceConfig
 from recbole_uip.bridge.storage import plain
 from recbole_uip.evidence.experiments.store import key_of
-from recbole_uip.files import sha256_of
+from recbole_uip.lm.backbone import local_fingerprint
 from recbole_uip.settings import (
     TEXT_SOURCES,
     ArmSettings,
@@ -333,10 +333,10 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
             # Where all are chosen, the arm's facets say in which order the prompt has them.
             given["order"] = scored
         essence["profiles"] = {"version": PROFILES, **plain(given)}
-        if settings.lm.adapter:
-            # The same folder may hold another adapter by now.
-            folder = Path(settings.lm.adapter).expanduser()
-            essence["adapter"] = [sha256_of(path) for path in sorted(folder.glob("adapter_*.*"))]
+        # The same folder may hold another model or adapter by now.
+        for part, name in (("lm", settings.lm.name), ("adapter", settings.lm.adapter)):
+            if name and (fingerprint := local_fingerprint(name, settings.cache)):
+                essence[part] = fingerprint
     return essence
 
 

@@ -38,11 +38,13 @@ def lists(user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
     -------
     ndarray of int, shape (n_rows,)
     """
+    user = np.asarray(user)
     if time is None:
-        return np.asarray(user)
-    pairs = np.empty(len(user), dtype=[("user", np.int64), ("time", np.float64)])
-    pairs["user"], pairs["time"] = user, time
-    return np.unique(pairs, return_inverse=True)[1].reshape(-1)
+        return user
+    order = np.lexsort((time, user))
+    numbers = np.empty(len(user), dtype=np.int64)
+    numbers[order] = np.cumsum(_starts(user[order]) | _starts(time[order])) - 1
+    return numbers
 
 
 def gauc(group: np.ndarray, label: np.ndarray, score: np.ndarray) -> float:

@@ -314,6 +314,13 @@ def _check_time(behaviours: Behaviours, settings: UIPSettings) -> None:
             "static profiles: every training row's own label is part of its profile, which "
             "misleads the CTR model; uip_time=point_in_time and cross_fitted do not"
         )
+    # A bank made of an event file has no held-out rows.
+    held_out = not behaviours.train.all()
+    if settings.history == "observed" and settings.time != "point_in_time" and held_out:
+        raise SettingsError(
+            f"uip_history=observed has no meaning with uip_time={settings.time}, whose profiles "
+            "are of training rows: drop it, or set uip_time=point_in_time"
+        )
     if settings.refresh and behaviours.time is None:
         raise SettingsError(
             f"uip_refresh={settings.refresh:g}s needs timestamps, and the data has none: drop "

@@ -223,7 +223,7 @@ def test_items_that_nobody_met_have_no_collaborative_vector(world):
 
 
 def test_static_profiles_are_one_per_user(world):
-    profiles = infer(world.behaviours, None, settings(uip_time="static"))
+    profiles = infer(world.behaviours, None, settings(uip_time="static", uip_history="train"))
     assert profiles.static
     for item in profiles.fields:
         if item.kind != "match":
@@ -303,16 +303,18 @@ def test_point_in_time_without_timestamps_is_refused(world, caplog):
     with pytest.raises(SettingsError, match="needs timestamps"):
         infer(behaviours, None, settings(uip_time="point_in_time"))
     with caplog.at_level(logging.WARNING):
-        assert infer(world.behaviours, None, settings(uip_time="static")).static
+        assert infer(
+            world.behaviours, None, settings(uip_time="static", uip_history="train")
+        ).static
     assert "static profiles" in caplog.text
     caplog.clear()
-    assert not infer(behaviours, None, settings()).static
+    assert not infer(behaviours, None, settings(uip_history="train")).static
     assert not caplog.text
 
 
 def test_cross_fitted_profiles_do_not_know_their_own_label(world):
     behaviours = dataclasses.replace(world.behaviours, time=None)
-    inferred = infer(behaviours, None, settings())
+    inferred = infer(behaviours, None, settings(uip_history="train"))
     transform = inferred.encoder.transform
     before = transform(inferred.history, inferred.events)
     rng = np.random.default_rng(0)
@@ -326,7 +328,7 @@ def test_cross_fitted_profiles_do_not_know_their_own_label(world):
     assert (before != after).any(axis=0).all()
     # labels of held-out rows move nothing
     held_out = with_labels(behaviours, np.flatnonzero(~behaviours.train))
-    again = infer(held_out, None, settings())
+    again = infer(held_out, None, settings(uip_history="train"))
     for one, other in zip(inferred.fields, again.fields, strict=True):
         np.testing.assert_array_equal(one.values, other.values)
 
@@ -508,8 +510,9 @@ def test_same_seed_same_profiles(world, inferred):
 
 def test_too_few_rows_for_the_codebook_names_the_facet(world):
     facets = {"company": {**FACETS["company"], "codes": 10_000_000}}
+    codebook = {"sample": 10_000_000}
     with pytest.raises(SettingsError, match="uip_facets.company: n_codes=10000000"):
-        infer(world.behaviours, None, settings(uip_facets=facets))
+        infer(world.behaviours, None, settings(uip_facets=facets, uip_codebook=codebook))
 
 
 def test_the_order_of_rows_does_not_matter(world, inferred):

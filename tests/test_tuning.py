@@ -265,8 +265,11 @@ def test_a_row_sees_neither_its_label_nor_later_events(inferred, world, texts, m
         old, new = before.tuned[name], after.tuned[name]
         np.testing.assert_array_equal(old.codebook.packed, new.codebook.packed)
         assert old.report["curvature"] == new.report["curvature"]
+    moved = 0
     for old, new in zip(before.fields, after.fields, strict=True):
         np.testing.assert_array_equal(old.values[untouched], new.values[untouched])
+        moved += int((old.values != new.values).sum())
+    assert moved > 0
 
 
 def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, world, texts, make):

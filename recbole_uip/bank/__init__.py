@@ -1,9 +1,10 @@
 """The feature bank: profiles by user token, kept fresh without a language model.
 
 ``store`` (files, commits, the one writer), ``model`` (what is fitted, and the item catalogue),
-``users`` (users as rows),
-``bank`` (look up, match, update, refit), ``events`` and ``build`` (banks from event files of any
-size). Nothing here knows RecBole.
+``tokens`` (an index of user tokens), ``users`` (users as rows), ``bank`` (look up, match, update),
+``refit`` (new codebooks), ``events`` and ``build`` (banks from event files of any size), ``spark``
+(from a DataFrame), ``export_*`` (to other systems), ``service`` and ``limits`` (HTTP),
+``transformer`` (scikit-learn's interface). Nothing here knows RecBole.
 """
 
 from recbole_uip.bank.bank import FeatureBank

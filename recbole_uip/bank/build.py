@@ -16,6 +16,7 @@ from tqdm import tqdm
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.events import EventFile
 from recbole_uip.bank.model import NO_ITEM, ProfileModel
+from recbole_uip.bank.store import check_replaceable
 from recbole_uip.bank.users import NO_TIME, advance_in_parallel, user_schema, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import iter_states, whole_history
@@ -111,7 +112,8 @@ def bank_of_events(
         Open for writing.
     """
     _check_servable(settings)
-    # One that cannot be opened, of whatever settings, is no loss.
+    check_replaceable(folder)
+    # One of settings that are none any more cannot be opened, and is no loss.
     with contextlib.suppress(SettingsError), FeatureBank.open(folder, verify=False) as old:
         logger.warning("the bank in %s, of %d users, will be replaced", folder, len(old))
     counts = events.item_counts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import logging
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 BATCH_ROWS = 100_000
+#: RecBole's settings that name columns: those that are not in the files are left out of them.
+OF_COLUMNS = ("normalize_field", "numerical_features", "discretization")
 _MATCH = re.compile(r"_match(_[^_]+)?$")
 
 
@@ -168,6 +171,12 @@ def atomic_files(
     given = settings.pop("load_col", None) or {}
     load_col = {"inter": list(types)}
     load_col |= _copy_side_files(source, folder / name, given, separator, encoding)
+    columns = set().union(*load_col.values())
+    for key in OF_COLUMNS:
+        if isinstance(given := settings.get(key), list):
+            settings[key] = [name for name in given if name in columns]
+        elif given:
+            settings[key] = {name: value for name, value in given.items() if name in columns}
     config = {"data_path": str(output), **_recbole_config(layout, load_col), **settings}
     path = folder / f"{name}.yaml"
     with atomic_write(path, "w") as file:
@@ -232,8 +241,10 @@ def _write_interactions(
             split: stack.enter_context(atomic_write(stem.with_name(f"{stem.name}.{split}.inter")))
             for split in SPLITS
         }
-        for file in files.values():
-            file.write(header.encode(encoding))
+        # One encoder a file: some encodings begin with a mark, once.
+        encode = {split: codecs.getincrementalencoder(encoding)().encode for split in SPLITS}
+        for split, file in files.items():
+            file.write(encode[split](header))
         wanted = [*types, "split"]
         for batch in pq.ParquetFile(source).iter_batches(BATCH_ROWS, columns=wanted):
             table = pa.table(batch)
@@ -247,7 +258,7 @@ def _write_interactions(
                 text = part.to_pandas().to_csv(
                     sep=separator, header=False, index=False, quoting=csv.QUOTE_MINIMAL
                 )
-                file.write(text.encode(encoding))
+                file.write(encode[split](text))
 
 
 def _side_file(folder: Path, kind: str) -> Path | None:

@@ -132,8 +132,8 @@ def feature_rows(
     Raises
     ------
     BankError
-        If profiles are not point-in-time, there are no usable timestamps, or the files are of
-        two runs.
+        If profiles are not point-in-time, there are no usable timestamps, or the bank has fields
+        that the other file lacks.
     """
     layout = read_layout(profiles_parquet)
     rule = "untimed" if layout.time is None else bank.model.settings.time

@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def to_redis(
     old = _read_meta(client, prefix)
     number = 1 if old is None else old["export"] + 1
     mine = f"{prefix}{number}:"
-    _delete(client, mine)  # of an export that was killed
+    _delete_exports(client, prefix, keep={old and old["export"]})  # of one that was killed
     for low in range(0, len(users), batch):
         block = users[low : low + batch]
         codes = bank.look_up_many(block).astype(dtype)
@@ -88,8 +88,7 @@ def to_redis(
         "unknown": _codes_of_nothing(bank).tolist(),
     }
     client.set(_meta_key(prefix), json.dumps(meta))
-    if old is not None:
-        _delete(client, f"{prefix}{old['export']}:")
+    _delete_exports(client, prefix, keep={number})
     return len(users)
 
 
@@ -206,10 +205,14 @@ def _read_meta(client: redis.Redis, prefix: str) -> dict[str, Any] | None:
     return meta
 
 
-def _delete(client: redis.Redis, begin: str, batch: int = 1000) -> None:
-    """Delete all keys that begin with ``begin``; memory is freed in the background."""
-    pattern = re.sub(r"([*?\[\]\\^-])", r"\\\1", begin) + "*"
-    keys = client.scan_iter(match=pattern, count=batch)
+def _delete_exports(
+    client: redis.Redis, prefix: str, keep: Collection[int | None], batch: int = 1000
+) -> None:
+    """Delete the keys of all exports but those of ``keep``; memory is freed in the background."""
+    pattern = re.sub(r"([*?\[\]\\^-])", r"\\\1", prefix) + "[0-9]*"
+    number_of = re.compile(re.escape(prefix.encode()) + rb"(\d+):")
+    found = ((key, number_of.match(key)) for key in client.scan_iter(match=pattern, count=batch))
+    keys = (key for key, number in found if number and int(number[1]) not in keep)
     while chunk := list(itertools.islice(keys, batch)):
         client.unlink(*chunk)
 

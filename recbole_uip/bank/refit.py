@@ -70,12 +70,17 @@ def refit_field(
     levels = int(fields.column[f + 1] - fields.column[f])
     rank = int(kernels.rank[k])
     offset, noise, known = offsets(states[:, kernels.start[k] : kernels.start[k + 1]])
-    chosen = np.random.default_rng(settings.seed).permutation(np.flatnonzero(known))[:sample]
-    if len(chosen) < n_codes:
+    name = model.profile_names[fields.column[f]]
+    if known.sum() < n_codes:
         raise BankError(
-            f"{len(chosen)} users have evidence for {model.profile_names[fields.column[f]]}, fewer "
-            f"than its {n_codes} codes: refit when there are more"
+            f"{known.sum()} users have evidence for {name}, fewer than its {n_codes} codes: refit "
+            "when there are more"
         )
+    if sample < n_codes:
+        raise BankError(
+            f"sample={sample} is fewer users than {name} has codes ({n_codes}): raise it"
+        )
+    chosen = np.random.default_rng(settings.seed).permutation(np.flatnonzero(known))[:sample]
     size, first = n_codes * (rank + 1) + rank, int(fields.first[f])
     old = numbers[first : first + levels * size].copy()
     one_level = CODEBOOKS[settings.codebook.method](

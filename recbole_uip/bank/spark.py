@@ -29,6 +29,7 @@ from recbole_uip.bank import build
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.events import EventColumns
 from recbole_uip.bank.model import ProfileModel
+from recbole_uip.bank.store import check_replaceable
 from recbole_uip.bank.users import NO_TIME, user_schema, user_table
 from recbole_uip.em.kernels import advance_many
 from recbole_uip.settings import SettingsError, UIPSettings
@@ -114,6 +115,7 @@ def bank_of_spark(
             f"fitted on events {'without' if model.implicit else 'with'} labels: give events like "
             "those it was fitted on, or no model"
         )
+    check_replaceable(folder)
     context = _context(events)
     values = _values(events, columns, order)
     counts = _survey(events, values, columns, order, by_item=model is None)

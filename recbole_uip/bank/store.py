@@ -39,7 +39,7 @@ from safetensors.numpy import load_file, save
 from recbole_uip.files import LockedError, atomic_write, lock, sha256_of, unlock
 from recbole_uip.settings import SettingsError
 
-__all__ = ["BankError", "Snapshot", "Writer", "digest_of", "read"]
+__all__ = ["BankError", "Snapshot", "Writer", "check_replaceable", "digest_of", "read"]
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -139,6 +139,19 @@ def digest_of(folder: str | os.PathLike) -> str:
         If there is no bank, or its manifest is damaged.
     """
     return _read_manifest(Path(folder))["sha256"]
+
+
+def check_replaceable(folder: str | os.PathLike) -> None:
+    """Refuse a bank that could not be written to, before any work is done for it.
+
+    Raises
+    ------
+    BankError
+        If another writer has the bank open, or its manifest cannot be read. A folder without a
+        bank is as good as none.
+    """
+    if (Path(folder) / MANIFEST).exists():
+        Writer(folder).close()
 
 
 class Writer:

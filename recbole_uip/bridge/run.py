@@ -20,6 +20,7 @@ from recbole.evaluator.metrics import AUC, LogLoss
 from recbole.utils import init_seed
 
 from recbole_uip.bank.build import bank_of_profiles
+from recbole_uip.bank.store import check_replaceable
 from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset
 from recbole_uip.bridge.metrics import gauc, lists
@@ -161,11 +162,13 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     for each, arm in runs:
         # An arm that a model cannot be given is refused before anything is written.
         dataset.build()[0].select(arm, copy.deepcopy(each))
+    servable = not dataset.profiles.tuned
+    if dataset.profiles.fields and servable:
+        check_replaceable(output / "bank")
     _clear(output)
     path = output / "profiles.parquet"
     field_bytes = write_profiles(path, dataset)
     artefacts = {"results": str(output / "results.json"), "profiles": str(path)}
-    servable = not dataset.profiles.tuned
     if not servable:
         logger.info(
             "no feature bank and no serving files are written: a bank cannot update soft tokens "

@@ -21,6 +21,7 @@ _ATOMIC_KEYS = (
     "seq_len",
     "normalize_field",
     "normalize_all",
+    "numerical_features",
     "discretization",
 )
 
@@ -140,8 +141,15 @@ def _atomic(namespace: Namespace, overrides: list[str], command: str) -> None:
 def _feast(namespace: Namespace, overrides: list[str], command: str) -> None:
     from recbole_uip.bank.bank import FeatureBank
     from recbole_uip.bank.export_feast import feature_store_parquet
+    from recbole_uip.evidence.summary import read_results_file
 
     _refuse(overrides)
+    # The folder may hold the bank of a run before this one, which wrote none.
+    if "bank" not in read_results_file(namespace.run / "results.json").get("artefacts", {}):
+        raise SettingsError(
+            f"the run in {namespace.run} has written no bank, which tells when codes change: run "
+            "with facets, and with uip_posterior=score"
+        )
     with FeatureBank.open(namespace.run / "bank") as bank:
         rows = feature_store_parquet(
             namespace.run / "profiles.parquet", bank, namespace.output, unit=namespace.unit

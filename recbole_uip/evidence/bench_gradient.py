@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_uip.em.frame import sums_by_owner
 from recbole_uip.em.gradient import GradientPosterior
 from recbole_uip.evidence.bench import Matrices, matmul_ceiling, matrices
 from recbole_uip.evidence.bench_authors import against_authors
@@ -273,8 +274,7 @@ def _agreement(posterior: GradientPosterior, group: Group) -> list[dict[str, Any
 def _closed_form(group: Group, f: int) -> np.ndarray:
     """Posterior means of a facet by cached scores alone, shape (n_profiles, rank)."""
     part, units = group.frame.slices[f], group.units
-    sums = np.zeros((len(group.fold), part.stop - part.start))
-    np.add.at(sums, units.owner, units.gradient[:, part])
+    sums = sums_by_owner(units.gradient[:, part], units.owner, len(group.fold))
     precision = 1.0 / group.frame.variance[f] + units.evidence[:, f, None]
     return sums / precision
 

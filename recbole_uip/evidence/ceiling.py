@@ -13,11 +13,12 @@ r"""How much of what behaviour knows of items can be read from texts, and what i
    are predicted from those of the other half, too, which says how much of them is not chance.
 
 2. *Unseen items.* Items are split into folds. All events of a fold's items are taken out, users'
-   states are made of their other events, strictly earlier ones, and the rows of the fold's items
-   are scored by leniency plus match, b_u + m_u' g_i. The vector of an unseen item comes from its
-   text: by a basis of between-user directions of the text's own vectors (``own``), or by the
-   regression above (``mapped``), which meets states made of collaborative vectors. Collaborative
-   vectors say nothing of such an item; those that have seen its training rows are the bound.
+   states are made of their other events, strictly earlier ones (without timestamps, those of other
+   parts of their events), and the rows of the fold's items are scored by leniency plus match,
+   b_u + m_u' g_i. The vector of an unseen item comes from its text: by a basis of between-user
+   directions of the text's own vectors (``own``), or by the regression above (``mapped``), which
+   meets states made of collaborative vectors. Collaborative vectors say nothing of such an item;
+   those that have seen its training rows are the bound.
 
 Neither part sees a label of a held-out row but to judge a score by it.
 """
@@ -384,9 +385,13 @@ class _World:
         split = np.where(gone & behaviours.train, TEST, behaviours.split).astype(np.int8)
         behaviours = dataclasses.replace(behaviours, split=split)
         is_event = ~gone if observed else behaviours.train
-        history = states.index_history(
-            behaviours.user, behaviours.time, is_event, behaviours.n_users, settings.refresh
-        )
+        user, time, n_users = behaviours.user, behaviours.time, behaviours.n_users
+        if time is None:
+            history = states.cross_fitted_history(
+                user, time, is_event, n_users, profiles.PARTS, settings.seed
+            )
+        else:
+            history = states.index_history(user, time, is_event, n_users, settings.refresh)
         folds = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
         self.settings = settings
         self.observed = Observations(behaviours, history, folds, settings.folds)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recbole.utils import init_seed
 
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.bridge import UIPConfig, UIPDataset
@@ -102,6 +103,8 @@ def load_dataset(config: UIPConfig) -> tuple[UIPDataset, UIPSettings]:
     config = copy.deepcopy(config)
     config["uip_facets"], config["uip_arms"] = {}, None
     logger.info("loading and splitting %s", config["dataset"])
+    # A random split comes from RecBole's global generator.
+    init_seed(config["seed"], config["reproducibility"])
     dataset = UIPDataset(config)
     dataset.build()
     decided = dataset.settings

@@ -1,8 +1,8 @@
 """Scores on disk, content-addressed: one folder per LM and prompt, shards of texts within.
 
-A shard is a safetensors file that is complete or not there (temporary file, then
-``os.replace``). Shards are only ever added, so that two processes may write at once;
-duplicates between them are harmless, since equal keys mean equal scores.
+A shard is a safetensors file that is complete or not there. Shards are only ever added, so that
+two processes may write at once; duplicates between them are harmless, since equal keys mean equal
+scores.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
+
+from recbole_uip.files import atomic_write
 
 __all__ = ["ScoreStore", "digest"]
 
@@ -90,16 +92,16 @@ class ScoreStore:
 
     def write_file(self, stem: str, arrays: Mapping[str, np.ndarray]) -> Path:
         """Write ``{stem}.safetensors`` with a checksum, atomically."""
-        from safetensors.numpy import save_file
-
         self.folder.mkdir(parents=True, exist_ok=True)
         about = self.folder / "about.json"
         if not about.exists():
-            _replace(about, lambda part: part.write_text(json.dumps(self.about, indent=2)))
+            with atomic_write(about, "w") as file:
+                json.dump(self.about, file, indent=2)
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         metadata = {"checksum": _checksum(arrays)}
         path = self.folder / f"{stem}.safetensors"
-        _replace(path, lambda part: save_file(arrays, part, metadata=metadata))
+        with atomic_write(path) as file:
+            file.write(save(arrays, metadata=metadata))
         return path
 
     def read_file(self, stem: str) -> dict[str, np.ndarray] | None:
@@ -176,15 +178,3 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
         total += int(raw[whole:].sum(dtype=np.uint64))
         sums.append(f"{name}:{arrays[name].shape}:{total & 0xFFFFFFFFFFFFFFFF:016x}")
     return hashlib.sha256("|".join(sums).encode()).hexdigest()[:32]
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Let ``write`` fill a temporary file, then move it to ``path``."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise

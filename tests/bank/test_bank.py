@@ -319,6 +319,11 @@ def test_refit_keeps_the_meaning_of_codes(full_bank, users, model):
         assert reader.model.encoder.fields == model.encoder.fields
 
 
+def test_refit_says_what_it_has_too_few_of(full_bank):
+    with pytest.raises(BankError, match=r"sample=2 is fewer users than .* has codes"):
+        full_bank.refit(sample=2)
+
+
 def test_refit_gives_new_users_the_new_priors_mode(world, items, users, bank_settings, tmp_path):
     settings = dataclasses.replace(bank_settings, empty="prior")
     inferred = infer(world.behaviours, None, settings)

@@ -11,7 +11,7 @@ from recbole_uip.bank import build
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_events
 from recbole_uip.bank.events import EventColumns, EventFile
-from recbole_uip.bank.store import Writer
+from recbole_uip.bank.store import BankError, Writer
 from recbole_uip.settings import SettingsError
 
 COLUMNS = EventColumns("user_id", "item_id", time="timestamp", rating="rating", threshold=4)
@@ -139,6 +139,19 @@ def test_a_bank_that_cannot_be_opened_can_be_built_again(tmp_path, event_file, b
         FeatureBank.open(tmp_path / "bank")
     with bank_of_events(tmp_path / "bank", event_file, bank_settings) as bank:
         assert bank.users() == users
+
+
+def test_what_cannot_be_replaced_is_refused_before_any_work(
+    tmp_path, event_file, bank_settings, monkeypatch
+):
+    folder = tmp_path / "bank"
+    with bank_of_events(folder, event_file, bank_settings):
+        monkeypatch.setattr(EventFile, "item_counts", lambda self: pytest.fail("it was read"))
+        with pytest.raises(BankError, match="a bank has one writer"):
+            bank_of_events(folder, event_file, bank_settings)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(BankError, match=r"manifest\.json is damaged.* delete and rebuild"):
+        bank_of_events(folder, event_file, bank_settings)
 
 
 @pytest.mark.parametrize(("threshold", "label"), [("9", 0), ("0", 1)])

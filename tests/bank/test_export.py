@@ -4,6 +4,7 @@ Feast and Redis themselves are in test_feast.py and test_redis.py.
 """
 
 import argparse
+import codecs
 import dataclasses
 import json
 import logging
@@ -225,6 +226,8 @@ def test_the_command_takes_the_runs_settings(main_job, tmp_path, capsys):
     config = {
         "load_col": {"inter": ["user_id"], "item": ["item_id", "genre"]},
         "normalize_all": True,
+        "numerical_features": ["price", "age"],
+        "discretization": {"age": {"method": "ED"}, "genre": {"method": "LD"}},
         "train_neg_sample_args": {"distribution": "none"},
         "eval_args": {"mode": {"valid": "labeled", "test": "labeled"}, "order": "TO"},
     }
@@ -234,9 +237,23 @@ def test_the_command_takes_the_runs_settings(main_job, tmp_path, capsys):
     written = yaml.safe_load((tmp_path / "out/n/n.yaml").read_text())
     assert written["load_col"]["item"] == ["item_id", "genre"]
     assert "user" not in written["load_col"]
+    # Columns that are not in the files would stop RecBole.
+    assert written["numerical_features"] == []
+    assert written["discretization"] == {"genre": {"method": "LD"}}
     assert written["normalize_all"] is True and written["train_neg_sample_args"] is None
     assert written["eval_args"]["mode"] == {"valid": "labeled", "test": "labeled"}
     assert str(tmp_path / "out/n") in capsys.readouterr().out
+
+
+def test_a_byte_order_mark_comes_once(main_job, tmp_path, monkeypatch):
+    monkeypatch.setattr("recbole_uip.bank.export_atomic.BATCH_ROWS", 50)
+    (tmp_path / "data").mkdir()
+    path = atomic_files(
+        main_job.path, tmp_path / "data", "marked", tmp_path, {"encoding": "utf-8-sig"}
+    )
+    for split in SPLITS:
+        content = (path.parent / f"marked.{split}.inter").read_bytes()
+        assert content.startswith(codecs.BOM_UTF8) and content.count(codecs.BOM_UTF8) == 1
 
 
 def command(*arguments):
@@ -345,6 +362,14 @@ def test_blocks_change_nothing(main_job, monkeypatch):
 
 
 def test_the_command_writes_the_same(main_job, tmp_path, capsys):
+    results = main_job.folder / "results.json"
+    with pytest.raises(SettingsError, match="no .*results.json: name the output folder"):
+        command("export", "feast", "--run", main_job.folder, "--output", tmp_path / "f.parquet")
+    told = {"dataset": "d", "seed": 1, "models": {}, "artefacts": {}}
+    results.write_text(json.dumps(told))
+    with pytest.raises(SettingsError, match="has written no bank"):
+        command("export", "feast", "--run", main_job.folder, "--output", tmp_path / "f.parquet")
+    results.write_text(json.dumps({**told, "artefacts": {"bank": "bank"}}))
     command("export", "feast", "--run", main_job.folder, "--output", tmp_path / "f.parquet")
     with main_job.bank() as bank:
         rows = feature_rows(main_job.path, bank).read_all()
@@ -371,7 +396,7 @@ def test_a_random_split_is_said_to_differ(tmp_path, caplog, rng):
 
 def test_what_has_no_times_is_refused(main_job, tmp_path):
     behaviours = main_job.behaviours
-    static = Run(tmp_path / "static", behaviours=behaviours, uip_time="static")
+    static = Run(tmp_path / "static", behaviours=behaviours, uip_time="static", uip_history="train")
     with static.bank() as bank, pytest.raises(BankError, match="static"):
         feature_rows(static.path, bank)
     with main_job.bank() as bank:

@@ -117,6 +117,7 @@ def test_a_second_export_replaces_the_first(main_job, client):
         bank.update("new", "i1", 1.0)
         assert (bank.look_up_many(bank.users()[:-1]) != before).any()
         client.set("x[1]*:2:left over", b"of an export that was killed")
+        client.set("x[1]*:0:left over", b"of one that was killed while it deleted the one before")
         client.set("x1abc:1:u000", "not ours")
         to_redis(bank, client, "x[1]*:")
         # A reader that was open all along comes by the new codes too.

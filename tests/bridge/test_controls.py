@@ -81,7 +81,8 @@ def test_shuffled_tokens_are_all_of_another_user_at_the_same_place():
     tokens = shuffled_tokens(field, behaviours, seed=1)
     np.testing.assert_array_equal(np.bincount(tokens), np.bincount(field.values))
     np.testing.assert_array_equal(tokens == 0, field.values == 0)
-    assert abs(roc_auc_score(behaviours.liked, tokens) - 0.5) < 0.03 < 0.4
+    assert abs(roc_auc_score(behaviours.liked, tokens) - 0.5) < 0.03
+    assert abs(roc_auc_score(behaviours.liked, field.values) - 0.5) > 0.2
     np.testing.assert_array_equal(tokens, shuffled_tokens(field, behaviours, seed=1))
     assert (tokens != shuffled_tokens(field, behaviours, seed=2)).any()
 

@@ -11,6 +11,7 @@ import torch
 import recbole_uip
 from recbole_uip import cli
 from recbole_uip.bank.bank import FeatureBank
+from recbole_uip.bank.store import BankError
 from recbole_uip.bridge import run as run_module
 from recbole_uip.bridge.report import format_report
 from recbole_uip.bridge.run import run_recbole_uip
@@ -223,6 +224,17 @@ def test_an_interrupt_leaves_no_half_written_file(go, tmp_path, monkeypatch):
         "checkpoints",
         "serving",
     }
+
+
+def test_a_bank_that_is_being_written_to_stops_a_rerun_before_anything_is_lost(go, tmp_path):
+    results = go()
+    with (
+        FeatureBank.open(tmp_path / "out" / "bank", write=True),
+        pytest.raises(BankError, match="a bank has one writer"),
+    ):
+        go()
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert list((tmp_path / "out" / "serving").glob("*.json"))
 
 
 def test_an_interrupted_rerun_leaves_no_results_of_the_run_before(go, tmp_path, monkeypatch):

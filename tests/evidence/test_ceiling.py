@@ -166,6 +166,16 @@ def test_no_event_of_a_hidden_item_shapes_its_score(world, scores):
         assert (after[name][~same] != before[name][~same]).any()
 
 
+def test_without_times_no_row_shapes_its_own_profile(world):
+    behaviours = dataclasses.replace(world.behaviours, time=None)
+    settings = dataclasses.replace(SETTINGS, history="train")
+    history = module._World(behaviours, np.zeros(behaviours.n_items, bool), settings).observed
+    own = np.bincount(behaviours.user[behaviours.train], minlength=behaviours.n_users)
+    seen = history.history.seen
+    assert (seen[behaviours.train] < own[behaviours.user[behaviours.train]]).all()
+    np.testing.assert_array_equal(seen[~behaviours.train], own[behaviours.user[~behaviours.train]])
+
+
 # --- the command --------------------------------------------------------------------------------
 
 

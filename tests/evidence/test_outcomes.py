@@ -195,24 +195,6 @@ def test_a_second_report_measures_nothing_again(laboratory, monkeypatch):
     assert len(calls) == 2
 
 
-def test_runs_on_the_same_rows_are_sliced_alike(laboratory):
-    """A static arm knows less of a user's history: the slices are those of the others."""
-    static = {**UIP, "arm": "static", "protocol": {"time": "static"}}
-    folder = laboratory.experiment("help", [static, PLAIN], seeds=(1,))
-    outcomes = load(folder)
-    run = outcomes.cases[0].runs[1]
-    arrays = laboratory.store.predictions(run.key)
-    arrays["test_history"] = np.zeros_like(arrays["test_history"])
-    np.savez(run.predictions_path, **arrays)
-    found = measure([outcomes], N_BOOT)
-    by_history = [
-        {name: each["rows"] for name, each in measured.slices["history length"].items()}
-        for measured in found.values()
-    ]
-    assert by_history[0] == by_history[1]
-    assert by_history[0]["0"] < 900
-
-
 def test_pooled_reliability(rng):
     label, score = rng.integers(2, size=(2, 60)), rng.random((2, 60))
     curves = [

@@ -14,7 +14,6 @@ from recbole_uip.evidence import statistics
 from recbole_uip.evidence.experiments.outcomes import compare, load, measure
 from recbole_uip.evidence.report.assemble import write_report
 from recbole_uip.evidence.report.format import (
-    bytes_of,
     difference,
     joined,
     mean_and_deviation,
@@ -381,7 +380,6 @@ def test_numbers_in_words():
     assert p_value(0.00004) == "< 0.001" and p_value(0.0123) == "0.012"
     assert mean_and_deviation([0.5]) == "0.5000" and mean_and_deviation([]) == "–"
     assert mean_and_deviation([0.4, 0.6, float("nan")]) == "0.5000 ± 0.1414"
-    assert bytes_of(668) == "668 B" and bytes_of(1.5e9) == "1.50 GB"
     assert joined(["a", "b", "a", ""]) == "a, b" and joined("abcdef", 2) == "a, b and 4 more"
 
 

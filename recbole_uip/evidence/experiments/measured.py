@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +78,6 @@ class Stamp:
         Of the resampling.
     users : str
         Hash of the users that are drawn from.
-    known : str
-        Hash of what the slices are made by.
     format : int
     """
 
@@ -87,7 +85,6 @@ class Stamp:
     n_boot: int
     seed: int
     users: str
-    known: str
     format: int = FORMAT
 
 
@@ -97,11 +94,7 @@ def rows_digest(rows: Mapping[str, np.ndarray]) -> str:
 
 
 def measure_rows(
-    rows: Mapping[str, np.ndarray],
-    known: Sequence[np.ndarray],
-    n_boot: int,
-    seed: int,
-    users: np.ndarray,
+    rows: Mapping[str, np.ndarray], n_boot: int, seed: int, users: np.ndarray
 ) -> Measured:
     """Measure the arrays of a test split.
 
@@ -109,9 +102,8 @@ def measure_rows(
     ----------
     rows : mapping of str to ndarray, shape (n_rows,)
         ``row``, ``user``, ``item``, ``list``, ``label`` and ``score``, in an order that does not
-        depend on the run.
-    known : sequence of ndarray, shape (n_rows,)
-        History, and training rows of item and user, as :func:`statistics.slices` takes them.
+        depend on the run; and what :func:`statistics.slices` takes: ``history``, ``item_rows``
+        and ``user_rows``.
     n_boot, seed : int
         Of the resampling.
     users : ndarray of int
@@ -119,7 +111,7 @@ def measure_rows(
     """
     user, label, score = rows["user"], rows["label"], rows["score"]
     drawn = {"n_boot": n_boot, "seed": seed, "users": users}
-    masks = statistics.slices(*known)
+    masks = statistics.slices(*(rows[name] for name in ("history", "item_rows", "user_rows")))
     return Measured(
         rows_digest(rows),
         len(label),

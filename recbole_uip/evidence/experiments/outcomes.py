@@ -18,7 +18,6 @@ from recbole_uip.evidence.experiments.measured import (
     digest,
     measure_rows,
     read_measured,
-    rows_digest,
     write_measured,
 )
 from recbole_uip.evidence.experiments.store import RunStore
@@ -55,8 +54,6 @@ REFRESH = "uip_refresh"
 # Scores are kept in single precision, which may tie or part a few of them.
 AUC_TOLERANCE = 1e-4
 _ARRAYS = ("row", "user", "item", "list", "label", "score", "history", "user_rows", "item_rows")
-# What slices are made by, in the order that statistics.slices takes it.
-_KNOWN = ("history", "item_rows", "user_rows")
 _TOKENS = "test_token_"
 # What shapes the rows of a split, of a record's protocol.
 _ROWS = ("split", "order", "group_by", "mode", "threshold", "rows")
@@ -367,9 +364,7 @@ def measure(
     """Measure every finished run, by key, or read what was measured before.
 
     Runs of one dataset and protocol meet the same resampled users, also where (as under a random
-    split) the rows depend on the seed. Runs on the same rows are sliced alike, by what profiles
-    that are point in time and never stale know. What is measured is kept in the store, beside
-    the run.
+    split) the rows depend on the seed. What is measured is kept in the store, beside the run.
 
     Raises
     ------
@@ -380,49 +375,31 @@ def measure(
     files = {key: sha256_of(run.predictions_path) for key, run in runs.items()}
     kept = {key: read_measured(_kept_path(run)) for key, run in runs.items()}
     users: dict[str, np.ndarray] = {}
-    rows_of: dict[str, str] = {}
     for key, run in runs.items():
-        if kept[key] and kept[key][0].predictions == files[key]:
-            rows_of[key], own = kept[key][1].rows, kept[key][1].users
-        else:
-            rows = run.test_rows()
-            rows_of[key], own = rows_digest(rows), rows["user"]
+        is_kept = kept[key] and kept[key][0].predictions == files[key]
+        own = kept[key][1].users if is_kept else run.test_rows()["user"]
         users[_split_of(run)] = np.union1d(users.get(_split_of(run), own[:0]), own)
-    known: dict[str, list[np.ndarray]] = {}
-    for key, run in sorted(runs.items(), key=lambda item: _lag(item[1])):
-        if rows_of[key] not in known:
-            rows = run.test_rows()
-            known[rows_of[key]] = [rows[name] for name in _KNOWN]
     measured = {}
     for key, run in tqdm(runs.items(), desc="measuring runs", unit="run", leave=False, delay=2):
-        drawn, slicing = users[_split_of(run)], known[rows_of[key]]
-        stamp = Stamp(files[key], n_boot, seed, digest(drawn), digest(*slicing))
+        drawn = users[_split_of(run)]
+        stamp = Stamp(files[key], n_boot, seed, digest(drawn))
         if kept[key] and kept[key][0] == stamp:
             measured[key] = kept[key][1]
         else:
-            measured[key] = _measure(run, slicing, n_boot, seed, drawn)
+            measured[key] = _measure(run, n_boot, seed, drawn)
             write_measured(_kept_path(run), stamp, measured[key])
     return measured
 
 
-def _measure(
-    run: RunOutcome, known: Sequence[np.ndarray], n_boot: int, seed: int, users: np.ndarray
-) -> Measured:
+def _measure(run: RunOutcome, n_boot: int, seed: int, users: np.ndarray) -> Measured:
     rows = run.test_rows()
     if np.isnan(rows["score"]).any():
         raise run.damaged("a score is NaN")
-    found = measure_rows(rows, known, n_boot, seed, users)
+    found = measure_rows(rows, n_boot, seed, users)
     recorded = run.metric("auc")
     if abs(found.auc - recorded) > AUC_TOLERANCE:
         raise run.damaged(f"its AUC is {found.auc:.5f}, but that of the record {recorded:.5f}")
     return found
-
-
-def _lag(run: RunOutcome) -> tuple[bool, float]:
-    """Sorts runs by how little their history leaves out."""
-    protocol = run.record.get("protocol", {})
-    timed = protocol.get("time", "point_in_time") == "point_in_time"
-    return not timed, float(protocol.get("refresh_seconds") or 0)
 
 
 def _kept_path(run: RunOutcome) -> Path:

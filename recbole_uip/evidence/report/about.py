@@ -10,7 +10,6 @@ from recbole_uip.evidence.experiments.measured import Measured
 from recbole_uip.evidence.experiments.outcomes import CaseOutcome, Outcomes, RunOutcome
 from recbole_uip.evidence.report.format import (
     amount,
-    bytes_of,
     joined,
     mean_and_deviation,
     share,
@@ -189,17 +188,18 @@ def costs(outcomes: Outcomes, measured: Mapping[str, Measured]) -> Section | Non
     table = Table(
         "Means over seeds. Seconds are wall-clock seconds of the machine as it was, which may have "
         "run other work at the same time: they compare only roughly. Bytes per user are those of "
-        "the state that a bank keeps (of an event history, for models that read it). LM tokens "
-        "are those scored in the run; texts scored before come from the cache and cost none.",
+        "the state that a bank keeps (of an event history, for models that read it). What "
+        "the profile stage took is for all facets of the settings, whichever of them the arm has. "
+        "LM tokens are those scored in the run; texts scored before come from the cache.",
         [
             "dataset", "model", "arm", "parameters", "epochs", "training s",
             "scoring, ms per 1000 rows", "profile stage s", "of it EM s", "LM tokens", "LM s",
-            "bytes per user", "peak memory",
+            "bytes per user",
         ],
         [_cost_row(case, measured) for case in cases],
         heads=3,
     )  # fmt: skip
-    return Section("Costs", [table.without("dataset", "model", "peak memory")])
+    return Section("Costs", [table.without("dataset", "model")])
 
 
 def _cost_row(case: CaseOutcome, measured: Mapping[str, Measured]) -> list[str]:
@@ -222,7 +222,6 @@ def _cost_row(case: CaseOutcome, measured: Mapping[str, Measured]) -> list[str]:
         amount(_mean(runs, "lm_tokens")),
         mean_and_deviation(_numbers(runs, "lm_seconds"), 1),
         amount(_mean(runs, "bytes_per_user")),
-        bytes_of(_mean(runs, "peak_memory_bytes")),
     ]
 
 

@@ -13,7 +13,6 @@ __all__ = [
     "METRIC_NAMES",
     "NOTHING",
     "amount",
-    "bytes_of",
     "difference",
     "interval",
     "joined",
@@ -77,16 +76,6 @@ def p_value(value: float) -> str:
 def amount(value: float) -> str:
     """A count with separators of thousands."""
     return NOTHING if value is None or math.isnan(value) else f"{value:,.0f}"
-
-
-def bytes_of(value: float) -> str:
-    """A size in decimal units."""
-    if math.isnan(value):
-        return NOTHING
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if value >= size:
-            return f"{value / size:,.2f} {unit}"
-    return f"{value:,.0f} B"
 
 
 def joined(names: Sequence[str], most: int = 4) -> str:

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recbole_uip.bank.export_atomic import SPLITS, Layout, read_layout
+from recbole_uip.bridge.atomic_files import read_atomic_file
 from recbole_uip.evidence.summary import BASELINE, read_results_file
 from recbole_uip.settings import ArmSettings, SettingsError
-from recbole_uip.texts import atomic_header, past_bom
+from recbole_uip.texts import atomic_header
 
 __all__ = ["BUDGET", "MODEL", "FinishedRun", "read_run"]
 
@@ -234,7 +233,7 @@ def _side_fields(
                     f"FuxiCTR has no features like {name} ({kind}): run without it in load_col"
                 )
         if kinds:
-            side |= _read_side(path, separator, encoding, key, types[key], kinds)
+            side |= _read_side(path, separator, encoding, key, kinds)
     rest = sorted(wanted - set(side))
     of_rows = {
         name
@@ -258,19 +257,10 @@ def _header(path: Path, separator: str, encoding: str) -> dict[str, str]:
 
 
 def _read_side(
-    path: Path, separator: str, encoding: str, key: str, key_kind: str, kinds: Mapping[str, str]
+    path: Path, separator: str, encoding: str, key: str, kinds: Mapping[str, str]
 ) -> dict[str, _SideField]:
-    columns = {f"{name}:{kind}": name for name, kind in {key: key_kind, **kinds}.items()}
-    frame = pd.read_csv(
-        path,
-        sep=separator,
-        usecols=list(columns),
-        # Not numbers where tokens are: 01 is another token than 1.
-        dtype={column: np.float64 if column.endswith(":float") else object for column in columns},
-        encoding=past_bom(encoding),
-        engine="c" if len(separator) == 1 else "python",
-    )
-    frame = frame.rename(columns=columns).drop_duplicates(key)
+    frame, _ = read_atomic_file(str(path), lambda name: name in (key, *kinds), separator, encoding)
+    frame = frame.drop_duplicates(key)
     ids = pa.array(frame[key], pa.string())
     side = {}
     for name, kind in kinds.items():

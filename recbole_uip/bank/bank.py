@@ -193,6 +193,11 @@ class FeatureBank:
 
     # Reading.
 
+    @property
+    def unknown_codes(self) -> np.ndarray:
+        """What :meth:`look_up` gives for an unknown user, shape (n_fields,)."""
+        return self._unknown_codes.copy()
+
     def look_up(self, user: str) -> np.ndarray:
         """Codes of a user, shape (n_fields,); those of an empty history for an unknown one."""
         number = self._users.get(user)

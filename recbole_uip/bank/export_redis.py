@@ -85,7 +85,7 @@ def to_redis(
         "users": len(users),
         "fields": list(bank.fields),
         "dtype": dtype,
-        "unknown": _codes_of_nothing(bank).tolist(),
+        "unknown": bank.unknown_codes.tolist(),
     }
     client.set(_meta_key(prefix), json.dumps(meta))
     _delete_exports(client, prefix, keep={number})
@@ -172,12 +172,6 @@ def _number_type(bank: FeatureBank) -> str:
     fields = bank.model.encoder.fields
     largest = max((field.size for field in fields if field.name in bank.fields), default=0)
     return np.min_scalar_type(largest).newbyteorder("<").str
-
-
-def _codes_of_nothing(bank: FeatureBank) -> np.ndarray:
-    """What the bank's look-up gives for an unknown user."""
-    initial = bank.model.kernels.initial[None, :]
-    return bank.model.encoder.profiles(initial, np.zeros(1, np.int64))[0]
 
 
 def _meta_key(prefix: str) -> str:

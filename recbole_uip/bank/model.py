@@ -62,6 +62,9 @@ class ProfileModel:
         ``words_map.<facet>``; and ``words_vocabulary``, UTF-8, a line for each word. Of a
         collaborative facet that knows texts, what these sources say adds up with
         ``texts_offset.<facet>`` (n_vector_folds, rank).
+    fit : str
+        Content hash of what was fitted first. New items and refits keep it, and with it the
+        meaning of codes: a model that was trained with codes of one fit cannot read another's.
     """
 
     encoder: Encoder
@@ -70,6 +73,7 @@ class ProfileModel:
     implicit: bool
     lm_fingerprint: str | None
     tables: dict[str, np.ndarray]
+    fit: str
 
     @classmethod
     def from_profiles(
@@ -107,6 +111,9 @@ class ProfileModel:
                 turned = text_prior.intercept @ facet.basis_.directions[fold]
                 offsets[fold, : len(turned)] = turned
             tables[f"texts_offset.{name}"] = offsets
+        digest = hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode())
+        for name, array in sorted({**profiles.encoder.arrays(), **tables}.items()):
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return cls(
             encoder=profiles.encoder,
             items=[str(item) for item in items],
@@ -114,6 +121,7 @@ class ProfileModel:
             implicit=implicit,
             lm_fingerprint=fingerprint,
             tables=tables,
+            fit=digest.hexdigest(),
         )
 
     @classmethod
@@ -129,6 +137,7 @@ class ProfileModel:
                 implicit=metadata["implicit"],
                 lm_fingerprint=metadata["lm_fingerprint"],
                 tables={name: tables[name] for name in tables if name.startswith(_OF_TEXTS)},
+                fit=metadata["fit"],
             )
         except (KeyError, TypeError) as error:
             raise BankError(
@@ -144,6 +153,7 @@ class ProfileModel:
             "settings": self.settings.to_dict(),
             "implicit": self.implicit,
             "lm_fingerprint": self.lm_fingerprint,
+            "fit": self.fit,
             "prompt_fingerprint": self.prompt_fingerprint,
         }
 

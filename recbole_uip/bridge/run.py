@@ -174,9 +174,10 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
             "no feature bank and no serving files are written: a bank cannot update soft tokens "
             "that uip_posterior=gradient tunes, because that takes the LM"
         )
+    fit = None
     if dataset.profiles.fields and servable:
         artefacts["bank"] = str(output / "bank")
-        _write_bank(output / "bank", dataset)
+        fit = _write_bank(output / "bank", dataset)
     results: dict[str, Any] = {
         "dataset": config["dataset"],
         "seed": config["seed"],
@@ -201,7 +202,7 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         results["cost"]["train_seconds"].setdefault(name, {})[arm.name] = outcome.pop("seconds")
         results["models"].setdefault(name, {})[arm.name] = outcome
     if servable:
-        artefacts["serving"] = write_serving(output, dataset, configs)
+        artefacts["serving"] = write_serving(output, dataset, configs, fit)
     results["cost"]["peak_memory_bytes"] = peak_memory()
     results = finite(results)
     with atomic_write(output / "results.json", "w") as file:
@@ -354,15 +355,16 @@ def write_profiles(path: Path, dataset: UIPDataset) -> int:
     return size
 
 
-def _write_bank(folder: Path, dataset: UIPDataset) -> None:
+def _write_bank(folder: Path, dataset: UIPDataset) -> str:
+    """Write the bank; what its codes were fitted by."""
     users, items = (
         [str(token) for token in dataset.field2id_token[field]]
         for field in (dataset.uid_field, dataset.iid_field)
     )
-    bank = bank_of_profiles(
+    with bank_of_profiles(
         folder, dataset.profiles, dataset.behaviours, users, items, dataset.settings
-    )
-    bank.close()
+    ) as bank:
+        return bank.model.fit
 
 
 def protocol(config: UIPConfig, dataset: UIPDataset) -> dict:

@@ -82,6 +82,7 @@ class Scorer:
         given |= {*self._codes, *self._matches}
         self._context = {field["name"]: field for field in fields if field["name"] not in given}
         self._sizes = {field["name"]: field["size"] for field in fields if "profile" in field}
+        self._fit = described["fit"]
         self.bank = bank
 
     @classmethod
@@ -137,7 +138,7 @@ class Scorer:
         Raises
         ------
         SettingsError
-            If it lacks fields that the model was trained with.
+            If it lacks fields that the model was trained with, or was fitted anew.
         """
         return self._bank
 
@@ -153,6 +154,11 @@ class Scorer:
                     f"{self.name} was trained with {tokens} tokens of {name!r}, and the bank "
                     f"{bank.folder} has {has}: take the bank of the same run, or train again"
                 )
+        if self._sizes and bank.model.fit != self._fit:
+            raise SettingsError(
+                f"{self.name} was trained with codes of another fit than those of the bank "
+                f"{bank.folder}: take the bank of the same run, or train again"
+            )
         self._bank = bank
 
     @property

@@ -49,14 +49,16 @@ __all__ = [
     "write_serving",
 ]
 
-FORMAT = 1
+FORMAT = 2
 #: Files of the run's folder that all its models share.
 FEATURES, TOKENS = "serving/features.safetensors", "serving/tokens.parquet"
 #: A field is a code of the user, a match of the user and the item, or no profile field.
 CODE, MATCH = "code", "match"
 
 
-def write_serving(output: Path, dataset: UIPDataset, configs: Sequence[UIPConfig]) -> str:
+def write_serving(
+    output: Path, dataset: UIPDataset, configs: Sequence[UIPConfig], fit: str | None
+) -> str:
     """Write what serving the models of a finished run needs besides their weights.
 
     Parameters
@@ -67,6 +69,8 @@ def write_serving(output: Path, dataset: UIPDataset, configs: Sequence[UIPConfig
         Built, with its profiles.
     configs : sequence of UIPConfig
         One for each model.
+    fit : str or None
+        :attr:`ProfileModel.fit` of the run's bank; None without one.
 
     Returns
     -------
@@ -103,6 +107,7 @@ def write_serving(output: Path, dataset: UIPDataset, configs: Sequence[UIPConfig
             checkpoint = f"checkpoints/{name}.pth"
             described = {
                 "format": FORMAT,
+                "fit": fit,
                 "user_field": dataset.uid_field,
                 "item_field": dataset.iid_field,
                 "time_field": dataset.time_field,
@@ -173,7 +178,7 @@ def read_description(output: Path, model: str, arm: str) -> dict[str, Any]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         version = described["format"]
-        known = version != FORMAT or {"files", "fields", "user_field"} <= described.keys()
+        known = version != FORMAT or {"files", "fields", "fit", "user_field"} <= described.keys()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SettingsError(f"{path} is damaged ({error!r}): train again") from error
     if version != FORMAT or not known:

@@ -174,7 +174,9 @@ def test_an_unknown_item_is_the_pad_row(output, table):
 def test_the_files_are_plain_and_say_what_is_there(output, small_run):
     assert small_run[2]["artefacts"]["serving"] == str(output / "serving")
     described = json.loads((output / "serving" / "DeepFM-uip.json").read_text())
-    assert described["format"] == 1
+    assert described["format"] == 2
+    with FeatureBank.open(output / "bank") as bank:
+        assert described["fit"] == bank.model.fit
     assert {file.suffix for file in (output / "serving").iterdir()} == {
         ".json", ".parquet", ".safetensors",
     }  # fmt: skip
@@ -212,6 +214,26 @@ def test_the_bank_must_have_the_models_fields(output, tmp_path):
         )
         with pytest.raises(SettingsError, match=f"tokens of '{field.name}', and the bank"):
             Scorer.load(output, "FM", "uip", bank=bank)
+
+
+def test_the_bank_must_be_of_the_models_fit(output, small_run, tmp_path):
+    """Codes of another fit have other meanings, though their number is the same."""
+    rows = make_rows(np.random.default_rng(21))
+    atomic = Atomic(tmp_path, rows=rows, items=make_items()).write()
+    train(atomic, tmp_path / "out", ["FM"])
+    with (
+        FeatureBank.open(tmp_path / "out" / "bank") as other,
+        pytest.raises(SettingsError, match="codes of another fit"),
+    ):
+        Scorer.load(output, "FM", "uip", bank=other)
+    # A refit keeps the meaning, and new items do too.
+    copied = tmp_path / "copied"
+    shutil.copytree(output / "bank", copied)
+    with FeatureBank.open(copied, write=True) as bank:
+        bank.refit()
+        bank.commit()
+    with FeatureBank.open(copied) as bank:
+        Scorer.load(output, "FM", "uip", bank=bank).score("u1", ["i1"])
 
 
 @pytest.mark.parametrize("method", [None, "ED"])

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours, DataError, in_seconds
-from recbole_uip.em import basis, collaborative, states
+from recbole_uip.em import basis, collaborative, states, weights
 from recbole_uip.em.collaborative import TextPrior
 from recbole_uip.em.encoder import Encoder, FieldInfo
 from recbole_uip.em.facet import Facet, Observations
@@ -189,6 +189,7 @@ def infer(
         raise SettingsError("the training split has no rows: profiles have nothing to learn from")
     settings = resolved(settings, behaviours)
     _check_time(behaviours, settings)
+    _check_weights(behaviours, settings)
     history = _history(behaviours, settings)
     if settings.folds > behaviours.n_users:
         raise SettingsError(f"uip_folds={settings.folds} is more than there are users: lower it")
@@ -208,13 +209,11 @@ def infer(
                 )
 
     def fit(facet: FacetSettings) -> tuple[Facet, list[TextPrior]]:
-        try:
+        with _refusals(facet):
             vectors, priors = _item_vectors(facet, observed, text_vectors, settings)
             own_texts = {source: text_vectors[source] for source in facet.texts}
             fitted = Facet(facet, settings.codebook, empty=settings.empty, seed=settings.seed)
             return fitted.fit(vectors, observed, own_texts), priors
-        except DataError as error:
-            raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
 
     fitted = _in_parallel(fit, closed)
     facets = {name: facet for name, (facet, _) in fitted.items()}
@@ -300,6 +299,22 @@ def resolved(settings: UIPSettings, behaviours: Behaviours) -> UIPSettings:
         ordered = settings.time == "point_in_time" and behaviours.is_time_ordered
         settings = dataclasses.replace(settings, history="observed" if ordered else "train")
     return settings
+
+
+def _check_weights(behaviours: Behaviours, settings: UIPSettings) -> None:
+    """Refuse weights that the data have no labels for, before the LM has read the catalogue."""
+    for facet in settings.facets:
+        with _refusals(facet):
+            weights.event_counts(facet.weight, behaviours.liked, len(behaviours))
+
+
+@contextlib.contextmanager
+def _refusals(facet: FacetSettings) -> Iterator[None]:
+    """Have what the data cannot give a facet name the facet."""
+    try:
+        yield
+    except DataError as error:
+        raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
 
 
 def _check_time(behaviours: Behaviours, settings: UIPSettings) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from recbole_uip import profiles as profiles_module
 from recbole_uip.behaviours import TEST, VALID
 from recbole_uip.em import states
 from recbole_uip.em.facet import Facet
@@ -296,6 +297,14 @@ def test_implicit_feedback(world):
     ]
     with pytest.raises(SettingsError, match="uip_facets.leniency: weight 'contrast' needs"):
         infer(behaviours, None, settings())
+
+
+def test_weights_without_labels_are_refused_before_the_lm_reads(world, monkeypatch):
+    behaviours = dataclasses.replace(world.behaviours, liked=None)
+    facets = {"told": {"source": "embedding", "weight": "contrast"}}
+    monkeypatch.setattr(profiles_module, "_text_vectors", lambda *_: pytest.fail("it read"))
+    with pytest.raises(SettingsError, match="uip_facets.told: weight 'contrast' needs.*--label"):
+        infer(behaviours, ["a"], settings(uip_facets=facets, uip_item_text="{title}"))
 
 
 def test_point_in_time_without_timestamps_is_refused(world, caplog):

@@ -10,6 +10,7 @@ import importlib.resources
 import itertools
 import logging
 import numbers
+import os
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
@@ -328,7 +329,16 @@ class UIPConfig(Config):
     @property
     def uip(self) -> UIPSettings:
         """The ``uip_*`` keys, parsed."""
-        return UIPSettings.from_dict(self.final_config_dict)
+        try:
+            return UIPSettings.from_dict(self.final_config_dict)
+        except SettingsError as error:
+            if os.path.isdir(self["data_path"]):
+                raise
+            # A misspelt name has no properties/dataset/<name>.yaml, and so lacks settings too.
+            raise SettingsError(
+                f"dataset {self['dataset']!r} (there is no folder {self['data_path']}; is the name "
+                f"right?): {error}"
+            ) from error
 
     def compatibility_settings(self) -> None:
         """Stand-ins in RecBole's modules, where RecBole would patch numpy for the whole process."""

@@ -18,7 +18,7 @@ from recbole_uip.cli.bench import add_bench
 from recbole_uip.cli.ceiling import add_ceiling
 from recbole_uip.cli.experiment import add_experiment
 from recbole_uip.cli.likelihood import add_likelihood
-from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+from recbole_uip.cli.options import OVERRIDES, add_command, add_config_files, start
 from recbole_uip.cli.outside import add_outside
 from recbole_uip.cli.replay import add_replay
 from recbole_uip.cli.report import add_report
@@ -39,15 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "recbole-uip",
         description="UserIP-Tuning for RecBole: inferred user profiles as token fields.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"recbole-uip {__version__}")
     subcommands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
-    run = subcommands.add_parser(
+    run = add_command(
+        subcommands,
         "run",
         help="train RecBole's models with and without profile fields",
         epilog=OVERRIDES,
-        allow_abbrev=False,
     )
     _add_run_arguments(run)
     run.set_defaults(function=_run, parser=run)
@@ -60,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_ceiling(subcommands)
     add_likelihood(subcommands)
     add_adapt(subcommands)
-    summary = subcommands.add_parser(
+    summary = add_command(
+        subcommands,
         "summary",
         help="means over seeds and paired differences from plain, of finished runs",
-        allow_abbrev=False,
     )
     summary.add_argument(
         "folders", nargs="+", type=Path, metavar="DIR", help="output folder of a run, or of several"

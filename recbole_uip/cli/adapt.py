@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_data, add_numbers, start
+from recbole_uip.cli.options import OVERRIDES, add_command, add_data, add_numbers, start
 
 if TYPE_CHECKING:
     import argparse
@@ -15,18 +15,21 @@ __all__ = ["add_adapt"]
 
 def add_adapt(subcommands: argparse._SubParsersAction) -> None:
     """Add ``adapt`` to the subcommands."""
-    adapt = subcommands.add_parser(
+    adapt = add_command(
+        subcommands,
         "adapt",
         help="adapt the LM to the items' texts: LoRA, or a shared prompt encoder, by PEFT",
         epilog=OVERRIDES,
-        allow_abbrev=False,
     )
     add_data(adapt)
     adapt.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="new folder of the adapter"
     )
     adapt.add_argument(
-        "--method", default="lora", help="lora, or prompt for virtual tokens (default: lora)"
+        "--method",
+        choices=("lora", "prompt"),
+        default="lora",
+        help="prompt: virtual tokens before every text (default: lora)",
     )
     numbers = [
         ("size", 8, "rank of LoRA's matrices, or number of virtual tokens"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from recbole_uip.cli.bank_export import add_export
 from recbole_uip.cli.bank_serve import add_serve
-from recbole_uip.cli.options import OVERRIDES, add_config_files, start
+from recbole_uip.cli.options import add_command, add_config_files, start
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -20,14 +20,15 @@ __all__ = ["add_bank"]
 
 def add_bank(subcommands: _SubParsersAction) -> None:
     """Add ``bank`` and its subcommands."""
-    bank = subcommands.add_parser(
-        "bank", help="profiles by user, without a language model", allow_abbrev=False
-    )
+    bank = add_command(subcommands, "bank", help="profiles by user, without a language model")
     actions = bank.add_subparsers(metavar="ACTION", required=True)
-    build = actions.add_parser(
-        "build", help="infer profiles from an interactions file", epilog=OVERRIDES,
-        allow_abbrev=False,
-    )  # fmt: skip
+    build = add_command(
+        actions,
+        "build",
+        help="infer profiles from an interactions file",
+        epilog="Any uip_ setting, and seed, may follow as --key=value; RecBole's do not apply. "
+        "properties/uip.yaml (installed: recbole_uip/properties/uip.yaml) explains them.",
+    )
     build.add_argument("folder", type=Path, help="where the bank goes")
     build.add_argument(
         "--events", nargs="+", required=True, metavar="FILE",
@@ -39,7 +40,11 @@ def add_bank(subcommands: _SubParsersAction) -> None:
         "--time", default="timestamp", metavar="COLUMN",
         help="default: timestamp; none: events are in the order of the file",
     )  # fmt: skip
-    build.add_argument("--label", metavar="COLUMN", help="0 or 1; without it, implicit feedback")
+    build.add_argument(
+        "--label", metavar="COLUMN",
+        help="0 or 1; without it and --rating every event is a like, and uip_facets must be of "
+        "weight positive or all",
+    )  # fmt: skip
     build.add_argument("--rating", metavar="COLUMN", help="in place of --label; see --threshold")
     build.add_argument("--threshold", type=float, help="the lowest rating that is a like")
     build.add_argument(
@@ -49,7 +54,7 @@ def add_bank(subcommands: _SubParsersAction) -> None:
     build.add_argument("--memory", default="1.5GB", help="for sorting events (default: 1.5GB)")
     add_config_files(build)
     build.set_defaults(function=_build, parser=build)
-    info = actions.add_parser("info", help="what a bank holds", allow_abbrev=False)
+    info = add_command(actions, "info", help="what a bank holds")
     info.add_argument("folder", type=Path)
     info.set_defaults(function=_info, parser=info)
     add_export(actions)

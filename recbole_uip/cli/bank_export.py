@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from recbole_uip.cli.options import add_command
 from recbole_uip.settings import SettingsError
 
 __all__ = ["add_export"]
@@ -28,10 +29,8 @@ _ATOMIC_KEYS = (
 
 def add_export(subcommands: argparse._SubParsersAction) -> None:
     """Add ``export`` to the subcommands of ``recbole-uip bank``."""
-    export = subcommands.add_parser(
-        "export",
-        help="for RecBole without this package, Feast, Redis or PEFT",
-        allow_abbrev=False,
+    export = add_command(
+        subcommands, "export", help="for RecBole without this package, Feast, Redis or PEFT"
     )
     forms = export.add_subparsers(metavar="FORM", required=True)
     _add_atomic(forms)
@@ -41,11 +40,11 @@ def add_export(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _add_atomic(forms: argparse._SubParsersAction) -> None:
-    atomic = forms.add_parser(
+    atomic = add_command(
+        forms,
         "atomic",
         help="RecBole's atomic files, with profiles as token fields",
         description="Atomic files that RecBole trains on without this package.",
-        allow_abbrev=False,
     )
     _add_run(atomic)
     atomic.add_argument(
@@ -59,10 +58,8 @@ def _add_atomic(forms: argparse._SubParsersAction) -> None:
 
 
 def _add_feast(forms: argparse._SubParsersAction) -> None:
-    feast = forms.add_parser(
-        "feast",
-        help="Parquet for a Feast feature store, exact at every point in time",
-        allow_abbrev=False,
+    feast = add_command(
+        forms, "feast", help="Parquet for a Feast feature store, exact at every point in time"
     )
     _add_run(feast)
     feast.add_argument(
@@ -78,9 +75,7 @@ def _add_feast(forms: argparse._SubParsersAction) -> None:
 
 
 def _add_redis(forms: argparse._SubParsersAction) -> None:
-    redis = forms.add_parser(
-        "redis", help="today's codes as one Redis key a user", allow_abbrev=False
-    )
+    redis = add_command(forms, "redis", help="today's codes as one Redis key a user")
     _add_bank(redis)
     redis.add_argument(
         "--url", default="redis://localhost:6379/0", help="of the server (default: %(default)s)"
@@ -95,16 +90,23 @@ def _add_redis(forms: argparse._SubParsersAction) -> None:
 
 
 def _add_peft(forms: argparse._SubParsersAction) -> None:
-    peft = forms.add_parser(
-        "peft", help="one code's soft prompt as a PEFT adapter", allow_abbrev=False
-    )
+    peft = add_command(forms, "peft", help="one code's soft prompt as a PEFT adapter")
     _add_bank(peft)
     peft.add_argument("--facet", required=True, help="facet with source: lm, or its code field")
     peft.add_argument(
-        "--code", type=int, nargs="+", required=True, metavar="N", help="code, for each level"
+        "--code",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="N",
+        help="from 1 to the facet's codes, one for each level",
     )
     peft.add_argument(
-        "--scale", type=float, default=1.0, metavar="S", help="how far to go (default: 1)"
+        "--scale",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="how far to go (default: 1, too long a step for SmolLM2)",
     )
     peft.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder of the adapter"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recbole_uip.bank.limits import ServiceSettings
+from recbole_uip.cli.options import add_command
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -93,10 +94,10 @@ def _check_address(host: str, port: int) -> None:
 
 def add_serve(actions: _SubParsersAction) -> None:
     """Add ``serve`` to the actions of ``recbole-uip bank``."""
-    parser = actions.add_parser(
+    parser = add_command(
+        actions,
         "serve",
         help="look-ups, matches, events and scores over HTTP (without authentication)",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="the bank")
     parser.add_argument("--host", default=HOST, help=f"default: {HOST}")

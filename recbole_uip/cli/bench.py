@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_uip.cli.options import (
     OVERRIDES,
+    add_command,
     add_data,
     add_json,
     add_numbers,
@@ -24,8 +25,8 @@ __all__ = ["add_bench"]
 
 def add_bench(subcommands: argparse._SubParsersAction) -> None:
     """Add ``bench`` to the subcommands."""
-    bench = subcommands.add_parser(
-        "bench", help="what a stage costs on this machine, next to its floor", allow_abbrev=False
+    bench = add_command(
+        subcommands, "bench", help="what a stage costs on this machine, next to its floor"
     )
     stages = bench.add_subparsers(metavar="STAGE", required=True)
     _stage(
@@ -68,7 +69,7 @@ def _stage(
     **others: dict[str, Any],
 ) -> None:
     """A stage's command: ``bench_<name>`` of the module measures it, with these options."""
-    stage = stages.add_parser(name, help=description, epilog=OVERRIDES, allow_abbrev=False)
+    stage = add_command(stages, name, help=description, epilog=OVERRIDES)
     add_data(stage)
     add_json(stage)
     add_numbers(stage, numbers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_data, add_json, show_figures, start
+from recbole_uip.cli.options import OVERRIDES, add_command, add_data, add_json, show_figures, start
 
 if TYPE_CHECKING:
     import argparse
@@ -14,11 +14,11 @@ __all__ = ["add_ceiling"]
 
 def add_ceiling(subcommands: argparse._SubParsersAction) -> None:
     """Add ``ceiling`` to the subcommands."""
-    ceiling = subcommands.add_parser(
+    ceiling = add_command(
+        subcommands,
         "ceiling",
         help="how much of what behaviour knows of items their texts say, and for unseen items",
         epilog=OVERRIDES,
-        allow_abbrev=False,
     )
     add_data(ceiling)
     add_json(ceiling)

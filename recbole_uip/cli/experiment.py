@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from recbole_uip.cli.options import OVERRIDES, log_as
+from recbole_uip.cli.options import OVERRIDES, add_command, log_as
 from recbole_uip.settings import SettingsError
 
 __all__ = ["add_experiment"]
@@ -13,11 +13,11 @@ __all__ = ["add_experiment"]
 
 def add_experiment(subcommands: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
-    parser = subcommands.add_parser(
+    parser = add_command(
+        subcommands,
         "experiment",
         help="run an experiment of properties/experiment, resuming where it stopped",
         epilog=OVERRIDES,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "name", nargs="?", help="name of an experiment, or a YAML file of one's own"

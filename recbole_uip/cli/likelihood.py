@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import OVERRIDES, add_data, add_json, add_numbers, show_figures, start
+from recbole_uip.cli.options import (
+    OVERRIDES,
+    add_command,
+    add_data,
+    add_json,
+    add_numbers,
+    show_figures,
+    start,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -14,11 +22,11 @@ __all__ = ["add_likelihood"]
 
 def add_likelihood(subcommands: argparse._SubParsersAction) -> None:
     """Add ``likelihood`` to the subcommands."""
-    likelihood = subcommands.add_parser(
+    likelihood = add_command(
+        subcommands,
         "likelihood",
         help="whether a user's code makes later behaviours more likely to the LM",
         epilog=OVERRIDES,
-        allow_abbrev=False,
     )
     add_data(likelihood)
     add_json(likelihood)

@@ -6,14 +6,16 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import argparse
     from argparse import ArgumentParser, Namespace
     from collections.abc import Callable, Iterable
 
 __all__ = [
     "OVERRIDES",
+    "add_command",
     "add_config_files",
     "add_data",
     "add_json",
@@ -23,7 +25,18 @@ __all__ = [
     "start",
 ]
 
-OVERRIDES = "Any RecBole or uip_ setting may follow as --key=value; see properties/uip.yaml."
+OVERRIDES = (
+    "Any RecBole or uip_ setting may follow as --key=value; properties/uip.yaml (installed: "
+    "recbole_uip/properties/uip.yaml) explains ours."
+)
+
+
+def add_command(
+    subcommands: argparse._SubParsersAction, name: str, help: str, **more: Any
+) -> ArgumentParser:
+    """Add a command, whose own help begins with what the list of commands says of it."""
+    more.setdefault("description", f"{help[0].upper()}{help[1:]}.")
+    return subcommands.add_parser(name, help=help, allow_abbrev=False, **more)
 
 
 def add_config_files(parser: ArgumentParser) -> None:

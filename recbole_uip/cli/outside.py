@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import add_json, log_as, show_figures
+from recbole_uip.cli.options import add_command, add_json, log_as, show_figures
 from recbole_uip.evidence.outside.driver import INSTALL
 from recbole_uip.settings import SettingsError
 
@@ -26,12 +26,12 @@ budget, and prints it beside RecBole's. FuxiCTR lives in an environment of its o
 
 def add_outside(subcommands: argparse._SubParsersAction) -> None:
     """Add ``outside`` to the subcommands."""
-    outside = subcommands.add_parser(
+    outside = add_command(
+        subcommands,
         "outside",
         help="train another library's DeepFM on a run's profiles",
         description=_DESCRIPTION.format(*INSTALL),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     outside.add_argument(
         "folder", type=Path, metavar="RUN_DIR", help="output folder of recbole-uip run"

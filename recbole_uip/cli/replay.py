@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recbole_uip.cli.options import add_json, log_as, show_figures
+from recbole_uip.cli.options import add_command, add_json, log_as, show_figures
 from recbole_uip.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ the run score: an A/A run, the A/B run, both by day, and what a look-up, a score
 
 def add_replay(subcommands: argparse._SubParsersAction) -> None:
     """Add ``replay`` to the subcommands."""
-    replay = subcommands.add_parser(
+    replay = add_command(
+        subcommands,
         "replay",
         help="replay a run's test period as an A/B test, as it would be served",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     replay.add_argument(
         "folder", type=Path, metavar="RUN_DIR", help="output folder of recbole-uip run"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from recbole_uip.cli.options import log_as
+from recbole_uip.cli.options import add_command, log_as
 from recbole_uip.settings import SettingsError
 
 __all__ = ["add_report"]
@@ -13,10 +13,8 @@ __all__ = ["add_report"]
 
 def add_report(subcommands: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
-    parser = subcommands.add_parser(
-        "report",
-        help="tables, intervals and charts of an experiment, finished or not",
-        allow_abbrev=False,
+    parser = add_command(
+        subcommands, "report", help="tables, intervals and charts of an experiment, finished or not"
     )
     parser.add_argument(
         "folder",

@@ -137,7 +137,8 @@ def event_counts(kind: str, liked: np.ndarray | None, n_events: int) -> np.ndarr
     if liked is None and kind in ("negative", "contrast"):
         raise DataError(
             f"weight {kind!r} needs events that are liked and events that are not, and this "
-            "data has no labels: use weight positive or all"
+            "data has no labels: use weight positive or all, or name labels (threshold or "
+            "LABEL_FIELD; for bank build --label, or --rating and --threshold)"
         )
     if kind in ("positive", "negative") and liked is not None:
         liked = np.asarray(liked, dtype=np.float64)

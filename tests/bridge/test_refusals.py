@@ -236,3 +236,8 @@ def run(atomic, output, model="FM", **settings):
         "uip_output": str(output),
     }
     return run_recbole_uip(model, atomic.name, config={**config, **settings})
+
+
+def test_a_dataset_that_is_not_there_is_named_before_what_its_settings_lack(tmp_path):
+    with pytest.raises(SettingsError, match="dataset 'nosuch' .there is no folder.*uip_item_text"):
+        run_recbole_uip("FM", "nosuch", config={"data_path": str(tmp_path)})

@@ -72,7 +72,9 @@ def _table(results: dict[str, Any]) -> list[str]:
             rows.append(row)
     for _, title in _METRICS:
         rows[0] += [title, f"vs {baseline}"]
-    return ["test", *aligned(rows)]
+    list_rows = arms[baseline]["test"]["list_rows"]
+    note = "list AUC: of rows of one user at one time, of which some are liked and some are not"
+    return ["test", *aligned(rows), f"{note}: {list_rows:,} rows"]
 
 
 def _other_metrics(results: dict[str, Any]) -> list[str]:
@@ -82,7 +84,7 @@ def _other_metrics(results: dict[str, Any]) -> list[str]:
         for model, arms in results["models"].items()
         for name, arm in arms.items()
     ]
-    shown = {metric for metric, _ in _METRICS}
+    shown = {metric for metric, _ in _METRICS} | {"list_rows"}
     others = [metric for metric in arms[0][2] if metric not in shown]
     if not others:
         return []

@@ -23,7 +23,7 @@ from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.bank.store import check_replaceable
 from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset
-from recbole_uip.bridge.metrics import gauc, lists
+from recbole_uip.bridge.metrics import gauc, group_aucs, lists
 from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.bridge.served_model import model_fields
@@ -310,15 +310,17 @@ def _subnormals_as_zero() -> Iterator[None]:
 def _metrics(
     config: UIPConfig, predictions: dict[str, np.ndarray], times: np.ndarray | None
 ) -> dict[str, float]:
-    """RecBole's AUC and LogLoss without its rounding, GAUC and list AUC."""
+    """RecBole's AUC and LogLoss without its rounding, GAUC, list AUC and the rows of the last."""
     if not predictions:
-        return dict.fromkeys(("auc", "logloss", "gauc", "list_auc"), math.nan)
+        return {**dict.fromkeys(("auc", "logloss", "gauc", "list_auc"), math.nan), "list_rows": 0}
     user, label, score = (predictions[name] for name in ("user", "label", "score"))
+    number = predicted_lists(predictions, times)
     return {
         "auc": float(AUC(config).metric_info(score, label)),
         "logloss": float(LogLoss(config).metric_info(score, label)),
         "gauc": gauc(user, label, score),
-        "list_auc": gauc(predicted_lists(predictions, times), label, score),
+        "list_auc": gauc(number, label, score),
+        "list_rows": int(group_aucs(number, label, score).n_rows.sum()),
     }
 
 

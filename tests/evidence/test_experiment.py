@@ -674,6 +674,9 @@ def test_parts_of_an_experiment_are_planned_together(written, tmp_path, monkeypa
     assert planned(other, arms=["plain"])[1] == {"plain": ["1", "2"]}
     (tmp_path / "out" / "asked" / "experiment.json").write_text("{")
     assert planned(other, arms=["plain"], seeds=[1])[1] == {"plain": ["1"]}
+    # Nor what was planned where the same settings gave other results.
+    monkeypatch.setattr(experiment_module, "RESULTS", -1)
+    assert planned(other, arms=["uip"], seeds=[2])[1] == {"uip": ["2"]}
 
 
 def test_an_experiment_is_resumed_where_it_stopped(written, tmp_path, monkeypatch):

@@ -28,7 +28,14 @@ from recbole_uip.bridge.run import predicted_lists, protocol, train_arm
 from recbole_uip.bridge.sequences import SequenceConfig, SequenceDataset
 from recbole_uip.bridge.storage import plain
 from recbole_uip.em.states import index_history
-from recbole_uip.evidence.experiments.plan import INERT, Case, Experiment, Run
+from recbole_uip.evidence.experiments.plan import (
+    INERT,
+    PROFILES,
+    RESULTS,
+    Case,
+    Experiment,
+    Run,
+)
 from recbole_uip.evidence.experiments.store import RunStore, key_of
 from recbole_uip.files import atomic_write
 from recbole_uip.records import finite, versions
@@ -138,7 +145,9 @@ def _definition(experiment: Experiment) -> str:
         if not INERT.intersection(parse_command_line([argument]))
     )
     experiment = dataclasses.replace(experiment, command_line=tuple(shaping))
-    return key_of({"experiment": repr(experiment), "below": repr(below)})
+    # Parts whose runs are of another version are not of the same whole.
+    versions = [RESULTS, PROFILES]
+    return key_of({"experiment": repr(experiment), "below": repr(below), "versions": versions})
 
 
 def _with_other_parts(plan: dict[str, Any], path: Path) -> dict[str, Any]:

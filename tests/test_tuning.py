@@ -373,7 +373,7 @@ def test_contrast_needs_endings(world, texts, make):
     with pytest.raises(SettingsError, match="uip_facets.taste: .* needs uip_endings"):
         run(world.behaviours, texts, make(uip_endings=None))
     implicit = dataclasses.replace(world.behaviours, liked=None)
-    with pytest.raises(SettingsError, match="needs labels"):
+    with pytest.raises(SettingsError, match="uip_facets.taste: .* this data has no labels"):
         facets = {name: FACETS[name] for name in ("interests", "taste")}
         run(implicit, texts, make(uip_facets=facets))
 

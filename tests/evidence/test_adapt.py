@@ -36,7 +36,7 @@ def test_command(tmp_path, rng, capsys):
     assert cli.main(adapt) == 2
     assert "is there already" in capsys.readouterr().err
     assert cli.main([*adapt[:2], f"--output={tmp_path / 'other'}", "--method=ia3", *line]) == 2
-    assert "method='ia3' must be one of lora, prompt" in capsys.readouterr().err
+    assert "invalid choice: 'ia3'" in capsys.readouterr().err
     results = run_recbole_uip(
         "LR",
         "toy",

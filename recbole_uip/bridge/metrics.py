@@ -24,6 +24,11 @@ class GroupAUCs(NamedTuple):
     n_rows: np.ndarray
     auc: np.ndarray
 
+    @property
+    def mean(self) -> float:
+        """Their mean, weighted by rows; NaN without groups."""
+        return float(np.average(self.auc, weights=self.n_rows)) if len(self.auc) else float("nan")
+
 
 def lists(user: np.ndarray, time: np.ndarray | None) -> np.ndarray:
     """Number of each row's list: the rows of one user at one time, which one profile serves.
@@ -68,8 +73,7 @@ def gauc(group: np.ndarray, label: np.ndarray, score: np.ndarray) -> float:
     float
         NaN if no group has rows of both labels.
     """
-    found = group_aucs(group, label, score)
-    return float(np.average(found.auc, weights=found.n_rows)) if len(found.auc) else float("nan")
+    return group_aucs(group, label, score).mean
 
 
 def group_aucs(group: np.ndarray, label: np.ndarray, score: np.ndarray) -> GroupAUCs:

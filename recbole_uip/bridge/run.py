@@ -314,13 +314,13 @@ def _metrics(
     if not predictions:
         return {**dict.fromkeys(("auc", "logloss", "gauc", "list_auc"), math.nan), "list_rows": 0}
     user, label, score = (predictions[name] for name in ("user", "label", "score"))
-    number = predicted_lists(predictions, times)
+    of_lists = group_aucs(predicted_lists(predictions, times), label, score)
     return {
         "auc": float(AUC(config).metric_info(score, label)),
         "logloss": float(LogLoss(config).metric_info(score, label)),
         "gauc": gauc(user, label, score),
-        "list_auc": gauc(number, label, score),
-        "list_rows": int(group_aucs(number, label, score).n_rows.sum()),
+        "list_auc": of_lists.mean,
+        "list_rows": int(of_lists.n_rows.sum()),
     }
 
 

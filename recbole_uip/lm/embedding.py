@@ -122,7 +122,7 @@ def _embed_missing(
     ids = prompts.text_ids(backbone, texts)
     check_lengths(texts, ids, backbone, len(lead))
     lengths = np.array([len(lead) + len(row) for row in ids])
-    columns = put_through(
+    columns, lm_tokens = put_through(
         texts,
         ids,
         lengths,
@@ -131,7 +131,7 @@ def _embed_missing(
         store,
         "embedding texts",
     )
-    return columns["vectors"], int(lengths.sum())
+    return columns["vectors"], lm_tokens
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ __all__ = ["Scores", "check_lengths", "check_texts", "put_through", "score"]
 
 logger = logging.getLogger(__name__)
 
-SAVE_SECONDS = 20.0  # a killed run loses at most about this much work
+SAVE_SECONDS = 10.0  # a killed run, or two that share the work, lose at most about this much
 MAX_WORKERS = 8  # batches at once on CPU; each holds about 0.4 MB per token of its batch
 KEEP_PREFIX_BYTES = 256 << 20  # a small LM's prefix is kept on disk (88 MB for SmolLM2-135M)
 
@@ -188,8 +189,8 @@ def _score_missing(
     lengths = np.array([len(row) + n_ending for row in ids])
     run, lm_tokens, more = _runner(backbone, prompt, store, int(lengths.max()))
     lengths += more
-    columns = put_through(texts, ids, lengths, run, backbone, store, "scoring texts")
-    return columns, lm_tokens + int(lengths.sum())
+    columns, fresh = put_through(texts, ids, lengths, run, backbone, store, "scoring texts")
+    return columns, lm_tokens + fresh
 
 
 def put_through(
@@ -200,8 +201,11 @@ def put_through(
     backbone: Backbone,
     store: ScoreStore,
     description: str,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], int]:
     """Run all texts in batches of like length, saving shards on the way.
+
+    Processes that run the same texts at once share them: each has an order of its own, and leaves
+    out what it finds in the store.
 
     Parameters
     ----------
@@ -219,39 +223,57 @@ def put_through(
 
     Returns
     -------
-    dict of str to ndarray of float32, each of shape (n, ...)
+    columns : dict of str to ndarray of float32, each of shape (n, ...)
         The columns, and ``n_tokens``.
+    lm_tokens : int
+        What this process has put through the LM.
     """
+    keys = [digest(text) for text in texts]
     columns: dict[str, np.ndarray] = {}
+    mine = np.zeros(len(texts), dtype=bool)
+    done = mine.copy()  # by this process or another
     pending: list[np.ndarray] = []
     saved_at = time.monotonic()
+
+    def fill(rows: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        for name, column in values.items():
+            if name not in columns:
+                columns[name] = np.zeros((len(texts), *column.shape[1:]), np.float32)
+            columns[name][rows] = column
 
     def save() -> None:
         nonlocal saved_at
         chosen = np.concatenate(pending)
         store.write(
-            [digest(texts[row]) for row in chosen],
+            [keys[row] for row in chosen],
             {name: values[chosen] for name, values in columns.items()},
         )
         pending.clear()
+        there = store.keys()
+        done[[key in there for key in keys]] = True
         saved_at = time.monotonic()
+
+    def batches() -> Iterator[np.ndarray]:
+        all_batches = list(even_batches(lengths, backbone.batch_tokens))
+        others = np.random.default_rng(os.getpid()).permutation(len(all_batches) - 1) + 1
+        for number in (0, *others):  # the longest first, see even_batches
+            batch = all_batches[number]
+            if len(batch := batch[~done[batch]]):
+                yield batch
 
     bar = tqdm(total=int(lengths.sum()), desc=description, unit="tok", leave=False, delay=2)
     try:
-        batches = even_batches(lengths, backbone.batch_tokens)
         for batch, result in in_parallel(
             lambda batch: run([ids[row] for row in batch]),
-            batches,
+            batches(),
             n_workers(backbone),
             backbone.device.type == "cpu",
         ):
-            result["n_tokens"] = torch.tensor([len(ids[row]) for row in batch])
-            for name, values in result.items():
-                if name not in columns:
-                    columns[name] = np.zeros((len(texts), *values.shape[1:]), np.float32)
-                columns[name][batch] = values.float().cpu().numpy()
+            fill(batch, {name: values.float().cpu().numpy() for name, values in result.items()})
+            fill(batch, {"n_tokens": np.array([len(ids[row]) for row in batch])})
+            mine[batch] = done[batch] = True
             pending.append(batch)
-            bar.update(int(lengths[batch].sum()))
+            bar.update(int(lengths[done].sum()) - bar.n)
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
     finally:
@@ -259,7 +281,16 @@ def put_through(
         bar.close()
         if pending:
             save()
-    return columns
+    lm_tokens = int(lengths[mine].sum())
+    if len(theirs := np.flatnonzero(~mine)):
+        values, found = store.read([keys[row] for row in theirs])
+        fill(theirs, values)
+        if len(lost := theirs[~found]):  # damaged or deleted since
+            again = [texts[row] for row in lost], [ids[row] for row in lost], lengths[lost]
+            values, more = put_through(*again, run, backbone, store, description)
+            fill(lost, values)
+            lm_tokens += more
+    return columns, lm_tokens
 
 
 def check_texts(texts: Sequence[str]) -> None:

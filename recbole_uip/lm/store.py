@@ -85,6 +85,10 @@ class ScoreStore:
             found[targets] = True
         return columns, found
 
+    def keys(self) -> set[bytes]:
+        """Keys of all scores that are there, as far as their shards' keys can be read."""
+        return set().union(*map(_read_keys, self._shards()))
+
     def write(self, keys: Sequence[bytes], columns: Mapping[str, np.ndarray]) -> Path:
         """Add the scores of ``keys`` as one shard; each column has shape (n, ...)."""
         key_column = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
@@ -158,6 +162,17 @@ def _read_shard(path: Path, wanted: Mapping[bytes, int] | None) -> dict[str, np.
             path.rename(path.with_suffix(".damaged"))
         return None
     return arrays
+
+
+def _read_keys(path: Path) -> set[bytes]:
+    """Keys of a shard; none if it is damaged or gone, which whoever reads its scores will tell."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {key.tobytes() for key in file.get_tensor(KEY)}
+    except (OSError, SafetensorError):
+        return set()
 
 
 def _scatter(

@@ -110,9 +110,9 @@ def test_an_interrupted_run_resumes(error, settings, tmp_path, monkeypatch, leng
     original, calls = llama.LlamaScorer.score, []
 
     def fail_third(self, texts):
-        calls.append(len(texts))
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise error
+        calls.append(sum(len(text) + 1 for text in texts))  # an ending of one token
         return original(self, texts)
 
     monkeypatch.setattr(scoring, "n_workers", lambda _: 1)
@@ -121,10 +121,35 @@ def test_an_interrupted_run_resumes(error, settings, tmp_path, monkeypatch, leng
         score(TEXTS, FACETS, ENDINGS, settings, tmp_path)
     monkeypatch.setattr(llama.LlamaScorer, "score", original)
     result = score(TEXTS, FACETS, ENDINGS, settings, tmp_path)
-    # longest first
-    done = sorted(lengths.values(), reverse=True)[: sum(calls[:2])]
-    assert result.lm_tokens == sum(lengths.values()) - sum(done)
+    assert calls[0] == max(lengths.values())  # longest first
+    assert result.lm_tokens == sum(lengths.values()) - sum(calls)
     same(result, score(TEXTS, FACETS, ENDINGS, settings, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_processes_share_what_they_score_at_once(damaged, settings, tmp_path, monkeypatch, lengths):
+    settings = dataclasses.replace(settings, batch_tokens=1)  # a batch a text
+    alone = score(TEXTS, FACETS, ENDINGS, settings, tmp_path / "other")
+    (theirs,) = tmp_path.glob("other/scores/*/shard-*.safetensors")
+    content = bytearray(theirs.read_bytes())
+    if damaged:
+        content[-50] ^= 4
+    original, calls = llama.LlamaScorer.score, []
+
+    def while_another_writes(self, texts):
+        calls.append(sum(len(text) + 1 for text in texts))
+        ours = tmp_path / "ours" / theirs.parent.relative_to(tmp_path / "other")
+        (ours / theirs.name).write_bytes(content)
+        return original(self, texts)
+
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(scoring, "n_workers", lambda _: 1)
+    monkeypatch.setattr(llama.LlamaScorer, "score", while_another_writes)
+    shared = score(TEXTS, FACETS, ENDINGS, settings, tmp_path / "ours")
+    same(shared, alone)
+    prefix = alone.lm_tokens - sum(lengths.values())
+    assert shared.lm_tokens == prefix + sum(calls)
+    assert damaged or sum(calls) < sum(lengths.values())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])

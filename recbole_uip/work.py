@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
+import functools
 import logging
 import os
+import signal
+import sys
+import threading
+import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +22,14 @@ from tqdm import tqdm
 
 from recbole_uip.files import atomic_write
 
-__all__ = ["Work", "even_batches", "in_parallel", "is_main_process", "n_processes"]
+__all__ = [
+    "Work",
+    "even_batches",
+    "in_parallel",
+    "is_main_process",
+    "n_processes",
+    "stop_with_parent",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +45,26 @@ def n_processes() -> int:
 def is_main_process() -> bool:
     """Whether this is the process that goes on alone where work cannot be shared."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+@functools.cache  # a worker does many tasks
+def stop_with_parent() -> None:
+    """End this process when the one that started it is gone, and what it does before that.
+
+    A worker whose parent was killed would otherwise go on to the end of its task.
+    """
+    parent = os.getppid()
+    # An exception, so that temporary folders go; workers do not listen to SIGINT.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        _thread.interrupt_main(signal.SIGTERM)
+        time.sleep(5.0)
+        os._exit(1)  # a worker waits for its next task, which nobody will give
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def even_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:

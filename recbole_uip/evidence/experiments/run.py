@@ -40,6 +40,7 @@ from recbole_uip.evidence.experiments.store import RunStore, key_of
 from recbole_uip.files import atomic_write
 from recbole_uip.records import finite, versions
 from recbole_uip.settings import ArmSettings, SettingsError
+from recbole_uip.work import stop_with_parent
 
 __all__ = ["DEFAULT_OUTPUT", "run_experiment"]
 
@@ -224,6 +225,7 @@ def _tasks(runs: list[Run]) -> list[list[Run]]:
 def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[str]:
     """Make runs that share rows and profiles; a line about each."""
     if threads is not None:
+        stop_with_parent()
         torch.set_num_threads(threads)
     config = runs[0].config
     # A random split comes from RecBole's global generator.

@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -34,7 +34,7 @@ import pyarrow as pa
 
 from recbole_uip.settings import SettingsError
 
-__all__ = ["EventColumns", "EventFile"]
+__all__ = ["EventColumns", "EventFile", "check_columns"]
 
 DELIMITERS = {".inter": "\t", ".csv": ","}
 PARQUET = ".parquet"
@@ -180,7 +180,7 @@ class EventFile:
         self._headers = [self._header(file) for file in self.files]
         wanted = {self._said(role): name for role, name in self._roles.items()}
         for file, header in zip(self.files, self._headers, strict=True):
-            _check_columns(file, [name for name, _ in header], wanted)
+            check_columns(file, [name for name, _ in header], wanted)
         self._types = self._common_types()
         self._totals: tuple[int, int] | None = None
 
@@ -621,16 +621,32 @@ def _text_header(file: Path, delimiter: str) -> list[str]:
     return header
 
 
-def _check_columns(file: Path, names: list[str], wanted: dict[str, str]) -> None:
+def check_columns(events: Path | str, names: Sequence[str], wanted: Mapping[str, str]) -> None:
+    """Refuse ``events``, a file or what they are called, if a column is not there just once.
+
+    Parameters
+    ----------
+    events : Path or str
+    names : sequence of str
+        Their columns.
+    wanted : mapping of str to str
+        Names of columns by what they mean.
+
+    Raises
+    ------
+    SettingsError
+    """
     for role, name in wanted.items():
         if names.count(name) == 1:
             continue
         if name in names:
-            raise SettingsError(f"{file} has several columns {name!r} ({role}): rename the others")
+            raise SettingsError(
+                f"{events} has several columns {name!r} ({role}): rename the others"
+            )
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise SettingsError(
-            f"{file} has no column {name!r} ({role}); it has {', '.join(map(repr, names))}{hint}"
+            f"{events} has no column {name!r} ({role}); it has {', '.join(map(repr, names))}{hint}"
         )
 
 

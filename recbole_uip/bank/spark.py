@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ import pyarrow.compute as pc
 
 from recbole_uip.bank import build
 from recbole_uip.bank.bank import FeatureBank
-from recbole_uip.bank.events import EventColumns
+from recbole_uip.bank.events import EventColumns, check_columns
 from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import check_replaceable
 from recbole_uip.bank.users import NO_TIME, user_schema, user_table
@@ -178,17 +177,8 @@ def _values(events: DataFrame, columns: EventColumns, order: str | None) -> Data
     """
     from pyspark.sql import functions as F
 
-    names, roles = events.columns, _roles(columns, order)
-    for role, name in roles.items():
-        if names.count(name) == 1:
-            continue
-        if name in names:
-            raise SettingsError(f"events has several columns {name!r} ({role}): rename the others")
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise SettingsError(
-            f"events has no column {name!r} ({role}); it has {', '.join(map(repr, names))}{hint}"
-        )
+    roles = _roles(columns, order)
+    check_columns("events", events.columns, roles)
     value = {role: _value(events, role, name, columns) for role, name in roles.items()}
     left = {"user": value["user"], "item": value["item"]}
     if columns.feedback is not None:

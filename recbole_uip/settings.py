@@ -547,7 +547,7 @@ def default_cache_dir() -> Path:
 
 def parse_duration(key: str, value: Any) -> float:
     """Seconds in ``value``: a number, alone or with one of the units s, m, h, d, w."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", str(value))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([smhdw]?)\s*", str(value))
     if match is None:
         raise SettingsError(f"{key}={value!r} is not a duration: write 0s, 30m, 1h, 1d or 1w")
     unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
@@ -572,7 +572,8 @@ def _optional(key: str, value: Any, kind: type) -> Any:
 
 
 def _choice(key: str, value: Any, choices: tuple) -> Any:
-    if value not in choices:
+    # 1 == True, and is not the same.
+    if not isinstance(value, (str, bool)) or value not in choices:
         raise SettingsError(f"{key}={value!r} must be one of {', '.join(map(str, choices))}")
     return value
 
@@ -711,8 +712,10 @@ def _parse_gradient(value: Any) -> GradientSettings:
         rate = value.pop("learning_rate")
         if rate not in (None, "auto"):
             rate = float(_typed(f"{key}.learning_rate", rate, (int, float)))
-            if not rate > 0:
-                raise SettingsError(f"{key}.learning_rate={rate!r} must be positive, or auto")
+            if not 0 < rate < math.inf:
+                raise SettingsError(
+                    f"{key}.learning_rate={rate!r} must be positive and finite, or auto"
+                )
             parsed["learning_rate"] = rate
     if "snapshots" in value:
         sizes = value.pop("snapshots")
@@ -776,6 +779,11 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
         if facet.source != "lm" and facet.prompt:
             raise SettingsError(
                 f"{key}.prompt={facet.prompt!r} has no meaning with source: {facet.source}"
+            )
+        if facet.source == "constant" and facet.weight != "contrast":
+            raise SettingsError(
+                f"{key}.weight={facet.weight} has no meaning with source: constant, by which every "
+                "user's events would say the same: set weight: contrast"
             )
         if facet.source == "constant" and facet.directions == "fisher":
             raise SettingsError(

@@ -69,7 +69,8 @@ def test_other_keys_are_not_looked_at():
 
 
 @pytest.mark.parametrize(
-    ("value", "seconds"), [("0s", 0), (90, 90), ("30m", 1800), ("1h", 3600), ("1.5d", 129600)]
+    ("value", "seconds"),
+    [("0s", 0), (90, 90), (1e-05, 1e-05), ("30m", 1800), ("1h", 3600), ("1.5d", 129600)],
 )
 def test_durations(value, seconds):
     assert parse_duration("uip_refresh", value) == seconds
@@ -101,6 +102,10 @@ def test_durations(value, seconds):
         (
             {"uip_facets": {"a": {"source": "constant", "directions": "fisher"}}},
             "directions=fisher has no meaning with source: constant",
+        ),
+        (
+            {"uip_facets": {"a": {"source": "constant", "weight": "all"}}},
+            "uip_facets.a.weight=all has no meaning with source: constant",
         ),
         (
             {"uip_item_text": None, "uip_facets": {"a": {"source": "words"}}},
@@ -237,10 +242,12 @@ def test_the_gradient_posterior_is_parsed():
         ({"uip_gradient": {"stpes": 3}}, "uip_gradient.stpes.*did you mean 'steps'"),
         ({"uip_gradient": {"steps": 0}}, "uip_gradient.steps=0 must be an integer of at least 1"),
         ({"uip_gradient": {"snapshots": [0]}}, "uip_gradient.snapshots=0"),
-        ({"uip_gradient": {"learning_rate": -1}}, "must be positive, or auto"),
+        ({"uip_gradient": {"learning_rate": -1}}, "must be positive and finite, or auto"),
+        ({"uip_gradient": {"learning_rate": math.inf}}, "learning_rate=inf must be positive and"),
         ({"uip_gradient": {"held_out": 1}}, "uip_gradient.held_out=1.0 must be at least 0"),
         ({"uip_gradient": {"prior": "vq"}}, "uip_gradient.prior='vq' must be one of"),
         ({"uip_gradient": {"recompute": "yes"}}, "uip_gradient.recompute='yes'"),
+        ({"uip_gradient": {"recompute": 1}}, "uip_gradient.recompute=1 must be one of"),
         ({"uip_gradient": 3}, "uip_gradient=3 must be a mapping"),
         ({"uip_gradient": {"e_step": "newton"}}, "uip_gradient.e_step='newton' must be one of"),
         (

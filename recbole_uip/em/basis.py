@@ -155,12 +155,18 @@ def fit(
     Raises
     ------
     DataError
-        If no event is evidence, or no user has evidence in both halves of their events.
+        If no event is evidence, all evidence is of items without a vector, or no user has
+        evidence in both halves of their events.
     """
     if not evidence.weight.any():
         raise DataError(
             "no training event is evidence by the facet's weight: there is none of its kind "
             "(liked, disliked)"
+        )
+    if not whitened[item[evidence.weight != 0]].any():
+        raise DataError(
+            "the items of its training events have no vectors (no texts, or none that differ): "
+            "leave the facet out, or give them texts"
         )
     half_a, half_b, user_weight = half_means(whitened, user, item, evidence, n_users)
     mean = user_weight @ (half_a + half_b) / (2 * user_weight.sum())

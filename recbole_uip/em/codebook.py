@@ -53,6 +53,9 @@ def component_log_densities(
     -------
     ndarray, shape (n, K)
     """
+    # Moving all of it changes no distance, but what rounding makes of it.
+    centre = codewords.mean(axis=0)
+    offsets, codewords = offsets - centre, codewords - centre
     total = variance + noise[:, None]
     precision = 1.0 / total
     # sum_d precision (y - e)^2, multiplied out so that both products are matrix products.
@@ -289,7 +292,8 @@ class Codebook(BaseEstimator):
         With s = sigma^2 / (sigma^2 + nu) the posterior mean is m_uk = e_k + s (y - e_k) and the
         posterior variance v_u = s nu. Unless ``move``, codewords stay where they are.
         """
-        n = len(offsets)
+        n, centre = len(offsets), self.codewords_.mean(axis=0)
+        offsets, old = offsets - centre, self.codewords_ - centre
         shrinkage = self.variance_ / (self.variance_ + noise[:, None])
         # m_uk = a_u + b_u e_k with a = s y and b = 1 - s, so that every sum over samples is one
         # of the columns of a single matrix product, and the rest is of the codebook's size.
@@ -297,7 +301,6 @@ class Codebook(BaseEstimator):
         sums = responsibilities.T @ np.concatenate([a, b, a * b, b * b], axis=1)
         sum_a, sum_b, sum_ab, sum_bb = np.split(sums, 4, axis=1)
         mass = np.maximum(responsibilities.sum(axis=0), np.finfo(float).tiny)
-        old = self.codewords_
         new = (sum_a + sum_b * old) / mass[:, None] if move else old
         # sum_uk r_uk (m_uk - e_k)^2, multiplied out.
         squares = (a**2 + shrinkage * noise[:, None]).sum(axis=0) + (
@@ -305,7 +308,7 @@ class Codebook(BaseEstimator):
             + mass[:, None] * new**2
             + 2.0 * (sum_ab * old - sum_a * new - sum_b * old * new)
         ).sum(axis=0)
-        self.codewords_ = new
+        self.codewords_ = new + centre
         self.weights_ = mass / n
         self.variance_ = np.maximum(squares / n, self._floor)
 

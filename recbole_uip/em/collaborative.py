@@ -40,7 +40,7 @@ BLOCK_ROWS = 20_000
 
 
 def balanced_folds(n: int, folds: int, seed: int) -> np.ndarray:
-    """Folds drawn at random, of equal sizes but for one, shape (n,)."""
+    """Folds drawn at random, whose sizes differ by one at most, shape (n,)."""
     return np.random.default_rng(seed).permutation(np.arange(n) % folds)
 
 
@@ -222,7 +222,9 @@ def _ridge_logistic_step(
     ``prior`` has the prior means, zero by default.
     """
     width = design.shape[1]
-    outer = (design[:, :, None] * design[:, None, :]).reshape(len(design), -1)
+    # Hessians are symmetric: one triangle of each will do.
+    left, right = np.triu_indices(width)
+    outer = design[:, left] * design[:, right]
     updated = coefficients.copy()
     for low in range(0, len(coefficients), BLOCK_ROWS):
         high = min(low + BLOCK_ROWS, len(coefficients))
@@ -234,7 +236,9 @@ def _ridge_logistic_step(
         probability = scipy.special.expit(logit)
         curvature = scipy.sparse.csr_array((probability * (1 - probability), at), shape=shape)
         residual = scipy.sparse.csr_array((liked[events] - probability, at), shape=shape)
-        hessian = (curvature @ outer).reshape(-1, width, width) + np.diag(precision)
+        hessian = np.empty((high - low, width, width))
+        hessian[:, left, right] = hessian[:, right, left] = curvature @ outer
+        hessian += np.diag(precision)
         deviation = coefficients[low:high] - (0.0 if prior is None else prior[low:high])
         gradient = residual @ design - precision * deviation
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]

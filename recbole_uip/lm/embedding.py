@@ -106,7 +106,7 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Embeddings
             vectors = np.zeros((len(distinct), width), np.float32)
         if len(missing := np.flatnonzero(~found)):
             vectors[missing], lm_tokens = _embed_missing(
-                [distinct[row] for row in missing], backbone, settings, store
+                [distinct[row] for row in missing], backbone, store
             )
             store.compact()
     if len(distinct) < len(texts):
@@ -115,7 +115,7 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Embeddings
 
 
 def _embed_missing(
-    texts: list[str], backbone: Backbone, settings: LMSettings, store: ScoreStore
+    texts: list[str], backbone: Backbone, store: ScoreStore
 ) -> tuple[np.ndarray, int]:
     """Vectors of ``texts``, put through the LM, and LM tokens."""
     lead = prompts.lead_ids(backbone)

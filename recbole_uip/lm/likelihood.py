@@ -537,7 +537,7 @@ def _by_kv_head(
     turned: torch.Tensor, value: torch.Tensor, past_keys: torch.Tensor, past_values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries (n, kv_heads, group T, head_dim), keys and values (n, kv_heads, C + T, head_dim)."""
-    n, length, n_kv, size = value.shape
+    n, _, n_kv, size = value.shape
     n_heads = turned.shape[2] - n_kv
     query = turned[:, :, :n_heads].transpose(1, 2).reshape(n, n_kv, -1, size)
     keys, values = (

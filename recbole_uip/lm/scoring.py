@@ -147,7 +147,7 @@ def score(
             theta0 = prompt.theta0(backbone).float().cpu().numpy()
             store.write_file("theta0", {"theta0": theta0})
         fresh, lm_tokens = _score_missing(
-            [distinct[row] for row in missing], backbone, prompt, settings, store
+            [distinct[row] for row in missing], backbone, prompt, store
         )
         for name, values in fresh.items():
             if name not in columns:
@@ -174,11 +174,7 @@ def score(
 
 
 def _score_missing(
-    texts: list[str],
-    backbone: Backbone,
-    prompt: Prompt,
-    settings: LMSettings,
-    store: ScoreStore,
+    texts: list[str], backbone: Backbone, prompt: Prompt, store: ScoreStore
 ) -> tuple[dict[str, np.ndarray], int]:
     """Put ``texts`` through the LM, saving shards on the way; their columns, and LM tokens."""
     if not texts:

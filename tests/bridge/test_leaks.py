@@ -102,7 +102,7 @@ def test_a_training_label_moves_its_users_later_rows(atomic, time):
 
 
 def test_ties_see_nothing_of_each_other(atomic):
-    facets = {"leniency": {"source": "constant", "weight": "positive", "half_life": ["inf"]}}
+    facets = {"leniency": {"source": "constant", "weight": "contrast", "half_life": ["inf"]}}
     # One user whose events all have the same time: none of them is history of another.
     for row in atomic.rows:
         if row[0] == atomic.rows[0][0]:

@@ -3,6 +3,7 @@ import pytest
 import scipy.linalg
 import scipy.special
 
+from recbole_uip.behaviours import DataError
 from recbole_uip.em import basis, states, weights
 
 from .conftest import make_world
@@ -127,6 +128,14 @@ def test_fisher_captures_less_of_how_users_differ():
     everything = [fitted(world, whitened.shape[1], way)[0] for way in ("between", "fisher")]
     captured = [basis.variance.sum() for basis in everything]
     np.testing.assert_allclose(captured[1], captured[0], rtol=0.1)
+
+
+def test_evidence_of_items_without_vectors_alone_is_refused(rng):
+    vectors = np.r_[np.zeros((5, 3)), rng.normal(size=(20, 3))]
+    user, item = np.repeat(np.arange(30), 4), rng.integers(0, 5, 120)
+    evidence = weights.Evidence(np.ones(120), np.ones(120))
+    with pytest.raises(DataError, match="the items of its training events have no vectors"):
+        basis.fit(vectors, user, item, evidence, 30, 2)
 
 
 def test_too_few_users_is_said():

@@ -50,11 +50,12 @@ def test_planted_codebook_is_recovered_up_to_permutation():
     assert (relabelled == codes)[well_known].mean() > 0.99
 
 
-@given(st.integers(0, 10_000), st.integers(2, 6), st.integers(1, 4))
-@hypothesis_settings(deadline=None, max_examples=25)
-def test_likelihood_never_falls(seed, n_codes, rank):
+@given(st.integers(0, 10_000), st.integers(2, 6), st.integers(1, 4), st.sampled_from([0, 1e4]))
+@hypothesis_settings(deadline=None, max_examples=50)
+def test_likelihood_never_falls(seed, n_codes, rank, location):
     rng = np.random.default_rng(seed)
     offsets, noise = rng.standard_t(3, size=(200, rank)), rng.gamma(0.5, 1.0, 200)
+    offsets += location
     mixture = CodebookMixture(n_codes, random_state=seed, max_iter=30, tol=0.0, min_share=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -47,7 +47,8 @@ __all__ = ["DEFAULT_OUTPUT", "run_experiment"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = Path("saved", "experiments")
-# Runs that one worker makes on one set of profiles: many share their cost, few spread over workers.
+# Runs that one worker makes on one set of profiles, at most: many share their cost, few spread over
+# workers.
 RUNS_A_TASK = 4
 
 
@@ -200,7 +201,7 @@ def _make(runs: Sequence[Run], store: RunStore, workers: int, name: str) -> None
         logger.info("%s: all %d runs are there already", name, len({run.key for run in runs}))
         return
     logger.info("%s: %d runs to make", name, len(missing))
-    tasks = _tasks(list(missing.values()))
+    tasks = _tasks(list(missing.values()), workers)
     threads = max(1, joblib.cpu_count() // workers)
     made = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(
         joblib.delayed(_make_task)(task, store, threads if workers > 1 else None) for task in tasks
@@ -212,13 +213,14 @@ def _make(runs: Sequence[Run], store: RunStore, workers: int, name: str) -> None
             bar.update(len(finished))
 
 
-def _tasks(runs: list[Run]) -> list[list[Run]]:
+def _tasks(runs: list[Run], workers: int) -> list[list[Run]]:
     """Runs on the same profiles in small batches, seed by seed so that all arms grow alike."""
     runs = sorted(runs, key=lambda run: (run.seed, run.group))
     tasks = []
     for _, group in itertools.groupby(runs, key=lambda run: run.group):
         group = list(group)
-        tasks += [group[low : low + RUNS_A_TASK] for low in range(0, len(group), RUNS_A_TASK)]
+        n_tasks = max(min(workers, len(group)), math.ceil(len(group) / RUNS_A_TASK))
+        tasks += [group[number::n_tasks] for number in range(n_tasks)]
     return tasks
 
 

@@ -327,7 +327,7 @@ def _check_time(behaviours: Behaviours, settings: UIPSettings) -> None:
     if settings.time == "static" and settings.facets:
         logger.warning(
             "static profiles: every training row's own label is part of its profile, which "
-            "misleads the CTR model; uip_time=point_in_time and cross_fitted do not"
+            "misleads the CTR model; uip_time=point_in_time does not, and cross_fitted less"
         )
     # A bank made of an event file has no held-out rows.
     held_out = not behaviours.train.all()

@@ -828,7 +828,8 @@ def _parse_arms(
 ) -> tuple[ArmSettings, ...]:
     names = tuple(facet.name for facet in facets)
     if value is None:
-        return (ArmSettings("plain"), ArmSettings("uip", names, user_id))
+        plain = ArmSettings("plain")
+        return (plain, ArmSettings("uip", names, user_id)) if names else (plain,)
     if not isinstance(value, Mapping) or not value:
         raise SettingsError(f"uip_arms={value!r} must map arm names to their settings")
     arms = []

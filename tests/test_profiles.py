@@ -15,9 +15,10 @@ from sklearn.metrics import roc_auc_score
 
 from recbole_uip import profiles as profiles_module
 from recbole_uip.behaviours import TEST, VALID
+from recbole_uip.bridge.metrics import gauc
 from recbole_uip.em import states
 from recbole_uip.em.facet import Facet
-from recbole_uip.em.weights import like_rate
+from recbole_uip.em.weights import like_rate, out_of_fold_rates
 from recbole_uip.lm import embed
 from recbole_uip.profiles import infer
 from recbole_uip.settings import SettingsError, UIPSettings
@@ -146,18 +147,24 @@ def test_with_parameters_held_a_row_sees_neither_its_label_nor_the_future(world,
 
 
 def test_of_labels_by_chance_no_field_tells_a_row_its_own():
-    """Of an item with few events, a like rate of all of them would give the labels away."""
+    """Of an item with few events, a like rate would give the labels away.
+
+    One of all events by being high, and one of other users' events, within the item, by being low.
+    """
     behaviours = make_world(n_items=2000).behaviours
     rng = np.random.default_rng(0)
     chance = (rng.random(len(behaviours)) < 0.5).astype(float)
     found = infer(dataclasses.replace(behaviours, liked=chance), None, settings())
-    labels = chance[behaviours.train]
+    train = behaviours.train
+    labels, item, fold = chance[train], behaviours.item[train], found.events.fold[train]
     for field in found.fields:
         if field.kind != "code":
-            assert abs(roc_auc_score(labels, field.values[behaviours.train]) - 0.5) < 0.03
-    # The check can fail: so much does a rate with a row's own label in it tell of the label.
-    item = behaviours.item[behaviours.train]
+            assert abs(roc_auc_score(labels, field.values[train]) - 0.5) < 0.03
+            assert abs(gauc(item, labels, field.values[train]) - 0.5) < 0.03
+    # The checks can fail: so much do such rates tell.
     assert roc_auc_score(labels, like_rate(item, labels, 2000)[item]) > 0.6
+    others = out_of_fold_rates(item, labels, fold, 2000, int(fold.max()) + 1)[fold, item]
+    assert gauc(item, labels, others) < 0.2
 
 
 @pytest.mark.parametrize("facet", ["likes", "company"])

@@ -98,7 +98,7 @@ def read_atomic_file(
         dtype = {column: np.float64 if column in floats else object for column in types}
         frame = pd.read_csv(path, dtype=dtype, **options)
     except ValueError as error:
-        if not isinstance(error, UnicodeError):
+        if not isinstance(error, (UnicodeError, pd.errors.ParserError)):
             text = pd.read_csv(path, dtype=object, **options)
             _check_numbers(path, text[floats])
         raise _unreadable(path, encoding, error) from error

@@ -179,10 +179,55 @@ class LoadedDataset(Dataset):
                 f"val_interval, such as {{{field}: '[0,5]'}}"
             )
 
+    def _filter_nan_user_or_item(self) -> None:
+        # RecBole's own takes index labels for positions, and so drops other rows than it means
+        # once rows were dropped before (those that lack the other ID).
+        for field, side in ((self.uid_field, "user_feat"), (self.iid_field, "item_feat")):
+            for name in (side, "inter_feat"):
+                feat = getattr(self, name)
+                missing = np.zeros(0, bool) if feat is None else feat[field].isna().to_numpy()
+                if missing.any():
+                    logger.warning(
+                        "dataset %s: %d of %d rows of .%s have no %s (the first is row %d; a name "
+                        "like NA or null counts as none) and are left out",
+                        self.dataset_name, missing.sum(), len(feat), name.removesuffix("_feat"),
+                        field, feat.index[missing.argmax()] + 1,
+                    )  # fmt: skip
+                    setattr(self, name, feat[~missing])
+
+    def _check_ids(self) -> None:
+        """Refuse interactions without an ID, all of which RecBole would take for one, [PAD]."""
+        for field in (self.uid_field, self.iid_field):
+            missing = self.inter_feat[field].isna().to_numpy()
+            if missing.any():
+                raise SettingsError(
+                    f"{field!r} is missing in {missing.sum()} of {len(missing)} interactions (the "
+                    f"first is row {missing.argmax() + 1}; a name like NA or null counts as none), "
+                    "and with benchmark_filename no rows are filtered: take these out of the files"
+                )
+
+    def _check_numerical(self) -> None:
+        """Refuse numerical features that are no numbers, or that are what is to be predicted."""
+        for field in self.config["numerical_features"]:
+            ftype = self.field2type.get(field, FeatureType.FLOAT)
+            if "float" not in ftype.value:
+                raise SettingsError(
+                    f"numerical_features: the column {field!r} is of type {ftype.value}, whose "
+                    f"values are names and no numbers: leave it out of them, or call it "
+                    f"{field}:float in the file"
+                )
+            if field in (self.label_field, *(self.config["threshold"] or ())):
+                raise SettingsError(
+                    f"numerical_features: {field!r} is what labels are made of: leave it out of "
+                    "them"
+                )
+
     def _remap_ID_all(self) -> None:
         # The first step after filtering, and before RecBole fills, normalises and rounds to
         # float32 what we need exact.
         self._check_missing()
+        self._check_ids()
+        self._check_numerical()
         if self.time_field in self.inter_feat and (
             self.field2type[self.time_field] == FeatureType.FLOAT
         ):
@@ -210,7 +255,8 @@ class LoadedDataset(Dataset):
                 if ftype == FeatureType.TOKEN:
                     feat[field] = feat[field].fillna(0).astype(np.int64)
                 elif ftype == FeatureType.FLOAT:
-                    self._check_any_number(field, feat[field])
+                    if field in self.config["numerical_features"]:
+                        self._check_values(field, feat[field])
                     feat[field] = feat[field].fillna(feat[field].mean())
                 else:
                     dtype = np.int64 if ftype == FeatureType.TOKEN_SEQ else np.float64
@@ -220,12 +266,20 @@ class LoadedDataset(Dataset):
                         filled[row] = empty if isinstance(value, float) else value
                     feat[field] = filled
 
-    def _check_any_number(self, field: str, column: pd.Series) -> None:
-        """Refuse a feature without any value, which RecBole would fill by the mean of none."""
-        if field in self.config["numerical_features"] and column.isna().all():
+    def _check_values(self, field: str, column: pd.Series) -> None:
+        """Refuse a feature of which RecBole would make NaN or infinity."""
+        if column.isna().all():
+            # RecBole would fill it by the mean of none.
             raise SettingsError(
                 f"{field!r} is among numerical_features={self.config['numerical_features']}, and "
                 "has no value in any row: leave it out of them"
+            )
+        too_large = column[column.abs() > np.finfo(np.float32).max]
+        if len(too_large):
+            raise SettingsError(
+                f"{field!r} is among numerical_features, and has {float(too_large.iloc[0])!r} "
+                f"({len(too_large)} of {len(column)} rows), which single precision cannot hold: "
+                "mend the file, or leave it out of them"
             )
 
     def _normalize(self) -> None:

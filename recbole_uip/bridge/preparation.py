@@ -35,7 +35,10 @@ def create_dataset(config: UIPConfig) -> UIPDataset:
     if os.path.isfile(path):
         dataset = load_pickle(path)
         if isinstance(dataset, UIPDataset) and _unchanged(config, dataset.config, splits=False):
-            logger.info("loading the filtered dataset from %s", path)
+            logger.warning(
+                "the data are those that save_dataset has kept in %s, whatever the files hold now: "
+                "delete it to read them again", path,
+            )  # fmt: skip
             dataset.config = config
             return dataset
     dataset = UIPDataset(config)

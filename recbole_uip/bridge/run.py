@@ -246,6 +246,7 @@ def train_arm(
     with recbole_refusals():
         model = config.model_class(config, train_data.dataset).to(config["device"])
         trainer = make_trainer(config, model)
+    _check_last_batch(config, model, train_data)
     checkpoint = checkpoints / f"{config['model']}-{arm.name}.pth"
     # An earlier run's, which would stand where this one finds no best epoch.
     checkpoint.unlink(missing_ok=True)
@@ -255,7 +256,8 @@ def train_arm(
     predictions = {}
     with _subnormals_as_zero():
         started = time.perf_counter()
-        trainer.fit(train_data, valid_data, saved=True, show_progress=show_progress)
+        with recbole_refusals():
+            trainer.fit(train_data, valid_data, saved=True, show_progress=show_progress)
         outcome["seconds"] = time.perf_counter() - started
         if not checkpoint.is_file():
             raise _no_best_epoch(config, arm, valid_data)
@@ -264,6 +266,7 @@ def train_arm(
             init_seed(seed, reproducibility)
             reported = trainer.evaluate(data, show_progress=show_progress) or {}
             predictions[name] = trainer.predictions
+            _check_scores(config, arm, name, predictions[name])
             outcome[name] = {
                 **plain(dict(reported)),
                 **_metrics(config, predictions[name], dataset.behaviours.time),
@@ -278,6 +281,31 @@ def train_arm(
     outcome["score_seconds"] = trainer.score_seconds
     outcome["parameters"] = sum(weights.numel() for weights in model.parameters())
     return outcome, predictions
+
+
+def _check_last_batch(config: UIPConfig, model: torch.nn.Module, train_data: Any) -> None:
+    """Refuse a batch of one row where a model normalises over the batch."""
+    normalises = any(isinstance(part, torch.nn.BatchNorm1d) for part in model.modules())
+    n_rows, times = train_data.sample_size, train_data.times
+    if normalises and times == 1 and n_rows % train_data.step == 1:
+        raise SettingsError(
+            f"train_batch_size={config['train_batch_size']} leaves one of {n_rows} training rows "
+            f"to the last batch, which {config['model']} cannot normalise: raise it by 1"
+        )
+
+
+def _check_scores(
+    config: UIPConfig, arm: ArmSettings, split: str, predictions: dict[str, np.ndarray]
+) -> None:
+    """Refuse scores that are no numbers, which an AUC would rank above all others."""
+    wrong = ~np.isfinite(predictions["score"]) if predictions else np.zeros(0, bool)
+    if wrong.any():
+        raise SettingsError(
+            f"{config['model']}, arm {arm.name}: {wrong.sum()} of {len(wrong)} scores of the "
+            f"{split} split are no numbers: lower learning_rate={config['learning_rate']}, or "
+            f"leave out of numerical_features={config['numerical_features']} what has values far "
+            "from all others"
+        )
 
 
 def _no_best_epoch(config: UIPConfig, arm: ArmSettings, valid_data: Any) -> SettingsError:

@@ -113,8 +113,9 @@ def svd_vectors(
     kept = min(rank, min(matrix.shape) - 1)
     if kept < 1:
         raise DataError(
-            f"collaborative item vectors need training events of at least 2 users on at least "
-            f"2 items, but there are {matrix.shape[0]} users on {matrix.shape[1]} items"
+            "collaborative item vectors need training events of at least 2 users on at least 2 "
+            f"items outside each fold of users, but of one there are {matrix.shape[0]} users on "
+            f"{matrix.shape[1]} items: leave the facet out"
         )
     start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
     _, values, right = scipy.sparse.linalg.svds(matrix, k=kept, v0=start, solver="arpack")

@@ -432,18 +432,16 @@ def _posterior(state, kernels, k, profile):
 def _lift(profile, constant, kernels, k, item, fold):
     """What a profile says of an item; see :func:`profile_values`."""
     row = _vector(kernels, k, item, fold)
-    value = constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
-    # As one expression: with an if, the compiled loop over items takes ten times as long.
-    return (
-        value + kernels.intercept[_row(kernels, fold), item] if kernels.kind[k] == FILTER else value
-    )
+    return constant + _dot(profile, kernels.vectors, row, kernels.rank[k])
 
 
 @_compiled
 def profile_values(states, kernels, k, items, folds):
     """What each state says of an item by kernel ``k``.
 
-    Of running sums the lift g' m, of a filter the predicted logit a_i + b_u + g' m.
+    Of running sums the lift g' m, of a filter the lift b_u + g' m of the logit. The item's own a_i
+    is left out: a model has the item for that, and among the rows of one item the like rates of
+    other users would tell of each row's label, in reverse.
 
     Parameters
     ----------

@@ -35,6 +35,7 @@ def log_evidence(
         block = rows[at]
         item, fold = events.item[block], events.fold[block]
         logits = profile_values(states, kernels, 0, item, fold)
+        logits += kernels.intercept[fold % len(kernels.intercept), item]
         total -= np.logaddexp(0.0, (1.0 - 2.0 * events.liked[block]) * logits).sum()
     return total / len(rows)
 

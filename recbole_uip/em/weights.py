@@ -65,8 +65,9 @@ def out_of_fold_rates(
 ) -> np.ndarray:
     """Like rates that each fold of users meets: :func:`like_rate` of the other folds' events.
 
-    So no like rate that a user's rows meet knows a label of theirs. In an item of few events the
-    rate of all of them would give the label away.
+    So no like rate that a user's rows meet has a label of theirs in it: of an item of few events it
+    would give the label away. It tells of the label even so, within the item and in reverse, for it
+    is lower where the user's fold liked the item. No field may therefore hold it.
 
     Parameters
     ----------

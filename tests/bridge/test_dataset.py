@@ -150,6 +150,30 @@ def test_benchmark_files(small):
     assert dataset.settings.history == "train"  # these files are not in time order
 
 
+@pytest.mark.parametrize("filtered", [True, False])
+def test_rows_without_ids(filtered, atomic, caplog):
+    """A row may lack either ID, and RecBole's own filter then drops other rows than these."""
+    for number, column, name in ((3, 0, ""), (50, 0, "null"), (7, 1, "NA"), (399, 1, "")):
+        atomic.rows[number][column] = name
+    if not filtered:
+        folder = atomic.write().folder / "small"
+        (folder / "small.inter").rename(folder / "small.train.inter")
+        for name in ("valid", "test"):
+            (folder / f"small.{name}.inter").write_text((folder / "small.train.inter").read_text())
+        with pytest.raises(SettingsError, match="'user_id' is missing in 6 of 1200.* row 4;"):
+            UIPDataset(atomic.config(benchmark_filename=["train", "valid", "test"]))
+        return
+    dataset = UIPDataset(atomic.write().config())
+    wanted = [row for row in atomic.rows if {"", "NA", "null"}.isdisjoint(row)]
+    users, items = (
+        dataset.id2token(name, np.asarray(dataset.inter_feat[name]))
+        for name in ("user_id", "item_id")
+    )
+    assert [*zip(users, items, strict=True)] == [(row[0], row[1]) for row in wanted]
+    assert re.search(r"2 of 400 rows of .inter have no user_id \(the first is row 4;", caplog.text)
+    assert re.search(r"2 of 398 rows of .inter have no item_id \(the first is row 8;", caplog.text)
+
+
 def test_no_user_features(atomic):
     atomic.users = False
     dataset = UIPDataset(atomic.write().config())

@@ -4,6 +4,8 @@ import gzip
 import sys
 
 import pytest
+import torch
+from recbole.model.context_aware_recommender.fm import FM
 
 from recbole_uip import run_recbole_uip
 from recbole_uip.bridge import UIPDataset
@@ -120,6 +122,12 @@ def test_open_quotation_marks_swallow_no_rows(atomic):
         UIPDataset(atomic.write().config())
 
 
+def test_an_open_quotation_mark_to_the_end(atomic):
+    atomic.rows[10][0] = '"open'
+    with pytest.raises(SettingsError, match=r"small.inter cannot be read.*row|small.inter has 400"):
+        UIPDataset(atomic.write().config())
+
+
 def test_a_byte_order_mark_is_no_part_of_a_name(small):
     path = small.folder / "small" / "small.inter"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
@@ -179,6 +187,44 @@ def test_a_numerical_feature_without_numbers(small):
     with pytest.raises(SettingsError, match="'year' is among numerical_features=.*no value in any"):
         UIPDataset(small.config(**settings, numerical_features=["year"]))
     UIPDataset(small.config(**settings))  # which no model reads
+
+
+@pytest.mark.parametrize("value", ["inf", "-1e300"])
+def test_a_numerical_feature_beyond_single_precision(value, small):
+    settings = with_years(small, [value, *range(14)])
+    with pytest.raises(
+        SettingsError, match=r"'year' is among numerical_features, and has -?(inf|1e\+300) "
+    ):
+        UIPDataset(small.config(**settings, numerical_features=["year"]))
+    UIPDataset(small.config(**settings))  # which no model reads
+
+
+@pytest.mark.parametrize(
+    "field, words", [("age", "'age' is of type token"), ("rating", "'rating' is what labels are")]
+)
+def test_numerical_features_that_are_none(field, words, small):
+    with pytest.raises(SettingsError, match=f"numerical_features: .*{words}"):
+        UIPDataset(small.config(numerical_features=[field]))
+
+
+def test_scores_that_are_no_numbers(small, tmp_path, monkeypatch):
+    predict = FM.predict
+
+    def with_one_nan(model, interaction):
+        score = predict(model, interaction)
+        return score.where(torch.arange(len(score)) > 0, torch.nan)
+
+    monkeypatch.setattr(FM, "predict", with_one_nan)
+    with pytest.raises(SettingsError, match="FM, arm plain: 1 of 40 scores of the valid split are"):
+        run(small, tmp_path / "out")
+
+
+def test_a_last_batch_of_one_row(small, tmp_path):
+    with pytest.raises(
+        SettingsError, match="train_batch_size=319 leaves one of 320 .* raise it by"
+    ):
+        run(small, tmp_path / "out", model="NFM", train_batch_size=319)
+    run(small, tmp_path / "out", model="FM", train_batch_size=319)
 
 
 def test_two_towers_leave_out_floats_that_are_not_declared(small, tmp_path):

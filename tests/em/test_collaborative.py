@@ -31,7 +31,7 @@ def test_rank_is_padded_where_the_matrix_is_small():
 
 
 def test_too_few_users_is_said():
-    with pytest.raises(ValueError, match="1 users on 2 items"):
+    with pytest.raises(ValueError, match="1 users on 2 items: leave"):
         svd_vectors(np.zeros(2, dtype=int), np.array([0, 1]), np.ones(2), 3, 3, rank=2)
 
 

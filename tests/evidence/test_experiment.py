@@ -1,6 +1,7 @@
 """Experiments: what they parse, which runs they share, and that finished runs are not repeated."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -594,6 +595,7 @@ def test_other_data_of_the_same_name_make_another_run(key, data, written):
 
 def test_a_hash_of_equal_values():
     assert key_of({"a": 1, "b": [1.5, None]}) == key_of({"b": [1.5, None], "a": 1})
+    assert key_of({"half_life": [5, math.inf]}) == key_of({"half_life": [5, "inf"]})
     assert key_of({"a": 1}) != key_of({"a": "1"}) and key_of({"a": [1, 2]}) != key_of({"a": [2, 1]})
 
 

@@ -54,7 +54,7 @@ _OF_CODEBOOKS = ("codes", "rank", "levels", "directions")
 # are then made anew.
 RESULTS = 2
 # The same of runs with profiles alone.
-PROFILES = 2
+PROFILES = 3
 
 # What an arm of a model that reads events may say.
 _READS_EVENTS = {"facets": [], "user_id": "keep", "control": "none", "values": "tokens"}

@@ -100,6 +100,11 @@ class LoadedDataset(Dataset):
         if read is None:
             return None
         frame, types = read
+        if absent := sorted(map(str, (load_col or set()) - types.keys())):
+            logger.warning(
+                "load_col names %s, which %s has no column of: what is loaded is %s",
+                absent, filepath, list(types),
+            )  # fmt: skip
         for name, ftype in types.items():
             if source != "link":
                 self.field2source[name] = source

@@ -174,6 +174,14 @@ def test_rows_without_ids(filtered, atomic, caplog):
     assert re.search(r"2 of 398 rows of .inter have no item_id \(the first is row 8;", caplog.text)
 
 
+def test_columns_to_load_that_are_not_there(small, caplog):
+    UIPDataset(small.config())
+    assert "load_col" not in caplog.text
+    load_col = {"inter": ["user_id", "item_id", "rating", "timestamp"], "user": ["user_id", "aeg"]}
+    UIPDataset(small.config(load_col=load_col))
+    assert re.search(r"load_col names \['aeg'\], which \S*small.user has no column of", caplog.text)
+
+
 def test_no_user_features(atomic):
     atomic.users = False
     dataset = UIPDataset(atomic.write().config())

@@ -16,8 +16,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,28 +250,28 @@ def put_through(
         done[[key in there for key in keys]] = True
         saved_at = time.monotonic()
 
-    def batches() -> Iterator[np.ndarray]:
-        all_batches = list(even_batches(lengths, backbone.batch_tokens))
-        others = np.random.default_rng(os.getpid()).permutation(len(all_batches) - 1) + 1
-        for number in (0, *others):  # the longest first, see even_batches
-            batch = all_batches[number]
-            if len(batch := batch[~done[batch]]):
-                yield batch
+    def run_rest(batch: np.ndarray) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        # When its turn comes, not when it is queued: another process may have been faster.
+        rows = batch[~done[batch]]
+        return rows, run([ids[row] for row in rows]) if len(rows) else {}
 
+    longest, *batches = even_batches(lengths, backbone.batch_tokens)
+    random.Random(os.getpid()).shuffle(batches)
     bar = tqdm(total=int(lengths.sum()), desc=description, unit="tok", leave=False, delay=2)
     try:
-        for batch, result in in_parallel(
-            lambda batch: run([ids[row] for row in batch]),
-            batches(),
+        for _, (rows, result) in in_parallel(
+            run_rest,
+            [longest, *batches],
             n_workers(backbone),
             backbone.device.type == "cpu",
         ):
-            fill(batch, {name: values.float().cpu().numpy() for name, values in result.items()})
-            fill(batch, {"n_tokens": np.array([len(ids[row]) for row in batch])})
-            mine[batch] = done[batch] = True
-            pending.append(batch)
+            if len(rows):
+                fill(rows, {name: values.float().cpu().numpy() for name, values in result.items()})
+                fill(rows, {"n_tokens": np.array([len(ids[row]) for row in rows])})
+                mine[rows] = done[rows] = True
+                pending.append(rows)
             bar.update(int(lengths[done].sum()) - bar.n)
-            if time.monotonic() - saved_at > SAVE_SECONDS:
+            if pending and time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
     finally:
         # also when interrupted: what is done is done

@@ -163,7 +163,7 @@ def fit(
             "no training event is evidence by the facet's weight: there is none of its kind "
             "(liked, disliked)"
         )
-    if not whitened[item[evidence.weight != 0]].any():
+    if not whitened.any(axis=1)[item[evidence.weight != 0]].any():
         raise DataError(
             "the items of its training events have no vectors (no texts, or none that differ): "
             "leave the facet out, or give them texts"

@@ -386,7 +386,6 @@ PROFILE = {
     "uip_facets.company.match": None,
     "uip_facets.leniency.bins": 3,
     "uip_facets.leniency.half_life": [7],
-    "uip_facets.leniency.weight": "positive",
     "uip_codebook": {"sample": 99},
     "uip_codebook.method": "kmeans",
     "uip_codebook.n_init": 2,

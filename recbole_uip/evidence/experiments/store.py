@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from recbole_uip.files import atomic_write
+from recbole_uip.records import finite
 
 __all__ = ["RunStore", "key_of"]
 
@@ -21,17 +21,8 @@ KEY_DIGITS = 20
 
 def key_of(description: Mapping[str, Any]) -> str:
     """Hash of plain values, the same for equal values in any order of keys."""
-    text = json.dumps(_with_names(description), sort_keys=True, allow_nan=False)
+    text = json.dumps(finite(description), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
-
-
-def _with_names(value: Any) -> Any:
-    """``value`` with the numbers that JSON lacks, such as ``half_life: .inf``, by their names."""
-    if isinstance(value, Mapping):
-        return {key: _with_names(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_names(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunStore:

@@ -79,14 +79,15 @@ def run_recbole_uip(
     -------
     dict
         What ``results.json`` holds; with several datasets, a dict of these by dataset. Empty in
-        all but the first process of ``accelerate launch``.
+        all but the first process of ``accelerate launch``. Of several models, those that could
+        not be trained are under ``failed``, each with the reason.
 
     Raises
     ------
     SettingsError
-        If a setting cannot be used, or another run writes to the same folder; or if validation
-        finds no epoch of a model better than another. Settings are checked before a dataset is
-        trained, so only earlier datasets have results; in the last case earlier arms as well.
+        If a setting cannot be used, or another run writes to the same folder; or if no model
+        could be trained, for example because validation finds no epoch better than another.
+        Settings are checked before a dataset is trained, so only earlier datasets have results.
     """
     given = {
         **load_config_files(config_files or ()),
@@ -158,10 +159,10 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     if not is_main_process():
         # Processes of accelerate share the tuning of soft tokens; the first goes on by itself.
         return {}
-    runs = [(each, arm) for each in configs for arm in settings.arms]
-    for each, arm in runs:
-        # An arm that a model cannot be given is refused before anything is written.
-        dataset.build()[0].select(arm, copy.deepcopy(each))
+    for each in configs:
+        for arm in settings.arms:
+            # An arm that a model cannot be given is refused before anything is written.
+            dataset.build()[0].select(arm, copy.deepcopy(each))
     servable = not dataset.profiles.tuned
     if dataset.profiles.fields and servable:
         check_replaceable(output / "bank")
@@ -182,6 +183,7 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         "dataset": config["dataset"],
         "seed": config["seed"],
         "models": {},
+        "failed": {},
         "cost": {
             **plain(dataset.profiles.cost),
             "data_seconds": loaded - started,
@@ -195,20 +197,39 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
         "versions": versions(),
         "command": command or f"run_recbole_uip(dataset={config['dataset']!r})",
     }
-    for number, (each, arm) in enumerate(runs, start=1):
-        logger.info("%d of %d: training %s, arm %s", number, len(runs), each["model"], arm.name)
-        outcome, _ = train_arm(each, dataset, arm, output / "checkpoints")
-        name = each["model"]
-        results["cost"]["train_seconds"].setdefault(name, {})[arm.name] = outcome.pop("seconds")
-        results["models"].setdefault(name, {})[arm.name] = outcome
+    for each in configs:
+        try:
+            outcomes = _train_model(each, dataset, output / "checkpoints")
+        except SettingsError as error:
+            if len(configs) == 1:
+                raise
+            logger.error("%s; going on without %s", error, each["model"])
+            results["failed"][each["model"]] = str(error)
+            continue
+        seconds = {arm: outcome.pop("seconds") for arm, outcome in outcomes.items()}
+        results["cost"]["train_seconds"][each["model"]] = seconds
+        results["models"][each["model"]] = outcomes
+    if not results["models"]:
+        raise SettingsError("; ".join(results["failed"].values()))
     if servable:
-        artefacts["serving"] = write_serving(output, dataset, configs, fit)
+        trained = [each for each in configs if each["model"] in results["models"]]
+        artefacts["serving"] = write_serving(output, dataset, trained, fit)
     results["cost"]["peak_memory_bytes"] = peak_memory()
     results = finite(results)
     with atomic_write(output / "results.json", "w") as file:
         json.dump(results, file, indent=2, allow_nan=False)
         file.write("\n")
     return results
+
+
+def _train_model(config: UIPConfig, dataset: UIPDataset, checkpoints: Path) -> dict[str, dict]:
+    """Outcomes of all arms of one model."""
+    outcomes = {}
+    arms = config.uip.arms
+    for number, arm in enumerate(arms, start=1):
+        logger.info("training %s, arm %s (%d of %d)", config["model"], arm.name, number, len(arms))
+        outcomes[arm.name], _ = train_arm(config, dataset, arm, checkpoints)
+    return outcomes
 
 
 def _clear(output: Path) -> None:

@@ -167,8 +167,12 @@ def _run(namespace: Namespace, overrides: list[str], command: str) -> None:
     results = run_recbole_uip(
         namespace.model, namespace.dataset, files, command_line=overrides, command=command
     )
-    for each in [results] if "models" in results else filter(None, results.values()):
+    reports = [results] if "models" in results else list(filter(None, results.values()))
+    for each in reports:
         print("\n" + format_report(each))
+    failed = {model: reason for each in reports for model, reason in each["failed"].items()}
+    if failed:
+        raise SettingsError(f"not trained: {', '.join(failed)}; {'; '.join(failed.values())}")
 
 
 def _summary(namespace: Namespace, overrides: list[str], command: str) -> None:

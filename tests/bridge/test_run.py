@@ -313,6 +313,25 @@ def test_command_line(small, tmp_path, capsys):
     assert cli.run_main(arguments(small, tmp_path)) == 0
 
 
+def test_a_model_that_cannot_be_trained_does_not_cost_the_others_results(small, tmp_path, capsys):
+    # NFM normalises over batches, of which the last has one row.
+    given = arguments(small, tmp_path, "--model=NFM,FM", "--train_batch_size=319")
+    assert cli.main(["run", *given]) == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("recbole-uip: error: not trained: NFM; train_batch_size")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["models"]) == ["FM"] and list(results["failed"]) == ["NFM"]
+    assert "raise it by 1" in results["failed"]["NFM"]
+    assert f"{results['models']['FM']['uip']['test']['auc']:.4f}" in out
+    served = (tmp_path / "out" / "serving").glob("*.json")
+    assert sorted(file.stem for file in served) == ["FM-plain", "FM-uip"]
+    given = [each for each in given if not each.startswith("--epochs")]
+    given += ["--model=NFM,AFM", "--learning_rate=1e30", "--epochs=5"]
+    assert cli.main(["run", *given]) == 2
+    assert "loss of AFM is NaN" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

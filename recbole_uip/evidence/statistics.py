@@ -34,6 +34,7 @@ __all__ = [
     "logloss",
     "losses",
     "paired_difference",
+    "percentile_interval",
     "relative",
     "reliability_curve",
     "rerandomised_aucs",
@@ -424,10 +425,15 @@ def bootstrap_difference(observed: float, replicates: np.ndarray, n_users: int) 
     replicates = replicates[~np.isnan(replicates)]
     if len(replicates) < 2 or np.isnan(observed):
         return Difference(observed, np.nan, np.nan, np.nan, n_users)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(replicates, [tail, 100 - tail])
+    low, high = percentile_interval(replicates)
     p = _two_sided(observed, float(replicates.std(ddof=1)), scipy.stats.norm)
-    return Difference(observed, float(low), float(high), p, n_users)
+    return Difference(observed, low, high, p, n_users)
+
+
+def percentile_interval(replicates: np.ndarray) -> tuple[float, float]:
+    """Between which the middle 95% of the replicates lie; none of them may be NaN."""
+    low, high = np.quantile(replicates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def user_clustered_bootstrap(

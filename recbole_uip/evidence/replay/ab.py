@@ -20,7 +20,6 @@ import numpy as np
 
 from recbole_uip.evidence.statistics import (
     BINS,
-    CONFIDENCE,
     N_BOOT,
     Difference,
     auc,
@@ -29,6 +28,7 @@ from recbole_uip.evidence.statistics import (
     bootstrap_sums,
     equal_mass_bins,
     losses,
+    percentile_interval,
     rerandomised_aucs,
 )
 
@@ -165,11 +165,11 @@ def redrawn(
     """
     found = rerandomised_aucs(user, label, baseline, REDRAWN, seed)
     found = found[~np.isnan(found)]
-    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = percentile_interval(found)
     return {
         "draws": len(found),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "deviation": float(found.std(ddof=1)),
         "as_far": float((np.abs(found) >= abs(observed)).mean()),
     }
@@ -235,10 +235,8 @@ class _Draws:
 
     def interval(self, n_users: int) -> Difference:
         kept = self.replicates[~np.isnan(self.replicates)]
-        low = high = np.nan
-        if len(kept) > 1:
-            low, high = np.quantile(kept, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return Difference(self.observed, float(low), float(high), np.nan, n_users)
+        low, high = percentile_interval(kept) if len(kept) > 1 else (np.nan, np.nan)
+        return Difference(self.observed, low, high, np.nan, n_users)
 
 
 def _metrics(

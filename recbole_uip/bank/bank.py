@@ -26,6 +26,7 @@ from recbole_uip.bank.users import (
     by_users,
     distinct,
     in_parts,
+    is_in_unit,
     put_rows,
     stable_order,
     user_schema,
@@ -43,10 +44,6 @@ BATCH_ROWS = 200_000
 ENCODED_ROWS = 2048
 # Fewer item tokens are found sooner in a dict.
 MANY_ITEMS = 10_000
-# Timestamps since 1970 are further apart than this factor only if their units (s, ms) differ;
-# a smaller number than that is no such timestamp, in whatever unit.
-UNIT_FACTOR = 100
-SINCE_1970 = 1e8
 
 
 class FeatureBank:
@@ -523,7 +520,8 @@ class FeatureBank:
         """Read what has been committed since, if anything; whether there was."""
         if self.is_current():
             return False
-        self._load(store.read(self.folder))
+        # Made anew, so that one that cannot be read leaves this as it was.
+        vars(self).update(vars(type(self)(store.read(self.folder))))
         return True
 
     def is_current(self) -> bool:
@@ -604,11 +602,10 @@ class FeatureBank:
 
         It would be its user's last for good, and every event after it late.
         """
-        latest = self._latest
-        if latest > SINCE_1970 and not latest / UNIT_FACTOR <= time <= latest * UNIT_FACTOR:
+        if not is_in_unit(time, self._latest):
             raise BankError(
                 f"time={time} is not in the unit of the bank's events, the latest of which is at "
-                f"{latest}: give times in that unit, such as seconds since 1970"
+                f"{self._latest}: give times in that unit, such as seconds since 1970"
             )
 
     def _gather(self, name: str, numbers: np.ndarray, out: np.ndarray) -> None:

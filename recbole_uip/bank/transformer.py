@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.model import NO_ITEM, UNKNOWN_ITEM, ProfileModel
-from recbole_uip.bank.users import NO_TIME, user_table
+from recbole_uip.bank.users import NO_TIME, is_in_unit, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import Events, index_history, iter_states, whole_history
 from recbole_uip.profiles import Profiles, infer
@@ -195,8 +195,9 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         Raises
         ------
         SettingsError
-            If a column or value cannot be used, or, after :meth:`from_bank`, an event is earlier
-            than one of its user in the bank. The history is then as it was.
+            If a column or value cannot be used, times are in another unit than those before,
+            or, after :meth:`from_bank`, an event is earlier than one of its user in the bank.
+            The history is then as it was.
         """
         check_is_fitted(self)
         rows = self._read(X, y)
@@ -512,6 +513,13 @@ class _Known:
                     f"time={time[row]} in row {row} of X is earlier than the last event of user "
                     f"{rows.users[rows.user[row]]!r} in the bank ({last[user[row]]}): give events "
                     "in the order of time, or fit an encoder on all of them"
+                )
+            latest = max(last.max(initial=NO_TIME), self.time.max(initial=NO_TIME))
+            if n_rows and not is_in_unit(time.max(), latest):
+                raise SettingsError(
+                    f"time={time.max()} in row {time.argmax()} of X is not in the unit of the "
+                    f"events before, the latest of which is at {latest}: give times in that unit, "
+                    "such as seconds since 1970"
                 )
         folds = model.folds_of(new)
         liked = np.ones(n_rows) if rows.liked is None else rows.liked

@@ -25,6 +25,7 @@ __all__ = [
     "by_users",
     "distinct",
     "in_parts",
+    "is_in_unit",
     "put_rows",
     "stable_order",
     "user_schema",
@@ -37,6 +38,10 @@ PARALLEL_EVENTS = 50_000
 PARTS_A_THREAD = 4
 #: Time of the last event of a user without events.
 NO_TIME = -math.inf
+# Timestamps since 1970 are further apart than this factor only if their units (s, ms) differ;
+# a smaller number than that is no such timestamp, in whatever unit.
+UNIT_FACTOR = 100
+SINCE_1970 = 1e8
 #: Columns of users in memory.
 COLUMNS = ("folds", "seen", "last_time", "states", "codes")
 
@@ -82,12 +87,18 @@ def user_table(
         pa.array(folds, pa.int16()),
         pa.array(seen, pa.int64()),
         pa.array(last_time, pa.float64()),
-        pa.FixedSizeListArray.from_arrays(pa.array(states.reshape(-1)), states.shape[1]),
-        pa.FixedSizeListArray.from_arrays(
-            pa.array(codes.reshape(-1), pa.int32()), type=schema.field("codes").type
-        ),
+        _lists(states, schema.field("state").type),
+        _lists(codes, schema.field("codes").type),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _lists(rows: np.ndarray, kind: pa.FixedSizeListType) -> pa.Array:
+    """Rows of an array as lists of one length."""
+    if kind.list_size == 0:
+        # Match fields alone give no codes; from_arrays would divide by the length and crash.
+        return pa.array([[]] * len(rows), kind)
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1), kind.value_type), type=kind)
 
 
 def advance_in_parallel(
@@ -266,6 +277,11 @@ def _numpy(column: pa.Array) -> np.ndarray:
     if not pa.types.is_fixed_size_list(column.type):
         return column.to_numpy()
     return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+
+
+def is_in_unit(time: float, latest: float) -> bool:
+    """Whether a time may be in the unit of others, the latest of which is given."""
+    return latest <= SINCE_1970 or latest / UNIT_FACTOR <= time <= latest * UNIT_FACTOR
 
 
 def distinct(numbers: np.ndarray, n: int) -> np.ndarray:

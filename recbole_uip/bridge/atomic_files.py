@@ -102,7 +102,7 @@ def read_atomic_file(
             text = pd.read_csv(path, dtype=object, **options)
             _check_numbers(path, text[floats])
         raise _unreadable(path, encoding, error) from error
-    _check_rows(path, len(frame))
+    _check_rows(path, encoding, len(frame))
     frame = Frame(frame)[list(types)]
     frame.columns = [column.partition(":")[0] for column in types]
     return frame, dict(zip(frame.columns, types.values(), strict=True))
@@ -151,9 +151,9 @@ def _check_numbers(path: str, columns: pd.DataFrame) -> None:
             )
 
 
-def _check_rows(path: str, n_rows: int) -> None:
-    with open(path, "rb") as file:
-        n_lines = sum(1 for line in file if line.strip(b"\r\n ")) - 1
+def _check_rows(path: str, encoding: str | None, n_rows: int) -> None:
+    with open(path, encoding=encoding) as file:
+        n_lines = sum(1 for line in file if line.strip("\n ")) - 1
     if n_lines != n_rows:
         raise SettingsError(
             f"{path} has {n_lines} rows, of which {n_rows} would be read: a field that begins with "

@@ -116,6 +116,25 @@ class UIPDataset(LoadedDataset):
         self.behaviours, self.profiles = splits[0].behaviours, splits[0].profiles
         self.settings = splits[0].settings
 
+    def has_rows_of(self, split: UIPDataset) -> bool:
+        """Whether a split that was saved is of the same users, items, times and labels."""
+        fields = self.uid_field, self.iid_field
+        if any(
+            not np.array_equal(self.field2id_token[field], split.field2id_token[field])
+            for field in fields
+        ):
+            return False
+        saved = split.behaviours
+        columns = dict(zip(fields, (saved.user, saved.item), strict=True))
+        if saved.liked is not None:
+            columns[self.label_field] = saved.liked
+        return (
+            len(self.inter_feat) == len(saved)
+            and (self.raw_time is None) == (saved.time is None)
+            and (saved.time is None or np.array_equal(self.raw_time, saved.time, equal_nan=True))
+            and all(np.array_equal(self.inter_feat[name], columns[name]) for name in columns)
+        )
+
     def select(self, arm: ArmSettings | None = None, config: UIPConfig | None = None) -> UIPDataset:
         """A view of this split for one arm; tensors are shared, fields are the arm's.
 

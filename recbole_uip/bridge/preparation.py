@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 # Keys that say where things go or which of the fields a model is given, not what the fields are.
 _INERT = ("uip_output", "uip_cache", "uip_arms", "uip_user_id", "uip_lm_device")
 # Of RecBole's keys, those that shape the data beside the ones it lists itself.
-_DATA_KEYS = ("dataset", "data_path", "seed", "repeatable", "eval_args")
+_DATA_KEYS = (
+    "dataset", "data_path", "seed", "repeatable", "eval_args", "encoding", "numerical_features",
+    "discretization",
+)  # fmt: skip
 
 
 def create_dataset(config: UIPConfig) -> UIPDataset:
@@ -59,7 +62,7 @@ def data_preparation(
     train_data, valid_data, test_data : AbstractDataLoader
     """
     if dataset.splits is None:
-        saved = _load_splits(config)
+        saved = _load_splits(config, dataset)
         if saved is None:
             dataset.build()
             if config["save_dataloaders"]:
@@ -119,7 +122,7 @@ def _save_dataloaders(config: UIPConfig, dataset: UIPDataset) -> None:
         pickle.dump(saved, file)
 
 
-def _load_splits(config: UIPConfig) -> list[UIPDataset] | None:
+def _load_splits(config: UIPConfig, dataset: UIPDataset) -> list[UIPDataset] | None:
     path = config["dataloaders_save_path"] or _saved_dataloaders(config)
     if not os.path.isfile(path):
         return None
@@ -127,6 +130,11 @@ def _load_splits(config: UIPConfig) -> list[UIPDataset] | None:
     if not all(isinstance(split, UIPDataset) for split in splits) or not _unchanged(
         config, splits[0].config
     ):
+        return None
+    if not dataset.has_rows_of(splits[0]):
+        logger.warning(
+            "the dataloaders in %s are of other rows than the files hold now: made anew", path
+        )
         return None
     logger.info("loading the split dataloaders from %s", path)
     for split in splits:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from recbole_uip.bank import bank as bank_module
 from recbole_uip.bank import users as users_module
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_profiles
+from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError
 from recbole_uip.bank.users import user_table
 from recbole_uip.behaviours import folds_of
@@ -170,6 +172,20 @@ def test_a_reader_sees_that_another_bank_took_the_place(full_bank, users, items,
         (tmp_path / "once").rename(other)
         assert not reader.is_current() and reader.refresh() and "new" in reader
         assert reader.generation == generation
+
+
+def test_a_reader_that_cannot_refresh_is_as_it_was(full_bank, users, monkeypatch):
+    with FeatureBank.open(full_bank.folder) as reader:
+        generation, n_users = reader.generation, len(reader)
+        full_bank.update("new", "i1", 1, 1e9)
+        full_bank.commit()
+        with monkeypatch.context() as patched:
+            # As where the bank is by now one of another version.
+            patched.setattr(ProfileModel, "from_parts", Mock(side_effect=BankError("unknown")))
+            with pytest.raises(BankError, match="unknown"):
+                reader.refresh()
+        assert (reader.generation, len(reader)) == (generation, n_users)
+        assert not reader.is_current() and reader.refresh() and "new" in reader
 
 
 def test_what_was_looked_up_stays_as_it_was(full_bank, users, items):

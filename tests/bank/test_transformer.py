@@ -95,6 +95,37 @@ def inferred(table, split=None, texts=None, **keys):
     return np.column_stack([field.values for field in profiles.fields])
 
 
+def test_match_fields_without_codes(early, late, tmp_path):
+    facets = {"company": {**FACETS["company"], "codes": 0}}
+    encoder = ProfileEncoder(facets).fit(early)
+    with encoder.to_bank(tmp_path / "bank") as bank:
+        assert bank.look_up("u0").shape == (0,)
+        assert bank.look_up_many(["u0", "nobody"]).shape == (2, 0)
+        expected = encoder.transform(
+            pd.DataFrame({"user_id": "u0", "item_id": [7], "timestamp": HALF})
+        )
+        np.testing.assert_array_equal(bank.match("u0", ["7"]), expected)
+    again = ProfileEncoder.from_bank(tmp_path / "bank").partial_fit(late)
+    later = late.assign(timestamp=1000.0)
+    np.testing.assert_array_equal(
+        again.transform(later), encoder.partial_fit(late).transform(later)
+    )
+
+
+def test_times_in_another_unit(early, late, tmp_path):
+    def dated(table, factor=1.0):
+        return table.assign(timestamp=(1.7e9 + table.timestamp) * factor)
+
+    encoder = ProfileEncoder(FACETS).fit(dated(early))
+    encoder.to_bank(tmp_path / "bank").close()
+    for known in (encoder, ProfileEncoder.from_bank(tmp_path / "bank")):
+        with pytest.raises(SettingsError, match="time=17.* of X is not in the unit of the events"):
+            known.partial_fit(dated(late, 1000.0))
+        known.partial_fit(dated(late))
+    with pytest.raises(SettingsError, match="is not in the unit"):
+        ProfileEncoder(FACETS).fit(dated(early, 1000.0)).partial_fit(dated(late))
+
+
 def test_fields_are_those_of_the_pipeline(whole, table):
     expected = inferred(table)
     tokens = whole.transform(table)

@@ -348,6 +348,13 @@ def test_saved_dataset(small):
     # Another uip_ setting shapes other data, so the saved file does not serve it.
     with pytest.raises(SettingsError, match=r"small\.inter"):
         create_dataset(small.config(uip_folds=3))
+    for key, value in (
+        ("encoding", "latin-1"),
+        ("numerical_features", ["timestamp"]),
+        ("discretization", {"timestamp": {"method": "ED", "bucket": 3}}),
+    ):
+        with pytest.raises(SettingsError, match=r"small\.inter"):
+            create_dataset(small.config(**{key: value}))
     # What only says where things go does not.
     assert create_dataset(small.config(uip_output="elsewhere")).build()
     moved = path.rename(small.folder / "other.pth")
@@ -406,6 +413,26 @@ def test_saved_dataloaders(small, sampled, monkeypatch):
     changed = small.config(uip_folds=3, dataloaders_save_path=str(path), **settings)
     with pytest.raises(TypeError):  # infer is called, for the saved file does not fit
         data_preparation(changed, UIPDataset(changed))
+
+
+def test_dataloaders_of_other_rows_are_made_anew(small, caplog):
+    config = small.config(save_dataloaders=True)
+    data_preparation(config, UIPDataset(config))
+    for change in (
+        lambda: small.rows.reverse(),  # RecBole numbers users as they come
+        lambda: small.rows[0].__setitem__(2, 6 - small.rows[0][2]),
+        lambda: small.rows[0].__setitem__(3, small.rows[0][3] + 1),
+        lambda: small.rows.pop(),
+    ):
+        change()
+        dataset = UIPDataset(small.write().config())
+        caplog.clear()
+        data_preparation(dataset.config, dataset)
+        assert "are of other rows than the files hold now" in caplog.text
+        fresh = UIPDataset(small.config())
+        fresh.build()
+        for one, other in zip(dataset.profiles.fields, fresh.profiles.fields, strict=True):
+            np.testing.assert_array_equal(one.values, other.values)
 
 
 @pytest.mark.parametrize("method", METHODS)

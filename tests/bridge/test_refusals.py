@@ -144,6 +144,20 @@ def test_another_encoding_is_named(atomic):
         UIPDataset(atomic.config())
 
 
+def test_encodings_of_two_bytes(small):
+    path = small.folder / "small" / "small.inter"
+    # U+010A has the byte of a line feed.
+    text = path.read_text(encoding="utf-8").replace("u1\t", "\u010a\t")
+    for kind in ("user", "item"):
+        file = small.folder / "small" / f"small.{kind}"
+        written = file.read_text(encoding="utf-8").replace("u1\t", "\u010a\t")
+        file.write_bytes(written.encode("utf-16"))
+    path.write_bytes(text.encode("utf-16"))
+    dataset = UIPDataset(small.config(encoding="utf-16"))
+    dataset.build()
+    assert len(dataset.behaviours) == 400 and "\u010a" in dataset.field2id_token["user_id"]
+
+
 def test_columns_with_our_names(atomic):
     for name in ("uip_row", "uip_leniency_5"):
         path = atomic.write().folder / "small" / "small.inter"

@@ -142,7 +142,7 @@ def _make_group(
     likelihood = SoftTokenLikelihood(
         texts.backbone, texts.prompt, numbers, settings.gradient.recompute
     )
-    frame = Frame(likelihood.theta0, tuple(maps), tuple(variances))
+    frame = Frame(likelihood.theta0, tuple(maps), tuple(variances), likelihood.max_norm)
     evidence = np.stack(counts, axis=1) * texts.known[behaviours.item, None]
     pieces, active, first = _pieces(behaviours, settings, observed.history, snapshots, evidence)
     # by the folds of item vectors, so that users of one fold and code share the LM's passes
@@ -228,6 +228,11 @@ def _facet_maps(
 
     In its frame a facet moves in the directions in which users differ, as the closed form has
     them; or else in the token's own, all scaled alike.
+
+    The closed form's vectors g - ḡ are centred, and the gradients of a likelihood are not: along
+    ḡ, all texts become likelier alike, or all are liked. So each direction is given as much of
+    u = C⁻¹ ḡ as takes it out, M - u (ḡᵀ M) / (ḡᵀ u): of all that do, it adds the least to centred
+    scores, whose covariance is C.
     """
     if settings.gradient.space == "token":
         share = texts.counts / texts.counts.sum()
@@ -240,8 +245,15 @@ def _facet_maps(
     spread[texts.known] = whitening.vectors
     fitted = Facet(dataclasses.replace(facet, match=None), seed=settings.seed)
     basis = fitted.fit_basis([spread] * settings.folds, observed)
-    directions = whitening.directions()
+    directions, mean = whitening.directions(), whitening.mean.astype(np.float64)
     maps = np.stack([directions @ turned for turned in basis.directions])
+    share = (texts.counts / texts.counts.sum())[:, None]
+    centred = scores - mean
+    covariance = centred.T @ (share * centred)
+    ridge = em_basis.EMPTY_SHARE * np.trace(covariance)
+    common = np.linalg.solve(covariance + ridge * np.eye(len(mean)), mean)
+    if along := mean @ common:
+        maps = maps - common[:, None] * (mean @ maps)[:, None] / along
     return maps.astype(np.float32), basis.variance
 
 

@@ -41,7 +41,7 @@ POSTERIORS: dict[str, type[GradientPosterior]] = {
     "relinearize": RelinearizedPosterior,
 }
 # part of every key: raise it when what is tuned, or how, changes
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,7 @@ def _report(posterior: GradientPosterior, f: int) -> dict[str, Any]:
     report: dict[str, Any] = {
         "posterior": "gradient",
         "curvature": float(posterior.curvature_[f]),
+        "spread": float(posterior.spread_[f]),
         "held_out_bounds": [round(bound, 5) for bound in posterior.bounds_],
         "log_posterior": [np.round(curve, 3).tolist() for curve in posterior.curves_],
         "learning_rate": posterior.learning_rate_,

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from sklearn.exceptions import ConvergenceWarning
 
+from recbole_uip import lm
 from recbole_uip.bank.build import bank_of_profiles
 from recbole_uip.em import collaborative
 from recbole_uip.em.facet import Observations
 from recbole_uip.em.snapshots import take_snapshots
+from recbole_uip.em.states import index_history
 from recbole_uip.lm.likelihood import SoftTokenLikelihood
 from recbole_uip.passages import groups
 from recbole_uip.profiles import Profiles, infer
@@ -305,6 +307,28 @@ def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, wo
     for row in np.flatnonzero(snapshots.of_row >= 0)[::7]:
         events = snapshots.events(history, snapshots.of_row[row])
         assert (behaviours.time[events] < behaviours.time[row]).all() and row not in events
+
+
+def test_no_move_makes_all_texts_likelier_or_liked(world, texts, make):
+    """Directions are those of centred scores, as in the closed form: the rest is leniency."""
+    behaviours, settings = world.behaviours, make()
+    history = index_history(behaviours.user, behaviours.time, behaviours.train, behaviours.n_users)
+    fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
+    observed = Observations(behaviours, history, fold, settings.folds)
+    snapshots = take_snapshots(history, (4,), behaviours.train)
+    scores = lm.score(texts[1:], settings.prompts, settings.endings, settings.lm, settings.cache)
+    counts = np.bincount(behaviours.item[behaviours.train], minlength=20)[1:]
+    for group, gradients in zip(
+        groups(observed, texts, settings, snapshots, Counter()),
+        (scores.text, scores.feedback),
+        strict=True,
+    ):
+        number = [facet.name for facet in settings.tuned_facets].index(group.facets[0].name)
+        mean = counts @ gradients[:, number].astype(float) / counts.sum()
+        assert np.linalg.norm(mean) > 0
+        for maps in group.frame.maps[0]:
+            spread = np.linalg.norm(gradients[:, number].std(axis=0) @ np.abs(maps))
+            assert np.linalg.norm(mean @ maps) < 1e-4 * spread
 
 
 def _read_of(group, profile):

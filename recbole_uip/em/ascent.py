@@ -4,8 +4,9 @@ Adam on :math:`\sum_i \ell_i(\theta_u) + \log \sum_k \pi_k N(a_u; e_k, \mathrm{d
 all codewords draw a profile, each by its responsibility. A step puts only a few of the profile's
 behaviours through the LM. The others count by their last gradient (SAGA; Defazio, Bach and
 Lacoste-Julien 2014), of which the first is the cached score at :math:`\theta^0`. With these alone
-and one Newton step this is the closed form of ``score``. The likelihood is an argument: nothing
-here knows what it is of.
+and one Newton step this is the closed form of ``score``. After each step, soft tokens that went too
+far from :math:`\theta^0` are drawn back (:meth:`Frame.within`). The likelihood is an argument:
+nothing here knows what it is of.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import scipy.special
 
 from recbole_uip.em.codebook import component_log_densities
-from recbole_uip.em.frame import Frame, Units, secant_sums, sums_by_owner
+from recbole_uip.em.frame import Frame, Units, secant_sums, spread_sums, sums_by_owner
 from recbole_uip.settings import GradientSettings
 
 __all__ = ["LEARNING_RATES", "SHARED", "EStep", "Likelihood", "Prior", "State", "ascend"]
@@ -27,7 +28,7 @@ __all__ = ["LEARNING_RATES", "SHARED", "EStep", "Likelihood", "Prior", "State", 
 LEARNING_RATES = (0.01, 0.03, 0.1)  # of which ``learning_rate: auto`` takes one
 BETAS = (0.9, 0.99)  # few steps: the second moment cannot look back over a thousand of them
 #: What of a batch's result all processes need; the rest stays with the process that made it.
-SHARED = ("where", "total", "value", "curve", "secant", "lm_tokens")
+SHARED = ("where", "total", "value", "curve", "secant", "spread", "lm_tokens")
 
 
 class Likelihood(Protocol):
@@ -118,6 +119,8 @@ class EStep:
         known.
     secant : ndarray of float64, shape (G, 2)
         Sums of curvature and of its weights, see :func:`secant_sums`.
+    spread : ndarray of float64, shape (G, 2)
+        Sums of squares of gradients and their freedom, see :func:`spread_sums`.
     lm_tokens : ndarray of int64, shape ()
     state : State or None
         From which the next one goes on; None if that stayed in another process.
@@ -128,6 +131,7 @@ class EStep:
     value: np.ndarray
     curve: np.ndarray
     secant: np.ndarray
+    spread: np.ndarray
     lm_tokens: np.ndarray
     state: State | None = None
 
@@ -228,7 +232,7 @@ def ascend(
         estimate += scale[:, None] * sums_by_owner(change, owner[rows], n)
         state.gradient[rows], state.value[rows], state.visited[rows] = new, values, here
         state.own[rows] = True
-        where = (where + adam.move(estimate + pull)).astype(np.float32)
+        where = frame.within((where + adam.move(estimate + pull)).astype(np.float32), fold)
         log_posterior, pull = _log_posterior(
             where, np.bincount(owner, state.value, n), frame, priors
         )
@@ -239,6 +243,7 @@ def ascend(
         np.bincount(owner, state.value, n),
         np.array(curve),
         secant,
+        spread_sums(frame, active, state.gradient, owner, n),
         np.array(lm_tokens),
         dataclasses.replace(state, where=where),
     )

@@ -5,7 +5,8 @@ A profile u has G soft tokens, one a facet. They are written in coordinates :mat
 .. math:: \theta_{uf} = \theta^0_f + M_f a_{uf},
 
 where :math:`M_f` is scaled so that the score of one behaviour has about unit variance in each
-coordinate.
+coordinate. Far from token embeddings an LM has seen nothing, and its likelihood is flat there: no
+soft token goes further from :math:`\theta^0` than tokens are long.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
-__all__ = ["Frame", "Units", "secant_sums", "sums_by_owner"]
+__all__ = ["Frame", "Units", "secant_sums", "spread_sums", "sums_by_owner"]
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,14 @@ class Frame:
         M of each facet, for each fold of users.
     variance : tuple of ndarray, each of shape (rank,)
         Between-user variance of each facet, the prior before there is a codebook.
+    reach : float
+        Longest move of a soft token from θ⁰.
     """
 
     theta0: np.ndarray
     maps: tuple[np.ndarray, ...]
     variance: tuple[np.ndarray, ...]
+    reach: float = np.inf
 
     @property
     def slices(self) -> list[slice]:
@@ -95,6 +99,16 @@ class Frame:
     def size(self) -> int:
         """Number of coordinates R."""
         return sum(self.ranks)
+
+    def within(self, where: np.ndarray, fold: np.ndarray) -> np.ndarray:
+        """Coordinates (n, R), each facet's drawn back until its soft token is within ``reach``."""
+        where = where.copy()
+        for part, maps in zip(self.slices, self.maps, strict=True):
+            for chosen, each in _by_fold(fold, maps):
+                length = np.linalg.norm(where[chosen, part] @ each.T, axis=1)
+                far = length > self.reach
+                where[chosen[far], part] *= (self.reach / length[far])[:, None]
+        return where
 
     def tokens(self, where: np.ndarray, fold: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Soft tokens at coordinates (n, R), θ⁰ where not active; float32, shape (n, G, d)."""
@@ -152,6 +166,37 @@ def secant_sums(
     for f, part in enumerate(frame.slices):
         sums[f, 0] = -(moved[:, part] * change[:, part]).sum()
         sums[f, 1] = (active[:, f] * (moved[:, part] ** 2).sum(axis=1)).sum()
+    return sums
+
+
+def spread_sums(
+    frame: Frame, active: np.ndarray, gradient: np.ndarray, owner: np.ndarray, n: int
+) -> np.ndarray:
+    """Squares of behaviours' gradients about their profile's mean: by freedom, v of one behaviour.
+
+    Parameters
+    ----------
+    frame : Frame
+    active : ndarray, shape (m, G)
+        Behaviours in each unit, over which a unit's gradient is a sum.
+    gradient : ndarray, shape (m, R)
+    owner : ndarray of int64, shape (m,)
+    n : int
+        Number of profiles.
+
+    Returns
+    -------
+    ndarray of float64, shape (G, 2)
+        Sums of squares, and their degrees of freedom.
+    """
+    sums = np.zeros((len(frame.maps), 2))
+    for f, (part, rank) in enumerate(zip(frame.slices, frame.ranks, strict=True)):
+        on = np.flatnonzero(active[:, f] > 0)
+        who, weight, own = owner[on], active[on, f], gradient[on, part].astype(np.float64)
+        count = np.bincount(who, weight, n)
+        mean = sums_by_owner(own, who, n) / np.maximum(count, 1.0)[:, None]
+        apart = own - weight[:, None] * mean[who]
+        sums[f] = (apart**2 / weight[:, None]).sum(), rank * (len(on) - np.count_nonzero(count))
     return sums
 
 

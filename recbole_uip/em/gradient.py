@@ -4,20 +4,23 @@ r"""The gradient posterior: soft tokens tuned user by user, EM around them.
 the log posterior (:mod:`recbole_uip.em.ascent`).
 
 **Measured offsets.** What EM needs of a profile is not its mode, which the prior has shrunk, but
-what its behaviours alone say. The Laplace approximation gives both offset and noise,
+what its behaviours alone say: a Newton step from there, and how far chance moves its end,
 
-.. math:: y = a + \frac{\nabla_a \sum_i \ell_i(a)}{c N}, \quad \nu = \frac{1}{c N},
+.. math:: y = a + \frac{\nabla_a \sum_i \ell_i(a)}{c N}, \quad \nu = \frac{v}{c^2 N},
 
 for a profile of N behaviours. The curvature c of one behaviour is the secant
 :math:`-\langle \Delta a, \Delta \nabla \ell_i\rangle / |\Delta a|^2` between two visits to a
 behaviour, pooled over all profiles; but at least 1, the Fisher information at :math:`\theta^0`.
+The variance v of one behaviour's gradient is pooled over the behaviours of each profile. Were the
+LM's the true likelihood, v would be c (:math:`\nu` is the sandwich of Huber 1967); where profiles
+have one unit each it is taken so.
 
 **M-step.** The codebooks of all facets are fitted on (y, nu), as those of the closed form are
 (:mod:`mixture`), each from the one before.
 
 **Bound.** Of held-out profiles, which no codebook is fitted on, the Laplace approximation of
-:math:`\log p(x_u)` with :math:`a_u` integrated out, in nats a behaviour. Rounds of E and M end
-when it stops rising.
+:math:`\log p(x_u)` with :math:`a_u` integrated out (of precision c N), in nats a
+behaviour. Rounds of E and M end when it stops rising.
 """
 
 from __future__ import annotations
@@ -77,8 +80,8 @@ class GradientPosterior:
         Measured offsets y.
     noise_ : ndarray of float64, shape (n_profiles, G)
         Their noise variances; infinite without evidence.
-    curvature_ : ndarray of float64, shape (G,)
-        c of one behaviour.
+    curvature_, spread_ : ndarray of float64, shape (G,)
+        c and v of one behaviour.
     bounds_ : list of float
         Held-out bound after each round, nats a behaviour.
     curves_ : list of ndarray, each of shape (steps + 1,)
@@ -160,8 +163,7 @@ class GradientPosterior:
         )
         for self.n_iter_ in range(1, settings.rounds + 1):
             results = self._tune("fit", learn, self.n_iter_)
-            secant = np.sum([each.secant for each in results], axis=0) if results else None
-            self.curvature_ = self._curvature(secant)
+            self.curvature_, self.spread_ = self._moments(results)
             self._measure(learn, results, evidence)
             self.codebooks_ = [
                 self._fit_codebook(f, fitted & ~held_out) for f in range(len(self.facets))
@@ -289,13 +291,17 @@ class GradientPosterior:
         reached = np.nan_to_num(reached.sum(axis=0), nan=-np.inf)
         return LEARNING_RATES[int(np.argmax(reached))]
 
-    def _curvature(self, secant: np.ndarray | None) -> np.ndarray:
-        if secant is None:
-            return np.ones(len(self.facets))
+    def _moments(self, results: list[EStep]) -> tuple[np.ndarray, np.ndarray]:
+        """c and v of each facet's behaviours, shape (G,) each."""
+        zero = np.zeros((len(self.facets), 2))
+        secant = np.sum([zero, *(each.secant for each in results)], axis=0)
         moved = secant[:, 1] > 0
         curvature = np.ones(len(self.facets))
         curvature[moved] = secant[moved, 0] / secant[moved, 1]
-        return np.maximum(curvature, 1.0)
+        curvature = np.maximum(curvature, 1.0)
+        squares, freedom = np.sum([zero, *(each.spread for each in results)], axis=0).T
+        spread = np.where(freedom > 0, squares / np.maximum(freedom, 1.0), curvature)
+        return curvature, spread
 
     def _measure(
         self, batches: list[np.ndarray], results: list[EStep], evidence: np.ndarray
@@ -305,10 +311,10 @@ class GradientPosterior:
             for f, part in enumerate(self.frame.slices):
                 count = evidence[batch, f]
                 known = count > 0
-                noise = 1.0 / (self.curvature_[f] * count[known])
+                variance = 1.0 / (self.curvature_[f] * count[known])
                 mode = result.where[known, part].astype(np.float64)
-                newton = noise[:, None] * result.total[known, part]
-                self.noise_[batch[known], f] = noise
+                newton = variance[:, None] * result.total[known, part]
+                self.noise_[batch[known], f] = self.spread_[f] / self.curvature_[f] * variance
                 self.mode_[f][batch[known]] = mode
                 self.offset_[f][batch[known]] = mode + newton
 
@@ -317,10 +323,15 @@ class GradientPosterior:
         if len(chosen) == 0:
             return None
         chosen = np.random.default_rng(self.seed).permutation(chosen)[: self.codebook.sample]
-        old = self.codebooks_[f]
         codebook = ResidualCodebook.from_settings(self.facets[f], self.codebook, self.seed)
-        start = None if old is None else [level.packed for level in old.levels_]
-        return codebook.fit(self.offset_[f][chosen], self.noise_[chosen, f], start)
+        return codebook.fit(
+            self.offset_[f][chosen], self.noise_[chosen, f], self._codebook_start(f, chosen)
+        )
+
+    def _codebook_start(self, f: int, profiles: np.ndarray) -> list[np.ndarray | None] | None:
+        """What the codebook of ``profiles`` is fitted from, level by level: the one before."""
+        old = self.codebooks_[f]
+        return None if old is None else [level.packed for level in old.levels_]
 
     def _bound(
         self,
@@ -331,20 +342,22 @@ class GradientPosterior:
     ) -> float:
         """Mean bound of the profiles ``judged``, in nats a behaviour; NaN without any."""
         value = np.full(len(evidence), np.nan)
+        with np.errstate(divide="ignore"):
+            variance = 1.0 / (self.curvature_ * evidence)  # of a profile's offset, by its curvature
         for batch, result in zip(batches, results, strict=True):
             value[batch] = result.value
             for f, part in enumerate(self.frame.slices):
                 # what a Newton step from here would gain
                 gain = 0.5 * (result.total[:, part].astype(np.float64) ** 2).sum(axis=1)
                 known = evidence[batch, f] > 0
-                value[batch[known]] += gain[known] * self.noise_[batch[known], f]
+                value[batch[known]] += gain[known] * variance[batch[known], f]
         for f, codebook in enumerate(self.codebooks_):
-            known = judged[np.isfinite(self.noise_[judged, f])]
+            known = judged[evidence[judged, f] > 0]
             if codebook is None or len(known) == 0:
                 continue
-            noise, offset = self.noise_[known, f], self.offset_[f][known]
-            value[known] += codebook.levels_[0].score_samples(offset, noise)
-            value[known] += 0.5 * offset.shape[1] * np.log(2.0 * np.pi * noise)
+            offset = self.offset_[f][known]
+            value[known] += codebook.levels_[0].score_samples(offset, variance[known, f])
+            value[known] += 0.5 * offset.shape[1] * np.log(2.0 * np.pi * variance[known, f])
         if len(judged) == 0:
             return float("nan")
         events = np.bincount(self._units.owner, self._units.active.max(axis=1), len(evidence))

@@ -326,12 +326,17 @@ def _merge_adapter(
             "embeddings: use LoRA and its like, or prompt tuning"
         )
     model = adapted.get_base_model()
-    vocabulary = model.get_input_embeddings().weight
+    embed = model.get_input_embeddings()
+    vocabulary = embed.weight.detach()
     virtual = adapted.get_prompt(batch_size=1)[0].to(vocabulary)
+    # Some LMs scale what they look up, and virtual tokens are made for what comes of it.
+    longest = vocabulary.norm(dim=1).argmax()
+    with torch.no_grad():
+        scale = embed(longest[None]).norm() / vocabulary[longest].norm()
     # The head stays as it is: virtual tokens are read, never predicted.
-    together = torch.cat([vocabulary, virtual]).detach()
-    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(together))
-    return model, tuple(range(len(vocabulary), len(together)))
+    embed.weight = torch.nn.Parameter(torch.cat([vocabulary, virtual / scale]), False)
+    embed.num_embeddings = len(embed.weight)
+    return model, tuple(range(len(vocabulary), len(embed.weight)))
 
 
 # --- finding the files ---------------------------------------------------------------------
@@ -406,7 +411,7 @@ def _hub_snapshot(hub_id: str, online: bool, weights: str = "") -> Path | None:
             folder = Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=patterns))
         except (LocalEntryNotFoundError, OSError, ValueError):
             return None
-        return folder if _weight_files(folder, weights) else None
+        return folder if _is_whole(folder, weights) else None
     if constants.HF_HUB_OFFLINE:
         raise ModelError(f"{hub_id} cannot be fetched from the hub: HF_HUB_OFFLINE is set")
     try:
@@ -423,6 +428,20 @@ def _hub_snapshot(hub_id: str, online: bool, weights: str = "") -> Path | None:
     if not _weight_files(folder, weights):
         raise ModelError(f"{hub_id} on the hub has no *.safetensors or *.bin weights")
     return folder
+
+
+def _is_whole(folder: Path, weights: str) -> bool:
+    """Whether a folder of the hub's cache, whose download may have been cut off, lacks nothing."""
+    files = _weight_files(folder, weights)
+    if not files:
+        return False
+    if not (folder / "config.json").is_file() or not any(folder.glob("tokenizer*")):
+        return (folder / "adapter_config.json").is_file()  # which has neither
+    indices = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.index.json")]
+    if any("-of-" in file.name for file in files) and not indices:
+        return False
+    named = {name for index in indices for name in index.get("weight_map", {}).values()}
+    return all((folder / name).is_file() for name in named)
 
 
 def _fetch_wheel(wheel: _Wheel, target: Path) -> Path:

@@ -101,14 +101,14 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Embeddings
     # without any text, only the LM knows how wide it is
     if vectors is None or not found.all():
         backbone = load(settings, cache, source)
-        if vectors is None:
-            width = backbone.model.config.get_text_config().hidden_size
-            vectors = np.zeros((len(distinct), width), np.float32)
-        if len(missing := np.flatnonzero(~found)):
-            vectors[missing], lm_tokens = _embed_missing(
-                [distinct[row] for row in missing], backbone, store
-            )
+        missing = np.flatnonzero(~found)
+        fresh = np.zeros((0, backbone.model.config.get_text_config().hidden_size), np.float32)
+        if len(missing):
+            fresh, lm_tokens = _embed_missing([distinct[row] for row in missing], backbone, store)
             store.compact()
+        if vectors is None:
+            vectors = np.zeros((len(distinct), fresh.shape[1]), np.float32)
+        vectors[missing] = fresh
     if len(distinct) < len(texts):
         vectors = vectors[[order[text] for text in texts]]
     return Embeddings(vectors, lm_tokens, time.perf_counter() - started, source.fingerprint)

@@ -40,6 +40,7 @@ from recbole_uip.lm.prompt import Ending, Prompt
 __all__ = ["Passage", "SoftTokenLikelihood", "feedback_passage", "text_passage"]
 
 TILE = 64  # a GPU multiplies matrices of multiples of this fast, others by fractions of its speed
+EMBEDDED = 4096  # tokens whose embeddings are looked at together
 LONGEST_PLAIN = 256  # keys of a row of attention, above which a GPU does not keep its scores
 
 
@@ -140,8 +141,7 @@ class SoftTokenLikelihood:
         self.backbone, self.prompt, self.facets = backbone, prompt, list(facets)
         self._theta0 = prompt.theta0(backbone)
         self.theta0 = self._theta0[self.facets].float().cpu().numpy()
-        lengths = backbone.model.get_input_embeddings().weight.float().norm(dim=1)
-        longest = torch.maximum(lengths.mean(), self._theta0.norm(dim=1).max())
+        longest = torch.maximum(_mean_length(backbone), self._theta0.norm(dim=1).max())
         # A little more, so that no θ⁰ lies on the edge, where rounding would decide its gradient.
         self.max_norm = 1.001 * float(longest)
         self._llama = None
@@ -260,6 +260,14 @@ class SoftTokenLikelihood:
         every = self._theta0.to(theta).expand(len(texts), -1, -1)
         every = every.index_copy(1, torch.tensor(self.facets, device=theta.device), theta)
         return prompts.logits(self.backbone, self.prompt, every, texts)
+
+
+@torch.no_grad()
+def _mean_length(backbone: Backbone) -> torch.Tensor:
+    """Mean length of token embeddings, as the layers read them."""
+    embed = backbone.model.get_input_embeddings()
+    tokens = torch.arange(len(embed.weight), device=embed.weight.device)
+    return torch.cat([embed(part).float().norm(dim=1) for part in tokens.split(EMBEDDED)]).mean()
 
 
 @dataclass(frozen=True)

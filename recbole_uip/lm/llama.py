@@ -481,14 +481,16 @@ def head_log_probs(
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = functional.linear(hidden, head)
-    largest, where = logits.max(-1, keepdim=True)
-    probs = torch.softmax(logits, -1)
-    log_norm = largest.to(wide) - probs.gather(1, where).to(wide).log()
+    largest, where = (each[:, 0] for each in logits.max(-1, keepdim=True))
+    probs = torch.softmax(logits, -1, dtype=wide)
     wanted = head[targets].to(wide)
-    # the target's logit once more in full precision: the rounding of a bfloat16 logit is the
-    # largest error of a log-likelihood
-    value = (hidden.to(wide) * wanted).sum(-1) - log_norm[:, 0]
-    return value, wanted - (probs @ head).to(wide) if gradient else None
+    # the target's logit and the largest once more in full precision: the rounding of bfloat16
+    # logits is the largest error of a log-likelihood
+    rounding = (hidden.to(wide) * head[where].to(wide)).sum(-1) - largest
+    most = probs.gather(1, where[:, None])[:, 0]
+    log_norm = largest - most.log() + torch.log1p(most * torch.expm1(rounding))
+    value = (hidden.to(wide) * wanted).sum(-1) - log_norm
+    return value, wanted - (probs.to(head.dtype) @ head).to(wide) if gradient else None
 
 
 def _fold(layer: torch.nn.Module, wide: torch.dtype) -> Layer:

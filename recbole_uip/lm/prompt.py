@@ -128,11 +128,14 @@ class Prompt:
 
     def theta0(self, backbone: Backbone) -> torch.Tensor:
         """θ⁰: the mean embedding of each facet's name tokens; float32, shape (F, d)."""
-        weight = backbone.model.get_input_embeddings().weight
-        rows = [
-            weight[list(ids)].to(torch.promote_types(weight.dtype, torch.float32)).mean(0)
-            for ids in self.name_ids
-        ]
+        # As the layers read them: some LMs scale their embeddings.
+        embed = backbone.model.get_input_embeddings()
+        wide = torch.promote_types(embed.weight.dtype, torch.float32)
+        with torch.no_grad():
+            rows = [
+                embed(torch.tensor(ids, device=embed.weight.device)).to(wide).mean(0)
+                for ids in self.name_ids
+            ]
         return torch.stack(rows)
 
 

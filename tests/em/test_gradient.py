@@ -1,5 +1,6 @@
 """EM around tuned profiles, on likelihoods whose optimum is known."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -73,8 +74,9 @@ def make_world(rng, n=60, per_profile=12, curvature=1.0):
 FACETS = [FacetSettings("one", weight="all", codes=3), FacetSettings("two", "lm", "all", codes=3)]
 
 
-def fitted(rng, curvature=1.0, likelihood=None, run=None, **changes):
+def fitted(rng, curvature=1.0, run=None, reach=np.inf, **changes):
     frame, units, quadratic, truth = make_world(rng, curvature=curvature)
+    frame = quadratic.frame = dataclasses.replace(frame, reach=reach)
     n = len(truth)
     posterior = GradientPosterior(
         FACETS, frame, GradientSettings(learning_rate=0.1, **changes), CodebookSettings(),
@@ -154,18 +156,55 @@ def test_offsets_are_those_of_the_closed_form(rng):
     closed = np.add.reduceat(units.gradient, units.first[:-1]) / counts
     measured = np.concatenate(posterior.offset_, axis=1)
     np.testing.assert_allclose(measured, closed, atol=0.02)
-    np.testing.assert_allclose(posterior.noise_, 1.0 / counts[:, [0, RANK]], rtol=1e-3)
+    # of true likelihoods, the gradient's variance is the curvature
+    np.testing.assert_allclose(posterior.spread_, 1.0, rtol=0.05)
+    noise = posterior.spread_ / posterior.curvature_**2 / counts[:, [0, RANK]]
+    np.testing.assert_allclose(posterior.noise_, noise, rtol=1e-6)
 
 
 def test_curvature_is_measured(rng):
     """A likelihood more curved than scores say: less noise, the same offsets."""
     posterior, units, likelihood, _ = fitted(rng, curvature=4.0, rounds=1, steps=30, batch=12)
     np.testing.assert_allclose(posterior.curvature_, 4.0, rtol=1e-3)
+    np.testing.assert_allclose(posterior.spread_, 4.0, rtol=0.05)
     weight = np.repeat(units.active, RANK, axis=1)
     counts = np.add.reduceat(weight, units.first[:-1])
     mean = np.add.reduceat(weight * likelihood.targets, units.first[:-1]) / counts
     np.testing.assert_allclose(np.concatenate(posterior.offset_, axis=1), mean, atol=0.02)
-    np.testing.assert_allclose(posterior.noise_, 0.25 / counts[:, [0, RANK]], rtol=1e-3)
+    np.testing.assert_allclose(posterior.noise_, 0.25 / counts[:, [0, RANK]], rtol=0.05)
+
+
+def test_noise_is_how_far_offsets_scatter(rng):
+    """Also where behaviours scatter more than the likelihood's curvature says."""
+    frame, units, likelihood, truth = make_world(rng, n=400)
+    centre = np.repeat(truth, 12, axis=0)
+    likelihood.targets[:] = centre + 3.0 * (likelihood.targets - centre)
+    units = dataclasses.replace(
+        units, gradient=likelihood.targets * np.repeat(units.active, RANK, axis=1)
+    )
+    start = State.start(units, np.arange(400))
+    step = ascend(
+        start, units, np.arange(400), np.zeros(400, int), frame, None, likelihood,
+        GradientSettings(steps=10, batch=12), 0.1, (0,),
+    )  # fmt: skip
+    squares, freedom = step.spread.T
+    np.testing.assert_allclose(squares / freedom, 9.0, rtol=0.05)
+
+
+def test_soft_tokens_stay_within_reach(rng):
+    posterior, units, likelihood, _ = fitted(rng, rounds=2, steps=10, batch=12, reach=1.0)
+    frame = likelihood.frame
+    for f, maps in enumerate(frame.maps):
+        length = np.linalg.norm(posterior.mode_[f] @ maps[0].T, axis=1)
+        assert length.max() < 1.0 + 1e-5 and (length > 1.0 - 1e-5).any()
+    where = rng.normal(size=(5, 2 * RANK)).astype(np.float32)
+    fold = np.zeros(5, dtype=int)
+    wide = dataclasses.replace(frame, reach=1e3)
+    np.testing.assert_array_equal(wide.within(where, fold), where)
+    drawn = frame.within(10 * where, fold)
+    for part in frame.slices:
+        ratio = drawn[:, part] / where[:, part]
+        np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-4)
 
 
 def test_codes_are_the_kinds(rng):

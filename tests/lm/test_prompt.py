@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from recbole_uip.lm import prompt as prompts
+from recbole_uip.lm.backbone import Backbone
+from recbole_uip.lm.likelihood import SoftTokenLikelihood
 
-from .conftest import ENDINGS
+from .conftest import ENDINGS, TEXTS, WORDS, make_tokenizer
 
 
 def hidden_states(backbone, prompt, theta, texts):
@@ -52,6 +55,29 @@ def test_theta0_is_the_mean_embedding_of_the_name(prompt, backbone):
     weight = backbone.model.get_input_embeddings().weight
     expected = torch.stack([weight[list(ids)].mean(0) for ids in prompt.name_ids])
     torch.testing.assert_close(prompt.theta0(backbone), expected)
+
+
+def test_embeddings_are_those_that_the_layers_read():
+    """Gemma scales what it looks up: a soft token of one token's name is that token, read again."""
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=len(WORDS) + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+            max_position_embeddings=64, attn_implementation="eager", pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    backbone = Backbone(model, make_tokenizer(), torch.device("cpu"), torch.float32, "gemma")
+    prompt = prompts.build(backbone, ["interests"])
+    (text,) = prompts.text_ids(backbone, TEXTS[:1])
+    with torch.no_grad():
+        soft = prompts.log_likelihood(backbone, prompt, prompt.theta0(backbone), [text])
+        twice = [*prompt.name_ids[0], *prompt.name_ids[0]]
+        logits = model(input_ids=torch.tensor([[*twice, *text]])).logits[0, 1:-1]
+        read = logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum()
+    torch.testing.assert_close(soft[0], read, rtol=1e-4, atol=1e-4)
+    longest = SoftTokenLikelihood(backbone, prompt, [0]).max_norm
+    lengths = model.get_input_embeddings()(torch.arange(len(WORDS) + 1)).norm(dim=1)
+    assert longest >= lengths.mean()
 
 
 def test_ending_is_cut_at_the_verb(prompt, backbone):

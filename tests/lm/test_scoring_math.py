@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recbole_uip.lm import prompt as prompts
-from recbole_uip.lm.llama import LlamaScorer, supports
+from recbole_uip.lm.llama import LlamaScorer, head_log_probs, supports
 from recbole_uip.lm.scoring import score_by_autograd
 
 from .conftest import ENDINGS, make_backbone
@@ -33,6 +33,23 @@ def scorers(backbone, prompt):
     assert supports(backbone, 64)
     yield "fast", LlamaScorer(backbone, prompt).score
     yield "general", lambda texts: score_by_autograd(backbone, prompt, texts)
+
+
+def test_log_probabilities_in_bfloat16_are_not_rounded_to_it():
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (
+        torch.randn(shape, generator=generator).to(torch.bfloat16)
+        for shape in ((200, 64), (50, 64))
+    )
+    targets = torch.randint(50, (200,), generator=generator)
+    logits = hidden.double() @ head.double().T
+    targets[::2] = logits.argmax(-1)[::2]
+    exact = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    value, _ = head_log_probs(hidden, head, targets)
+    assert value.dtype == torch.float32 and (value < 1e-6).all()
+    rounded = (hidden @ head.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    error, of_rounded = ((each - exact).abs().mean() for each in (value, rounded))
+    assert error < 0.3 * of_rounded
 
 
 @pytest.mark.parametrize("endings", [None, ENDINGS, (" loved", " hated")])

@@ -33,6 +33,7 @@ from recbole_uip.settings import (
     SettingsError,
     UIPSettings,
 )
+from recbole_uip.tuning import VERSION as TUNING
 
 __all__ = ["INERT", "Case", "Experiment", "Run", "Tuning", "experiment_names", "load_experiment"]
 
@@ -333,6 +334,8 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
             # Where all are chosen, the arm's facets say in which order the prompt has them.
             given["order"] = scored
         essence["profiles"] = {"version": PROFILES, **plain(given)}
+        if settings.posterior == "gradient":
+            essence["profiles"]["tuning"] = TUNING
         # The same folder may hold another model or adapter by now.
         for part, name in (("lm", settings.lm.name), ("adapter", settings.lm.adapter)):
             if name and (fingerprint := local_fingerprint(name, settings.cache)):

@@ -191,18 +191,20 @@ def _two_sided(mean: float, error: float, distribution: scipy.stats.rv_continuou
     return float(2 * distribution.sf(abs(mean) / error))
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
-    """P-values adjusted for their number by Holm's step-down method.
+def holm(p_values: Sequence[float], n_tests: int | None = None) -> np.ndarray:
+    """P-values adjusted for the number of tests by Holm's step-down method.
 
     .. math:: \\tilde p_{(i)} = \\max_{j \\le i} \\min(1, (m - j + 1)\\, p_{(j)})
 
-    NaN stays NaN and does not count as a test.
+    NaN stays NaN. The number m of tests is by default that of the other p-values; it is more where
+    some tests that were planned have none.
     """
     p_values = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(p_values.shape, np.nan)
     tested = np.flatnonzero(~np.isnan(p_values))
     order = tested[np.argsort(p_values[tested], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
+    n_tests = len(order) if n_tests is None else n_tests
+    factors = np.arange(n_tests, n_tests - len(order), -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(factors * p_values[order]))
     return adjusted
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from recbole_uip.evidence.experiments.plan import INERT
 from recbole_uip.evidence.statistics import (
     Difference,
     paired_difference,
@@ -22,6 +23,9 @@ __all__ = ["Cell", "format_summary", "read_results", "read_results_file", "summa
 
 METRICS = ("auc", "logloss", "gauc", "list_auc")
 BASELINE = "plain"
+# Settings in which runs that are summarised together may differ, beside those that change nothing.
+# The values of means are numerical features.
+_APART = ("seed", "uip_arms", "uip_output", "uip_cache", "uip_lm_device", "numerical_features")
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def summarise(results: Sequence[dict], split: str = "test", by: str | None = Non
     Raises
     ------
     SettingsError
-        If a model and arm stand in two results with the same seed, or no run has the setting.
+        If a model and arm stand in two results with the same seed, no run has the setting, or
+        runs that would be averaged or compared differ in a setting.
     """
     table: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     # Without a protocol, as of another library on a run's rows, there is one split.
@@ -124,6 +129,7 @@ def summarise(results: Sequence[dict], split: str = "test", by: str | None = Non
                         "name the setting that differs by --by"
                     )
                 by_seed[each["seed"]] = outcome[split]
+    _check_settings(results, by)
     cells = []
     for (model, arm), by_seed in table.items():
         seeds = tuple(sorted(by_seed))
@@ -143,6 +149,33 @@ def summarise(results: Sequence[dict], split: str = "test", by: str | None = Non
         base = float(base.mean()) if len(base) else np.nan
         cells.append(Cell(model, arm, seeds, mean, deviation, difference, base))
     return cells
+
+
+def _check_settings(results: Sequence[dict], by: str | None) -> None:
+    """Refuse runs of an arm that differ in more than the seed, and arms in RecBole's settings."""
+    left_out = {*_APART, *INERT, by}
+    first: dict[tuple[str, ...], dict] = {}
+    for each in results:
+        for model, arms in each["models"].items():
+            for arm, outcome in arms.items():
+                config = outcome.get("config") or {}
+                settings = {key: value for key, value in config.items() if key not in left_out}
+                shared = {key: settings[key] for key in settings if not key.startswith("uip_")}
+                group = (model, str(config.get(by)))
+                _check_alike(model, first.setdefault(group, shared), shared)
+                _check_alike(
+                    f"{model}, {arm},", first.setdefault((*group, arm), settings), settings
+                )
+
+
+def _check_alike(whose: str, one: dict, other: dict) -> None:
+    differing = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    if differing:
+        shown = "; ".join(f"{key}={one.get(key)!r}, {other.get(key)!r}" for key in differing[:3])
+        raise SettingsError(
+            f"runs of {whose} differ in {', '.join(differing)} ({shown}): summarise them apart, or "
+            "by one setting with --by"
+        )
 
 
 def _known(by_seed: Mapping[int, dict], seeds: Sequence[int], metric: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from recbole_uip.evidence.experiments import run as experiment_module
 from recbole_uip.evidence.experiments.plan import experiment_names, load_experiment
 from recbole_uip.evidence.experiments.run import run_experiment
 from recbole_uip.evidence.experiments.store import RunStore, key_of
+from recbole_uip.evidence.report.assemble import write_report
 from recbole_uip.files import atomic_write
 from recbole_uip.settings import SettingsError
 
@@ -678,6 +679,62 @@ def test_parts_of_an_experiment_are_planned_together(written, tmp_path, monkeypa
     # Nor what was planned where the same settings gave other results.
     monkeypatch.setattr(experiment_module, "RESULTS", -1)
     assert planned(other, arms=["uip"], seeds=[2])[1] == {"uip": ["2"]}
+
+
+def test_another_plan_in_the_same_place_is_said(written, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(experiment_module, "_make", lambda *_: None)
+    run_experiment(written(), tmp_path / "out", command="the first")
+    run_experiment(written(arguments=["--uip_cache=elsewhere"]), tmp_path / "out")
+    assert "is replaced" not in caplog.text
+    run_experiment(written(arguments=["--epochs=7"]), tmp_path / "out")
+    assert "experiment.json is replaced: it was of other settings, by the first" in caplog.text
+
+
+def test_a_run_that_cannot_be_made_does_not_stop_the_others(written, tmp_path, monkeypatch):
+    arms = {**ARMS, "wild": {"facets": [], "settings": {"learning_rate": 1e30}}}
+    experiment = written({"arms": arms, "seeds": [1, 2]}, epochs=4)
+    with pytest.raises(
+        SettingsError,
+        match="2 of 6 runs cannot be made, all others are: tiny FM wild seed 1: .*NaN",
+    ):
+        run_experiment(experiment, tmp_path / "out")
+    trained = counted(monkeypatch)
+    with pytest.raises(SettingsError, match="2 of 2 runs cannot be made"):
+        run_experiment(experiment, tmp_path / "out")
+    assert set(trained) == {("FM", "wild", 1), ("FM", "wild", 2)}
+    # Nor does data that cannot be loaded.
+    lost = {"datasets": ["tiny"], "arms": {**ARMS, "no": {"settings": {"uip_folds": 1000}}}}
+    with pytest.raises(SettingsError, match="1 of 3 runs cannot be made.*uip_folds=1000"):
+        run_experiment(written(lost, "lost", seed=3), tmp_path / "lost")
+
+
+def test_settings_of_the_data_are_not_shared(written):
+    arms = {
+        "plain": {"facets": []},
+        "numbers": {"facets": [], "settings": {"numerical_features": ["timestamp"]}},
+        "buckets": {
+            "facets": [],
+            "settings": {
+                "numerical_features": ["timestamp"],
+                "discretization": {"timestamp": {"method": "ED", "bucket": 3}},
+            },
+        },
+    }
+    experiment = written({"arms": arms})
+    assert len({run_of(experiment, arm).group for arm in arms}) == 3
+
+
+def test_values_that_are_lists_or_mappings_can_vary(written, tmp_path):
+    varied = [
+        {"mlp_hidden_size": [[4], [2, 2]]},
+        {"uip_codebook": [{"method": "em", "sample": 100}, {"method": "fsq", "sample": 100}]},
+        {"uip_facets.leniency.half_life": [["inf"], [5, "inf"]]},
+    ]
+    experiment = written({"vary": varied, "arms": {"uip": ARMS["uip"]}})
+    folder = run_experiment(experiment, tmp_path / "out")
+    html, _ = write_report(folder, resamples=20)
+    assert "half_life" in html.read_text()
+    assert len(results(folder)) == 6
 
 
 def test_an_experiment_is_resumed_where_it_stopped(written, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from recbole_uip.cli import main
 from recbole_uip.evidence import statistics
 from recbole_uip.evidence.experiments.outcomes import compare, load, measure
 from recbole_uip.evidence.report.assemble import write_report
+from recbole_uip.evidence.report.comparison import verdicts
 from recbole_uip.evidence.report.format import (
     difference,
     joined,
@@ -396,6 +397,7 @@ def test_columns_that_say_the_same_are_dropped():
     table = Table("", ["model", "arm", "settings"], [["A", "x", ""], ["A", "y", ""]], heads=3)
     found = table.without("model", "settings", "arm")
     assert list(found.columns) == ["arm"] and found.rows == [["x"], ["y"]] and found.heads == 1
+    assert found.caption.strip() == "All rows: model A."
 
 
 def test_command(laboratory, capsys):
@@ -445,6 +447,47 @@ def test_arms_share_a_codebook_where_their_seeds_have_the_same_fit(laboratory):
     html, _ = write_report(folder, resamples=N_BOOT)
     rows = Page(html.read_text()).table("Codebooks: mean")
     assert [(row["arms"], row["seeds"]) for row in rows] == [("uip, more", "2"), ("other", "1")]
+
+
+def test_an_arm_is_what_its_run_says_under_whatever_name(laboratory):
+    """Runs are shared between experiments, whose arms may have other names."""
+    section = {"uip_arms": {"elsewhere": {"facets": ["taste"], "control": "shuffled"}}}
+    cases = [PLAIN, {**UIP, "config": section}]
+    html, _ = write_report(laboratory.experiment("names", cases, seeds=(1,)), resamples=N_BOOT)
+    page = Page(html.read_text())
+    found = {row["arm"]: row for row in page.table("What each arm reads")}
+    assert (found["uip"]["facets"], found["uip"]["control"]) == ("taste", "shuffled")
+
+
+def test_the_same_runs_under_two_settings_are_one_comparison(laboratory):
+    """And a comparison that is planned counts before it is finished."""
+    cases = [PLAIN, UIP, SAME]
+    folder = laboratory.experiment("twice", cases, seeds=(1, 2, 3), missing={("same", 2)})
+    plan = json.loads((folder / "experiment.json").read_text())
+    again = [
+        {**case, "variant": {key: value}}
+        for case in plan["cases"]
+        for key, value in (("codes", 8), ("rank", 4))
+    ]
+    plan["cases"] = [*again, *plan["cases"]]
+    (folder / "experiment.json").write_text(json.dumps(plan))
+    outcomes = load(folder)
+    comparisons = compare(outcomes, measure([outcomes], N_BOOT))
+    assert len(comparisons) == 6 and {each.n_tests for each in comparisons} == {2}
+    assert verdicts(comparisons).endswith("of 2.")
+    uip = [each for each in comparisons if each.case.arm == "uip"]
+    p = uip[0].over_users["auc"].p
+    assert {each.p_users["auc"] for each in uip} == {min(1.0, 2 * p)}
+
+
+def test_runs_of_two_lms_are_said(laboratory):
+    folder = laboratory.experiment("lms", [PLAIN, UIP], seeds=(1, 2))
+    plan = json.loads((folder / "experiment.json").read_text())
+    for nth, key in enumerate(plan["cases"][1]["seeds"].values()):
+        record = {**laboratory.store.read(key), "lm_fingerprint": f"weights-{nth}"}
+        laboratory.store.write(key, record, laboratory.store.predictions(key))
+    _, markdown = write_report(folder, resamples=N_BOOT)
+    assert "Not all runs had the same weights" in markdown.read_text()
 
 
 def test_arms_are_said_as_their_settings_mean_them(laboratory):

@@ -85,6 +85,10 @@ def test_holm_does_not_count_what_was_not_tested():
     np.testing.assert_allclose(holm([np.nan, 0.01, 0.04]), [np.nan, 0.02, 0.04])
 
 
+def test_holm_counts_what_is_still_to_be_tested():
+    np.testing.assert_allclose(holm([np.nan, 0.01, 0.04], 4), [np.nan, 0.04, 0.12])
+
+
 def test_holm_keeps_the_family_wise_error(rng):
     # 400 families of 10 true hypotheses: about one in twenty may reject any.
     rejected = [holm(rng.random(10)).min() < 0.05 for _ in range(400)]

@@ -123,3 +123,6 @@ def test_a_setting_that_differs_is_kept_apart():
     assert valid[3].mean["auc"] == 0.5
     with pytest.raises(SettingsError, match="--by=dropout: the runs have no such setting"):
         summarise(runs, by="dropout")
+    runs[1]["seed"] = 2
+    with pytest.raises(SettingsError, match="runs of DeepFM differ in weight_decay"):
+        summarise(runs)

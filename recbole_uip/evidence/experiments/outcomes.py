@@ -75,6 +75,12 @@ class RunOutcome:
     record: dict[str, Any] = field(repr=False)
     store: RunStore = field(repr=False)
 
+    @property
+    def section(self) -> dict[str, Any]:
+        """What ``uip_arms`` said of its arm, which may have had another name there."""
+        arms = self.record.get("config", {}).get("uip_arms") or {}
+        return next(iter(arms.values()), None) or {}
+
     def metric(self, name: str, split: str = "test") -> float:
         """A metric of the record; NaN where it has none."""
         return _number(self.record.get(split, {}).get(name))
@@ -173,6 +179,11 @@ class CaseOutcome:
         protocols = [run.record["protocol"] for run in self.runs.values()]
         return statistics.split_overlap(protocols[0]) if protocols else 0.0
 
+    @property
+    def keys(self) -> dict[int, str]:
+        """Keys of all planned runs by seed."""
+        return {**{seed: run.key for seed, run in self.runs.items()}, **self.missing}
+
     def values(self, metric: str, seeds: Sequence[int] | None = None) -> np.ndarray:
         """A metric of the test split by seed."""
         seeds = self.runs if seeds is None else seeds
@@ -244,6 +255,14 @@ class Outcomes:
         """Numbers of finished and of planned runs; one that several cases share counts once."""
         finished = {run.key for run in self.runs()}
         return len(finished), len(finished.union(key for _, _, key in self.missing()))
+
+    @property
+    def main_settings(self) -> str:
+        """What :meth:`main_cases` are of, where settings are varied, as a sentence; else empty."""
+        if not any(case.variant for case in self.cases):
+            return ""
+        names = dict.fromkeys(case.variant_name or "the file's own" for case in self.main_cases())
+        return f" Of these settings alone: {'; '.join(names)}."
 
     def main_cases(self) -> list[CaseOutcome]:
         """Finished cases of each dataset and model under the first variant that has any."""
@@ -443,6 +462,8 @@ class Comparison:
         By metric of :data:`TESTED`.
     relative : dict of str to Relative
         Of the means, by metric of :data:`TESTED`.
+    n_tests : int
+        Number of different comparisons that p-values are adjusted for.
     p_seeds, p_users : dict of str to float
         Holm-adjusted p-values, by metric of :data:`TESTED`.
     """
@@ -454,8 +475,14 @@ class Comparison:
     over_seeds: dict[str, Difference]
     over_users: dict[str, Difference]
     relative: dict[str, Relative]
+    n_tests: int
     p_seeds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TESTED, np.nan))
     p_users: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TESTED, np.nan))
+
+    @property
+    def identity(self) -> tuple:
+        """Says whether two comparisons are of the same runs."""
+        return _identity(self.case, self.against)
 
     @property
     def name(self) -> str:
@@ -481,7 +508,8 @@ class Comparison:
 def compare(outcomes: Outcomes, measured: Mapping[str, Measured]) -> list[Comparison]:
     """Differences from the baseline, then those of the plan's pairs.
 
-    A metric's p-values are adjusted over all of them.
+    A metric's p-values are adjusted for the number of all that are planned, finished or not, where
+    what is of the same runs under two settings counts once.
 
     A case is compared with the other arm's case of the same dataset and model whose settings it
     shares (all of them, or as many as there is one with). An arm that does not exist with the
@@ -489,25 +517,34 @@ def compare(outcomes: Outcomes, measured: Mapping[str, Measured]) -> list[Compar
     """
     wanted = [(arm, outcomes.baseline) for arm in outcomes.arms if arm != outcomes.baseline]
     wanted += [tuple(pair) for pair in outcomes.plan.get("compare") or ()]
-    found = []
-    for arm, other in dict.fromkeys(wanted):
-        for case in outcomes.cases:
-            if case.arm == arm:
-                found += [
-                    comparison
-                    for against in _partners(outcomes, case, other)
-                    if (comparison := _compare(case, against, measured))
-                ]
-    compared = [each for each in found if each.seeds]
+    planned = [
+        (case, against)
+        for arm, other in dict.fromkeys(wanted)
+        for case in outcomes.cases
+        if case.arm == arm
+        for against in _partners(outcomes, case, other)
+    ]
+    n_tests = len({_identity(*pair) for pair in planned})
+    found = [each for pair in planned if (each := _compare(*pair, measured, n_tests))]
+    compared = {each.identity: each for each in found if each.seeds}
     for metric in TESTED:
-        for differences, adjusted in (
-            ([each.over_seeds for each in compared], [each.p_seeds for each in compared]),
-            ([each.over_users for each in compared], [each.p_users for each in compared]),
-        ):
-            p_values = statistics.holm([each[metric].p for each in differences])
-            for each, p in zip(adjusted, p_values, strict=True):
-                each[metric] = float(p)
+        p_seeds = statistics.holm(
+            [each.over_seeds[metric].p for each in compared.values()], n_tests
+        )
+        p_users = statistics.holm(
+            [each.over_users[metric].p for each in compared.values()], n_tests
+        )
+        place = {identity: number for number, identity in enumerate(compared)}
+        for each in found:
+            if each.seeds:
+                each.p_seeds[metric] = float(p_seeds[place[each.identity]])
+                each.p_users[metric] = float(p_users[place[each.identity]])
     return found
+
+
+def _identity(case: CaseOutcome, against: CaseOutcome) -> tuple:
+    """The planned runs of both sides: two settings may be one pair of runs."""
+    return tuple(tuple(sorted(each.keys.items())) for each in (case, against))
 
 
 def _partners(outcomes: Outcomes, case: CaseOutcome, arm: str) -> list[CaseOutcome]:
@@ -523,7 +560,7 @@ def _partners(outcomes: Outcomes, case: CaseOutcome, arm: str) -> list[CaseOutco
 
 
 def _compare(
-    case: CaseOutcome, against: CaseOutcome, measured: Mapping[str, Measured]
+    case: CaseOutcome, against: CaseOutcome, measured: Mapping[str, Measured], n_tests: int
 ) -> Comparison | None:
     shared = sorted(case.runs.keys() & against.runs.keys())
     if not shared:
@@ -542,6 +579,7 @@ def _compare(
             dict.fromkeys(METRICS, empty),
             dict.fromkeys(TESTED, empty),
             dict.fromkeys(TESTED, Relative(np.nan, np.nan)),
+            n_tests,
         )
     over_seeds = {
         metric: statistics.paired_difference(
@@ -571,6 +609,7 @@ def _compare(
         over_seeds,
         over_users,
         relative,
+        n_tests,
     )
 
 

@@ -113,6 +113,10 @@ class Case:
     arm: str
     variant: tuple[tuple[str, Any], ...]
 
+    def __hash__(self) -> int:
+        # A setting's value may be a list or a mapping.
+        return hash((self.dataset, self.model, self.arm, repr(self.variant)))
+
 
 @dataclass(frozen=True)
 class Run:

@@ -21,7 +21,7 @@ from recbole.utils import init_seed
 from tqdm import tqdm
 
 from recbole_uip.behaviours import Behaviours
-from recbole_uip.bridge.config import load_config_files, parse_command_line
+from recbole_uip.bridge.config import UIPConfig, load_config_files, parse_command_line
 from recbole_uip.bridge.dataset import UIPDataset
 from recbole_uip.bridge.preparation import create_dataset, data_preparation
 from recbole_uip.bridge.run import predicted_lists, protocol, train_arm
@@ -43,6 +43,9 @@ from recbole_uip.settings import ArmSettings, SettingsError
 from recbole_uip.work import stop_with_parent
 
 __all__ = ["DEFAULT_OUTPUT", "run_experiment"]
+
+# What a command line may say without changing what an experiment is of.
+_UNSHAPING = {*INERT, "uip_cache", "uip_output", "uip_lm_device"}
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +147,7 @@ def _definition(experiment: Experiment) -> str:
     shaping = (
         argument
         for argument in experiment.command_line
-        if not INERT.intersection(parse_command_line([argument]))
+        if not _UNSHAPING.intersection(parse_command_line([argument]))
     )
     experiment = dataclasses.replace(experiment, command_line=tuple(shaping))
     # Parts whose runs are of another version are not of the same whole.
@@ -157,6 +160,10 @@ def _with_other_parts(plan: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         if old["definition"] != plan["definition"]:
+            logger.warning(
+                "%s is replaced: it was of other settings, by %s (finished runs stay in the store; "
+                "--output keeps both)", path, "; ".join(old["commands"]),
+            )  # fmt: skip
             return plan
         cases = {_case_key(case): case for case in old["cases"]}
         for case in plan["cases"]:
@@ -206,11 +213,20 @@ def _make(runs: Sequence[Run], store: RunStore, workers: int, name: str) -> None
     made = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(
         joblib.delayed(_make_task)(task, store, threads if workers > 1 else None) for task in tasks
     )
+    failed: list[str] = []
     with tqdm(total=len(missing), desc=name, unit="run") as bar:
-        for finished in made:
-            for line in finished:
+        for lines, errors in made:
+            for line in lines:
                 logger.info("%s", line)
-            bar.update(len(finished))
+            for error in errors:
+                logger.error("%s", error)
+            failed += errors
+            bar.update(len(lines) + len(errors))
+    if failed:
+        raise SettingsError(
+            f"{name}: {len(failed)} of {len(missing)} runs cannot be made, all others are: "
+            f"{'; '.join(failed)}"
+        )
 
 
 def _tasks(runs: list[Run], workers: int) -> list[list[Run]]:
@@ -224,12 +240,34 @@ def _tasks(runs: list[Run], workers: int) -> list[list[Run]]:
     return tasks
 
 
-def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[str]:
-    """Make runs that share rows and profiles; a line about each."""
+def _make_task(
+    runs: list[Run], store: RunStore, threads: int | None
+) -> tuple[list[str], list[str]]:
+    """Make runs that share rows and profiles: a line about each, and why others cannot be made."""
     if threads is not None:
         stop_with_parent()
         torch.set_num_threads(threads)
-    config = runs[0].config
+    try:
+        dataset, profile_seconds = _prepare(runs[0].config)
+    except SettingsError as error:
+        return [], [f"{_line(run)}: {error}" for run in runs]
+    lines, failed = [], []
+    for run in runs:
+        try:
+            lines.append(_make_run(run, dataset, profile_seconds, store))
+        except SettingsError as error:
+            failed.append(f"{_line(run)}: {error}")
+    return lines, failed
+
+
+def _line(run: Run) -> str:
+    """A run's name in a log."""
+    variant = "".join(f" {key}={value}" for key, value in run.case.variant)
+    return f"{run.case.dataset} {run.case.model} {run.arm.name}{variant} seed {run.seed}"
+
+
+def _prepare(config: UIPConfig) -> tuple[UIPDataset, float]:
+    """Rows and profiles, and the seconds that the latter took."""
     # A random split comes from RecBole's global generator.
     init_seed(config["seed"], config["reproducibility"])
     sequential = isinstance(config, SequenceConfig)
@@ -242,29 +280,29 @@ def _make_task(runs: list[Run], store: RunStore, threads: int | None) -> list[st
             f"dataset {config['dataset']!r}: eval_args.split leaves a split without rows, and an "
             "experiment compares runs on all three: change it"
         )
-    lines = []
-    for run in runs:
-        with tempfile.TemporaryDirectory() as checkpoints:
-            outcome, predictions = train_arm(run.config, dataset, run.arm, Path(checkpoints))
-        record = {
-            **_describe(run.case),
-            "seed": run.seed,
-            **outcome,
-            "cost": _cost(dataset, run.arm, profile_seconds),
-            "protocol": protocol(run.config, dataset),
-            "profiles": {name: dataset.profiles.report[name] for name in run.arm.facets},
-            "lm_fingerprint": _fingerprint(dataset),
-            "versions": versions(),
-            "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        }
-        store.write(run.key, finite(plain(record)), _columns(predictions, dataset, run.arm))
-        lines.append(
-            f"{run.case.dataset} {run.case.model} {run.arm.name} "
-            f"{' '.join(f'{key}={value}' for key, value in run.case.variant)} seed {run.seed}: "
-            f"valid AUC {outcome['valid']['auc']:.4f}, {outcome['epochs']} epochs, "
-            f"{outcome['seconds']:.0f} s"
-        )
-    return lines
+    return dataset, profile_seconds
+
+
+def _make_run(run: Run, dataset: UIPDataset, profile_seconds: float, store: RunStore) -> str:
+    """Train a run and keep it; a line about it."""
+    with tempfile.TemporaryDirectory() as checkpoints:
+        outcome, predictions = train_arm(run.config, dataset, run.arm, Path(checkpoints))
+    record = {
+        **_describe(run.case),
+        "seed": run.seed,
+        **outcome,
+        "cost": _cost(dataset, run.arm, profile_seconds),
+        "protocol": protocol(run.config, dataset),
+        "profiles": {name: dataset.profiles.report[name] for name in run.arm.facets},
+        "lm_fingerprint": _fingerprint(dataset),
+        "versions": versions(),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    store.write(run.key, finite(plain(record)), _columns(predictions, dataset, run.arm))
+    return (
+        f"{_line(run)}: valid AUC {outcome['valid']['auc']:.4f}, {outcome['epochs']} epochs, "
+        f"{outcome['seconds']:.0f} s"
+    )
 
 
 def _fingerprint(dataset: UIPDataset) -> str | None:

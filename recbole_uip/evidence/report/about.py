@@ -117,8 +117,8 @@ def _lag(seconds: float) -> str:
 def _arms(cases: Sequence[CaseOutcome]) -> Table:
     rows: dict[tuple, list[str]] = {}
     for case in cases:
-        record = next(iter(case.runs.values())).record
-        section = (record.get("config", {}).get("uip_arms") or {}).get(case.arm) or {}
+        run = next(iter(case.runs.values()))
+        record, section = run.record, run.section
         facets, fields = section.get("facets", "all"), record.get("profile_fields") or []
         row = [
             case.arm,
@@ -190,7 +190,8 @@ def costs(outcomes: Outcomes, measured: Mapping[str, Measured]) -> Section | Non
         "run other work at the same time: they compare only roughly. Bytes per user are those of "
         "the state that a bank keeps (of an event history, for models that read it). What "
         "the profile stage took is for all facets of the settings, whichever of them the arm has. "
-        "LM tokens are those scored in the run; texts scored before come from the cache.",
+        "LM tokens are those scored in the run; texts scored before come from the cache."
+        + outcomes.main_settings,
         [
             "dataset", "model", "arm", "parameters", "epochs", "training s",
             "scoring, ms per 1000 rows", "profile stage s", "of it EM s", "LM tokens", "LM s",
@@ -243,18 +244,34 @@ def environment(outcomes: Outcomes) -> Section:
     """Versions of what the runs were made with, when, and by which commands."""
     versions: dict[str, dict[str, None]] = {}
     finished: list[str] = []
+    lms: dict[str, set[str]] = {}
     for run in outcomes.runs():
         finished += [run.record["finished"]] if run.record.get("finished") else []
         for name, version in (run.record.get("versions") or {}).items():
             versions.setdefault(name, {})[str(version or "not installed")] = None
+        if fingerprint := run.record.get("lm_fingerprint"):
+            lm = str((run.record.get("config") or {}).get("uip_lm") or "the default LM")
+            lms.setdefault(lm, set()).add(str(fingerprint))
     blocks: list[Block] = []
+    for lm, fingerprints in lms.items():
+        if len(fingerprints) > 1:
+            blocks.append(
+                Text(
+                    f"Not all runs had the same weights of {lm}: fingerprints "
+                    f"{joined(sorted(fingerprints), most=9)}. Compare with care, or run again with "
+                    "one of them."
+                )
+            )
     if versions:
         blocks.append(
             Table(
                 "Versions that the runs were made with"
                 + (f", from {min(finished)} to {max(finished)}." if finished else "."),
                 ["package", "version"],
-                [[name, ", ".join(found)] for name, found in versions.items()],
+                [
+                    *([name, ", ".join(found)] for name, found in versions.items()),
+                    *([f"weights of {lm}", ", ".join(sorted(found))] for lm, found in lms.items()),
+                ],
                 heads=2,
             )
         )

@@ -104,8 +104,8 @@ def _experiment(
     if any(case.runs for case in outcomes.cases):
         sections += [results(outcomes), differences(outcomes, comparisons)]
     sections += [
-        staleness(outcomes),
-        sensitivities(outcomes),
+        staleness(outcomes, measured),
+        sensitivities(outcomes, measured),
         tuning(outcomes),
         slices(outcomes, comparisons, measured),
         calibration(outcomes, measured),
@@ -156,8 +156,9 @@ def _how_to_read(resamples: int, command: str | None) -> Section:
                 "all their rows; the AUC difference is the mean over seeds within each draw; "
                 "2.5% and 97.5% quantiles. It tells what other users would give. Its p-value "
                 "takes the draws' standard deviation as the standard error of a normal statistic.",
-                "Holm: p-values are adjusted for the number of comparisons of the experiment, "
-                "seeds and users apart. Higher or lower is said only where both are below .05.",
+                "Holm: p-values are adjusted for the number of comparisons that the experiment has "
+                "planned, finished or not, seeds and users apart. Higher or lower is said only "
+                "where both are below .05.",
                 "Not told apart does not mean equal: the interval says what is still possible.",
                 "Intervals of slices, settings and other metrics are not adjusted.",
             ]

@@ -231,6 +231,4 @@ def _arms(cases: Sequence[CaseOutcome]) -> str:
 
 
 def _is_control(case: CaseOutcome) -> bool:
-    config = next(iter(case.runs.values())).record.get("config") or {}
-    section = (config.get("uip_arms") or {}).get(case.arm) or {}
-    return section.get("control", "none") != "none"
+    return next(iter(case.runs.values())).section.get("control", "none") != "none"

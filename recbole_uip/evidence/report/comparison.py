@@ -70,8 +70,8 @@ def results(outcomes: Outcomes) -> Section:
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> str:
-    """How many comparisons came out how, in words."""
-    found = [each.verdict("auc") for each in comparisons]
+    """How many comparisons came out how, in words; those of the same runs count once."""
+    found = [each.verdict("auc") for each in {each.identity: each for each in comparisons}.values()]
     counted = [
         f"{found.count(name)} {name}"
         for name in ("higher", "lower", "not told apart", "untested")
@@ -153,15 +153,14 @@ def _tested_differences(
 
 
 def _auc_differences(comparisons: Sequence[Comparison]) -> Table:
-    tested = sum(not math.isnan(each.p_users["auc"]) for each in comparisons)
     return _tested_differences(
         comparisons,
         "auc",
-        "AUC differences on the same rows, with 95% intervals. Over seeds: paired "
-        "t-interval. Over users: cluster bootstrap of the mean over seeds. p: two-sided, "
-        f"adjusted by Holm's method for the {tested} comparisons of this experiment. A "
-        "verdict of higher or lower needs both p below .05. Relative improvement in two "
-        "customs: rel. AUC = AUC / base − 1, RelaImpr = (AUC − .5) / (base − .5) − 1.",
+        "AUC differences on the same rows, with 95% intervals. Over seeds: paired t-interval. Over "
+        "users: cluster bootstrap of the mean over seeds. p: two-sided, adjusted by Holm's method "
+        f"for the {comparisons[0].n_tests} comparisons that this experiment has planned. A verdict "
+        "of higher or lower needs both p below .05. Relative improvement in two customs: "
+        "rel. AUC = AUC / base − 1, RelaImpr = (AUC − .5) / (base − .5) − 1.",
         with_relative=True,
     )
 
@@ -246,7 +245,7 @@ def slices(
                 "that the row's user had before it, by the training rows of its item, and by "
                 "whether its user is in training. AUC within a slice compares rows of that slice "
                 "alone. Intervals are 95% over paired seeds, not adjusted for their number; with "
-                "one seed there is none."
+                "one seed there is none." + outcomes.main_settings
             )
         ],
     )
@@ -310,7 +309,7 @@ def _slice_table(
                     *(
                         mean_and_deviation(
                             _slice_values(
-                                each.against, sorted(each.against.runs), kind, name, metric,
+                                each.against, each.seeds, kind, name, metric,
                                 measured,
                             )
                         )
@@ -391,7 +390,8 @@ def calibration(outcomes: Outcomes, measured: Mapping[str, Measured]) -> Section
     table = Table(
         f"Expected calibration error (mean gap between predicted and observed share of likes over "
         f"{statistics.BINS} bins of equal numbers of rows; lower is better), and the mean "
-        "prediction against the share of likes: mean ± standard deviation over seeds.",
+        "prediction against the share of likes: mean ± standard deviation over seeds."
+        + outcomes.main_settings,
         ["dataset", "model", "arm", "seeds", "ECE", "mean prediction", "share of likes"],
         [
             [

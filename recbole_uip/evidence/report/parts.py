@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 
 __all__ = ["Block", "Chart", "Code", "Items", "Section", "Table", "Text", "set_anchors"]
 
+# Cells that need no word where all say the same.
+_UNSAID = {"", "–", "none"}
 # What a number's cell begins with; an empty cell says nothing about its column.
 _NUMBER = re.compile(r"$|[–+−<\[]|\d")
 
@@ -59,14 +61,22 @@ class Table:
     folded: bool = False
 
     def without(self, *columns: str) -> Table:
-        """The table without those of ``columns`` that say the same in every row."""
+        """The table without those of ``columns`` that say the same in every row.
+
+        What they say stands in the caption.
+        """
         kept = [
             index
             for index, name in enumerate(self.columns)
             if name not in columns or len({row[index] for row in self.rows}) > 1
         ]
+        same = [
+            f"{self.columns[index]} {self.rows[0][index]}"
+            for index in sorted({*range(len(self.columns))} - {*kept})
+            if self.rows and self.rows[0][index] not in _UNSAID
+        ]
         return Table(
-            self.caption,
+            f"{self.caption} All rows: {', '.join(same)}." if same else self.caption,
             [self.columns[index] for index in kept],
             [[row[index] for index in kept] for row in self.rows],
             max(1, sum(index < self.heads for index in kept)),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from recbole_uip.evidence import statistics
+from recbole_uip.evidence.experiments.measured import Measured
 from recbole_uip.evidence.experiments.outcomes import (
     METRICS,
     REFRESH,
@@ -99,21 +100,21 @@ def tuning(outcomes: Outcomes) -> Section | None:
 # --- sensitivity --------------------------------------------------------------------------------
 
 
-def sensitivities(outcomes: Outcomes) -> Section | None:
+def sensitivities(outcomes: Outcomes, measured: Mapping[str, Measured]) -> Section | None:
     """AUC and LogLoss against each setting that was varied, and against bytes per user."""
     found = {key: each for key, each in sensitivity(outcomes).items() if key != REFRESH}
     if not found:
         return None
     section = Section("Sensitivity")
     for key, series in found.items():
-        section.sections.append(Section(key, _series_blocks(key, series)))
+        section.sections.append(Section(key, _series_blocks(key, series, measured)))
     sizes = _against_bytes(outcomes)
     if sizes:
         section.sections.append(Section("AUC against bytes per user", sizes))
     return section
 
 
-def staleness(outcomes: Outcomes) -> Section | None:
+def staleness(outcomes: Outcomes, measured: Mapping[str, Measured]) -> Section | None:
     """Metrics against the lag of the profiles."""
     series = sensitivity(outcomes).get(REFRESH)
     if not series:
@@ -125,12 +126,14 @@ def staleness(outcomes: Outcomes) -> Section | None:
                 "Profiles lag behind by the refresh interval, in training and in the test alike. "
                 "Arms without profiles do not depend on it."
             ),
-            *_series_blocks(REFRESH, series),
+            *_series_blocks(REFRESH, series, measured),
         ],
     )
 
 
-def _series_blocks(key: str, series: Sequence[Series]) -> list[Block]:
+def _series_blocks(
+    key: str, series: Sequence[Series], measured: Mapping[str, Measured]
+) -> list[Block]:
     rows = []
     for each in series:
         first = each.cases[0]
@@ -144,14 +147,14 @@ def _series_blocks(key: str, series: Sequence[Series]) -> list[Block]:
                     _value(value),
                     str(len(case.runs)),
                     *(mean_and_deviation(case.values(metric)) for metric in METRICS),
-                    "" if case is first else _change(case, first),
+                    "" if case is first else _change(case, first, measured),
                     amount(bytes_per_user(case)),
                 ]
             )
     table = Table(
         f"By {key}: mean ± standard deviation over seeds. The difference is paired by seed, from "
         "the first value of its series, with a 95% interval that is not adjusted for their "
-        "number.",
+        "number; where both are judged on the same rows.",
         [
             "dataset", "model", "arm", "other settings", key, "seeds",
             *(METRIC_NAMES[metric] for metric in METRICS), "ΔAUC from the first value",
@@ -188,8 +191,12 @@ def _series_blocks(key: str, series: Sequence[Series]) -> list[Block]:
     return [*blocks, table]
 
 
-def _change(case: CaseOutcome, first: CaseOutcome) -> str:
-    seeds = sorted(case.runs.keys() & first.runs.keys())
+def _change(case: CaseOutcome, first: CaseOutcome, measured: Mapping[str, Measured]) -> str:
+    seeds = [
+        seed
+        for seed in sorted(case.runs.keys() & first.runs.keys())
+        if measured[case.runs[seed].key].rows == measured[first.runs[seed].key].rows
+    ]
     sides = [each.values("auc", seeds) for each in (case, first)]
     return difference(statistics.paired_difference(*sides, overlap=case.overlap))
 

@@ -40,8 +40,9 @@ def against_authors(task: Task, slice_: Slice, peers: int) -> dict[str, Any]:
 
     Gains are from where each starts, for under another prompt the same texts have another
     likelihood. Both tune the paper's two facets for the same users. The authors' way: the texts
-    in one sequence, no block mask, free soft tokens, all of the sequence at each step of Adam,
-    through transformers as it is. Their codebook learns from soft tokens but does not move them
+    in one sequence, no block mask, soft tokens that are free up to the length at which the LM's
+    likelihood scales them back, all of the sequence at each step of Adam, through transformers as
+    it is. Their codebook learns from soft tokens but does not move them
     (MSE weight .5, no commitment), so it has no part in this.
     """
     facets = tuple(

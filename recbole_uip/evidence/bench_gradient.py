@@ -21,7 +21,7 @@ from recbole_uip.evidence.bench import Matrices, matmul_ceiling, matrices
 from recbole_uip.evidence.bench_authors import against_authors
 from recbole_uip.evidence.figures import Figure, machine
 from recbole_uip.evidence.task import Task, load_task, parse_config
-from recbole_uip.evidence.tuning_slice import Counted, Slice, names_of, posterior_of
+from recbole_uip.evidence.tuning_slice import CHECKED, Counted, Slice, names_of, posterior_of
 from recbole_uip.lm.scoring import n_workers
 from recbole_uip.passages import Group
 from recbole_uip.records import peak_memory, versions
@@ -91,7 +91,8 @@ def bench_gradient(
     users : int
         Users, drawn at random among those with enough training rows.
     peers : int
-        Of these, users for the comparison with the authors' formulation; 0 leaves it out.
+        Of these, users for the comparison with the authors' formulation, at most
+        :data:`~recbole_uip.evidence.tuning_slice.CHECKED`; 0 leaves it out.
     speed : bool
         Whether to say how fast the E-step is, and nothing else.
     command : str, optional
@@ -110,8 +111,11 @@ def bench_gradient(
     """
     if users < 8:
         raise SettingsError(f"users={users} must be at least 8: a codebook is fitted on them")
-    if not 0 <= peers <= users:
-        raise SettingsError(f"peers={peers} must be between 0 and users={users}")
+    most = min(users, CHECKED)
+    if not 0 <= peers <= most:
+        raise SettingsError(
+            f"peers={peers} must be between 0 and {most}, of whom likelihoods are computed"
+        )
     config = {"uip_posterior": "gradient", **(config or {})}
     name, parsed = parse_config(dataset, config_files, config, command_line)
     task = load_task(parsed)
@@ -285,7 +289,10 @@ def _likelihood(
     between: GradientPosterior,
     group: Group,
 ) -> list[dict[str, Any]]:
-    """True log-likelihoods of own and held-out behaviours at what each posterior says."""
+    """True log-likelihoods of own and held-out behaviours at what each posterior says.
+
+    Soft tokens are drawn back to where the LM knows anything, as tuning draws them.
+    """
     tuned = np.concatenate(posterior.mode_, axis=1)
     closed = np.concatenate([_closed_form(group, f) for f in range(len(group.facets))], axis=1)
     places = {"start": np.zeros_like(tuned), "gradient": tuned}
@@ -297,17 +304,16 @@ def _likelihood(
         passages, owner, active = slice_.passages(group, held_out)
         if not passages:
             continue
-        at = {}
+        at, behaviours = {}, int(active.max(axis=1).sum())
         for where, coordinates in places.items():
-            theta = group.frame.tokens(
-                coordinates[owner].astype(np.float32), group.fold[owner], active
-            )
-            at[where] = float(group.likelihood.value(passages, theta).mean())
+            drawn = group.frame.within(coordinates[owner].astype(np.float32), group.fold[owner])
+            theta = group.frame.tokens(drawn, group.fold[owner], active)
+            at[where] = float(group.likelihood.value(passages, theta).sum() / behaviours)
         results.append(
             {
                 "facets": names_of(group),
                 "which": which,
-                "behaviours": len(passages),
+                "behaviours": behaviours,
                 "at": at,
             }
         )

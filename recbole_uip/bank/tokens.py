@@ -448,12 +448,6 @@ def _probe(token, at, size, hashed, slots, ends, data):
         slot = (slot + np.uint64(1)) & mask
 
 
-@_compiled
-def _hash_of(token, seed):
-    """Hash of a bytes object."""
-    return _hash(token, 0, len(token), seed)
-
-
 @_called_often
 def _find_one(token, header):
     """Number of one token, a bytes object; -1 if it is not there.

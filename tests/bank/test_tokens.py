@@ -2,6 +2,7 @@
 
 import threading
 
+import numba
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -29,6 +30,12 @@ FORMS = [
     lambda tokens: pa.array(tokens, pa.string()).dictionary_encode(),
     lambda tokens: pa.chunked_array([tokens[:2], [], tokens[2:]], pa.string()),
 ]
+
+
+@numba.njit
+def hash_of(token, seed):
+    """Hash of a bytes object."""
+    return module._hash(token, 0, len(token), seed)
 
 
 @settings(deadline=None)  # the first call compiles
@@ -86,13 +93,13 @@ def test_sequential_names_do_not_meet(name):
     index = TokenIndex([name.format(number) for number in range(n)])
     slots, _, _, seed = index._table
     home = np.array(
-        [module._hash_of(token.encode(), seed) & (len(slots) - 1) for token in index],
+        [hash_of(token.encode(), seed) & (len(slots) - 1) for token in index],
         dtype=np.int64,
     )
     # Of random homes, exp(-load) of the slots are nobody's.
     free = 1 - len(np.unique(home)) / len(slots)
     assert free == pytest.approx(np.exp(-n / len(slots)), abs=0.01)
-    halves = np.array([module._hash_of(token.encode(), seed) >> 32 for token in index])
+    halves = np.array([hash_of(token.encode(), seed) >> 32 for token in index])
     assert len(np.unique(halves)) > n - 10
 
 
@@ -101,7 +108,7 @@ def test_only_bytes_decide():
     index = TokenIndex(["a1", "a2"])
     slots, _, _, seed = index._table
     for token, number in (("a1", 0), ("a2", 1)):
-        hashed = module._hash_of(token.encode(), seed)
+        hashed = hash_of(token.encode(), seed)
         home, half = int(hashed) & (len(slots) - 1), np.uint64(hashed) & module._HASH_BITS
         slots[:] = 0
         slots[home] = half | np.uint64(1 - number + 1)

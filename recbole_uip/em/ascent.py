@@ -20,15 +20,17 @@ import numpy as np
 import scipy.special
 
 from recbole_uip.em.codebook import component_log_densities
-from recbole_uip.em.frame import Frame, Units, secant_sums, spread_sums, sums_by_owner
+from recbole_uip.em.frame import Expansion, Frame, Units, secant_sums, spread_sums, sums_by_owner
 from recbole_uip.settings import GradientSettings
 
 __all__ = ["LEARNING_RATES", "SHARED", "EStep", "Likelihood", "Prior", "State", "ascend"]
 
 LEARNING_RATES = (0.01, 0.03, 0.1)  # of which ``learning_rate: auto`` takes one
 BETAS = (0.9, 0.99)  # few steps: the second moment cannot look back over a thousand of them
+_OWN = ("where", "value", "curve", "secant", "spread", "lm_tokens")
+_SUMS = tuple(each.name for each in dataclasses.fields(Expansion))
 #: What of a batch's result all processes need; the rest stays with the process that made it.
-SHARED = ("where", "total", "value", "curve", "secant", "spread", "lm_tokens")
+SHARED = (*_OWN, *_SUMS)
 
 
 class Likelihood(Protocol):
@@ -110,36 +112,37 @@ class EStep:
     ----------
     where : ndarray of float32, shape (n, R)
         Coordinates where it ended.
-    total : ndarray of float32, shape (n, R)
-        Gradient of all of a profile's behaviours, each of its last visit.
     value : ndarray of float64, shape (n,)
-        Their log-likelihood.
+        Log-likelihood of a profile's behaviours, each of its last visit.
     curve : ndarray of float64, shape (steps + 1,)
         Sum of the log posteriors before and after each step; NaN while a behaviour's value is not
         known.
     secant : ndarray of float64, shape (G, 2)
         Sums of curvature and of its weights, see :func:`secant_sums`.
-    spread : ndarray of float64, shape (G, 2)
-        Sums of squares of gradients and their freedom, see :func:`spread_sums`.
+    spread : ndarray of float64, shape (G, 4)
+        How gradients and places scatter, see :func:`spread_sums`.
     lm_tokens : ndarray of int64, shape ()
+    expansion : Expansion
+        Of the behaviours, each at its last visit.
     state : State or None
         From which the next one goes on; None if that stayed in another process.
     """
 
     where: np.ndarray
-    total: np.ndarray
     value: np.ndarray
     curve: np.ndarray
     secant: np.ndarray
     spread: np.ndarray
     lm_tokens: np.ndarray
+    expansion: Expansion
     state: State | None = None
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """As :func:`in_turn` and its like keep and exchange it."""
-        own = {name: array for name, array in vars(self).items() if name != "state"}
-        return own | {f"state_{name}": array for name, array in vars(self.state).items()}
+        own = {name: getattr(self, name) for name in _OWN}
+        state = {f"state_{name}": array for name, array in vars(self.state).items()}
+        return own | vars(self.expansion) | state
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> EStep:
@@ -147,7 +150,8 @@ class EStep:
         state = None
         if "state_where" in arrays:
             state = State(*(arrays[f"state_{each.name}"] for each in dataclasses.fields(State)))
-        return cls(*(arrays[name] for name in SHARED), state)
+        expansion = Expansion(*(arrays[name] for name in _SUMS))
+        return cls(*(arrays[name] for name in _OWN), expansion, state)
 
 
 class _Adam:
@@ -215,7 +219,8 @@ def ascend(
     taken = np.minimum(settings.batch, counts)
     scale = (counts / np.maximum(taken, 1)).astype(np.float32)
     adam = _Adam(frame.steps(learning_rate), settings.steps)
-    secant, lm_tokens = np.zeros((len(frame.maps), 2)), 0
+    again, first = np.zeros((2, len(frame.maps), 2))
+    lm_tokens = 0
     log_posterior, pull = _log_posterior(where, np.bincount(owner, state.value, n), frame, priors)
     curve = [log_posterior.sum()]
     for rows in _turns(profiles, counts, taken, settings.steps, seed):
@@ -224,9 +229,11 @@ def ascend(
         new = frame.pull(gradients, row_fold, row_active)
         lm_tokens += int(units.cost[mine[rows]].sum())
         change = new - state.gradient[rows]
-        # cached scores differ from our own by rounding, which no short move should be blamed for
-        moved = (here - state.visited[rows]) * state.own[rows, None]
-        secant += secant_sums(frame, row_active, moved, change)
+        # Cached scores differ from our own by rounding, which no short move should be blamed for:
+        # they count where no behaviour is visited twice.
+        moved, own = here - state.visited[rows], state.own[rows, None]
+        again += secant_sums(frame, row_active, moved * own, change)
+        first += secant_sums(frame, row_active, moved * ~own, change)
         # SAGA: the last gradients of all, and the change of a few scaled to all
         estimate = sums_by_owner(state.gradient, owner, n)
         estimate += scale[:, None] * sums_by_owner(change, owner[rows], n)
@@ -237,14 +244,15 @@ def ascend(
             where, np.bincount(owner, state.value, n), frame, priors
         )
         curve.append(log_posterior.sum())
+    last = active, state.gradient, state.visited, owner, n
     return EStep(
         where,
-        sums_by_owner(state.gradient, owner, n),
         np.bincount(owner, state.value, n),
         np.array(curve),
-        secant,
-        spread_sums(frame, active, state.gradient, owner, n),
+        np.where(again[:, 1:] > 0, again, first),
+        spread_sums(frame, *last),
         np.array(lm_tokens),
+        Expansion.of(frame, *last),
         dataclasses.replace(state, where=where),
     )
 

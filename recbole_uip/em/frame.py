@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
-__all__ = ["Frame", "Units", "secant_sums", "spread_sums", "sums_by_owner"]
+__all__ = ["Expansion", "Frame", "Units", "secant_sums", "spread_sums", "sums_by_owner"]
 
 
 @dataclass(frozen=True)
@@ -170,34 +170,100 @@ def secant_sums(
 
 
 def spread_sums(
-    frame: Frame, active: np.ndarray, gradient: np.ndarray, owner: np.ndarray, n: int
+    frame: Frame,
+    active: np.ndarray,
+    gradient: np.ndarray,
+    visited: np.ndarray,
+    owner: np.ndarray,
+    n: int,
 ) -> np.ndarray:
-    """Squares of behaviours' gradients about their profile's mean: by freedom, v of one behaviour.
+    """How behaviours' gradients and places scatter about their profile's means.
+
+    Gradients of different places tell how behaviours differ once they are moved to one place by
+    the curvature c: h = g + c w a, for a unit of w behaviours with gradient g at a. The sums are
+    those of which the squares of h about its mean are made, for any c.
 
     Parameters
     ----------
     frame : Frame
     active : ndarray, shape (m, G)
-        Behaviours in each unit, over which a unit's gradient is a sum.
-    gradient : ndarray, shape (m, R)
+        Behaviours w in each unit, over which its gradient is a sum.
+    gradient, visited : ndarray, shape (m, R)
     owner : ndarray of int64, shape (m,)
     n : int
         Number of profiles.
 
     Returns
     -------
-    ndarray of float64, shape (G, 2)
-        Sums of squares, and their degrees of freedom.
+    ndarray of float64, shape (G, 4)
+        Sums of squares of g, of products of g and a, of squares of a; and degrees of freedom.
     """
-    sums = np.zeros((len(frame.maps), 2))
+    sums = np.zeros((len(frame.maps), 4))
     for f, (part, rank) in enumerate(zip(frame.slices, frame.ranks, strict=True)):
         on = np.flatnonzero(active[:, f] > 0)
-        who, weight, own = owner[on], active[on, f], gradient[on, part].astype(np.float64)
-        count = np.bincount(who, weight, n)
-        mean = sums_by_owner(own, who, n) / np.maximum(count, 1.0)[:, None]
-        apart = own - weight[:, None] * mean[who]
-        sums[f] = (apart**2 / weight[:, None]).sum(), rank * (len(on) - np.count_nonzero(count))
+        who, weight = owner[on], active[on, f, None]
+        count = np.maximum(np.bincount(who, weight[:, 0], n), 1.0)[:, None]
+        g, a = (values[on, part].astype(np.float64) for values in (gradient, visited))
+        g = g / weight - (sums_by_owner(g, who, n) / count)[who]
+        a = a - (sums_by_owner(weight * a, who, n) / count)[who]
+        freedom = rank * (len(on) - len(np.unique(who)))
+        sums[f] = (weight * g * g).sum(), (weight * g * a).sum(), (weight * a * a).sum(), freedom
     return sums
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Sums over the behaviours of n profiles, of which a quadratic likelihood is made.
+
+    Each unit has ℓ and its gradient g at a place a of its own, and w behaviours.
+
+    Attributes
+    ----------
+    gradient, place : ndarray of float64, shape (n, R)
+        Σ g and Σ w a.
+    linear, square : ndarray of float64, shape (n, G)
+        Σ <g, a> and Σ w |a|².
+    """
+
+    gradient: np.ndarray
+    place: np.ndarray
+    linear: np.ndarray
+    square: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        frame: Frame,
+        active: np.ndarray,
+        gradient: np.ndarray,
+        visited: np.ndarray,
+        owner: np.ndarray,
+        n: int,
+    ) -> Expansion:
+        """The sums over units, given as to :func:`spread_sums`."""
+        weight = np.repeat(active, frame.ranks, axis=1)
+        ends = np.cumsum([0, *frame.ranks])[:-1]
+        gradient, visited = gradient.astype(np.float64), visited.astype(np.float64)
+        linear, square = (
+            np.add.reduceat(each, ends, axis=1)
+            for each in (gradient * visited, weight * visited**2)
+        )
+        parts = gradient, weight * visited, linear, square
+        return cls(*(sums_by_owner(each, owner, n) for each in parts))
+
+    def offset(self, part: slice, count: np.ndarray, curvature: float) -> np.ndarray:
+        """Where the likelihood of ``count`` behaviours each is highest, shape (n, rank)."""
+        count = count[:, None]
+        return (self.place[:, part] + self.gradient[:, part] / curvature) / count
+
+    def rise(
+        self, f: int, part: slice, count: np.ndarray, curvature: float, where: np.ndarray
+    ) -> np.ndarray:
+        """By how much the likelihood at ``where`` (n, rank) is more than Σ ℓ, shape (n,)."""
+        linear = (where * self.gradient[:, part]).sum(axis=1) - self.linear[:, f]
+        square = count * (where**2).sum(axis=1) + self.square[:, f]
+        square -= 2.0 * (where * self.place[:, part]).sum(axis=1)
+        return linear - 0.5 * curvature * square
 
 
 def sums_by_owner(rows: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:

@@ -4,19 +4,21 @@ r"""The gradient posterior: soft tokens tuned user by user, EM around them.
 the log posterior (:mod:`recbole_uip.em.ascent`).
 
 **Measured offsets.** What EM needs of a profile is not its mode, which the prior has shrunk, but
-what its behaviours alone say: a Newton step from there, and how far chance moves its end,
+what its behaviours alone say: a Newton step of each behaviour from the place :math:`a_i` of its
+last visit, and how far chance moves their mean,
 
-.. math:: y = a + \frac{\nabla_a \sum_i \ell_i(a)}{c N}, \quad \nu = \frac{v}{c^2 N},
+.. math:: y = \frac{1}{N} \sum_i \Bigl( a_i + \frac{\nabla \ell_i(a_i)}{c} \Bigr),
+    \quad \nu = \frac{v}{c^2 N},
 
 for a profile of N behaviours. The curvature c of one behaviour is the secant
 :math:`-\langle \Delta a, \Delta \nabla \ell_i\rangle / |\Delta a|^2` between two visits to a
 behaviour, pooled over all profiles; but at least 1, the Fisher information at :math:`\theta^0`.
-The variance v of one behaviour's gradient is pooled over the behaviours of each profile. Were the
-LM's the true likelihood, v would be c (:math:`\nu` is the sandwich of Huber 1967); where profiles
-have one unit each it is taken so.
+The variance v of one behaviour's gradient, moved to one place by c, is pooled over the behaviours
+of each profile. Were the LM's the true likelihood, v would be c (:math:`\nu` is the sandwich of
+Huber 1967); where profiles have one unit each it is taken so.
 
 **M-step.** The codebooks of all facets are fitted on (y, nu), as those of the closed form are
-(:mod:`mixture`), each from the one before.
+(:mod:`mixture`), each from the one before, scaled as offsets have been since.
 
 **Bound.** Of held-out profiles, which no codebook is fitted on, the Laplace approximation of
 :math:`\log p(x_u)` with :math:`a_u` integrated out (of precision c N), in nats a
@@ -164,9 +166,11 @@ class GradientPosterior:
         for self.n_iter_ in range(1, settings.rounds + 1):
             results = self._tune("fit", learn, self.n_iter_)
             self.curvature_, self.spread_ = self._moments(results)
+            before = [offset.copy() for offset in self.offset_]
             self._measure(learn, results, evidence)
             self.codebooks_ = [
-                self._fit_codebook(f, fitted & ~held_out) for f in range(len(self.facets))
+                self._fit_codebook(f, fitted & ~held_out, before[f])
+                for f in range(len(self.facets))
             ]
             if results:
                 curve = np.sum([each.curve for each in results], axis=0)
@@ -299,7 +303,9 @@ class GradientPosterior:
         curvature = np.ones(len(self.facets))
         curvature[moved] = secant[moved, 0] / secant[moved, 1]
         curvature = np.maximum(curvature, 1.0)
-        squares, freedom = np.sum([zero, *(each.spread for each in results)], axis=0).T
+        zero = np.zeros((len(self.facets), 4))
+        g, cross, a, freedom = np.sum([zero, *(each.spread for each in results)], axis=0).T
+        squares = g + curvature * (2.0 * cross + curvature * a)
         spread = np.where(freedom > 0, squares / np.maximum(freedom, 1.0), curvature)
         return curvature, spread
 
@@ -311,27 +317,43 @@ class GradientPosterior:
             for f, part in enumerate(self.frame.slices):
                 count = evidence[batch, f]
                 known = count > 0
-                variance = 1.0 / (self.curvature_[f] * count[known])
-                mode = result.where[known, part].astype(np.float64)
-                newton = variance[:, None] * result.total[known, part]
-                self.noise_[batch[known], f] = self.spread_[f] / self.curvature_[f] * variance
-                self.mode_[f][batch[known]] = mode
-                self.offset_[f][batch[known]] = mode + newton
+                curvature, known_batch = self.curvature_[f], batch[known]
+                offset = result.expansion.offset(part, np.maximum(count, 1.0), curvature)
+                self.noise_[known_batch, f] = self.spread_[f] / (curvature**2 * count[known])
+                self.mode_[f][known_batch] = result.where[known, part]
+                self.offset_[f][known_batch] = offset[known]
 
-    def _fit_codebook(self, f: int, learn: np.ndarray) -> ResidualCodebook | None:
+    def _fit_codebook(
+        self, f: int, learn: np.ndarray, before: np.ndarray
+    ) -> ResidualCodebook | None:
+        """The codebook of facet ``f``, whose offsets were ``before`` in the last round."""
         chosen = np.flatnonzero(learn & np.isfinite(self.noise_[:, f]))
         if len(chosen) == 0:
             return None
         chosen = np.random.default_rng(self.seed).permutation(chosen)[: self.codebook.sample]
         codebook = ResidualCodebook.from_settings(self.facets[f], self.codebook, self.seed)
-        return codebook.fit(
-            self.offset_[f][chosen], self.noise_[chosen, f], self._codebook_start(f, chosen)
-        )
+        offset = self.offset_[f][chosen]
+        start = self._codebook_start(f, before[chosen], offset)
+        return codebook.fit(offset, self.noise_[chosen, f], start)
 
-    def _codebook_start(self, f: int, profiles: np.ndarray) -> list[np.ndarray | None] | None:
-        """What the codebook of ``profiles`` is fitted from, level by level: the one before."""
+    def _codebook_start(
+        self, f: int, before: np.ndarray, offset: np.ndarray
+    ) -> list[np.ndarray] | None:
+        """The codebook of the last round, level by level, scaled as offsets have been since.
+
+        By a larger curvature all offsets are shorter.
+        """
         old = self.codebooks_[f]
-        return None if old is None else [level.packed for level in old.levels_]
+        scale = (before * offset).sum() / max((before**2).sum(), np.finfo(float).tiny)
+        if old is None or scale <= 0.0:
+            return None
+        starts = []
+        for level in old.levels_:
+            log_weights, codewords, variance = np.split(
+                level.packed, [level.n_codes, -offset.shape[1]]
+            )
+            starts.append(np.concatenate([log_weights, scale * codewords, scale**2 * variance]))
+        return starts
 
     def _bound(
         self,
@@ -347,10 +369,11 @@ class GradientPosterior:
         for batch, result in zip(batches, results, strict=True):
             value[batch] = result.value
             for f, part in enumerate(self.frame.slices):
-                # what a Newton step from here would gain
-                gain = 0.5 * (result.total[:, part].astype(np.float64) ** 2).sum(axis=1)
-                known = evidence[batch, f] > 0
-                value[batch[known]] += gain[known] * variance[batch[known], f]
+                # ℓ at the offset, as far as the curvature says
+                place = self.offset_[f][batch]
+                value[batch] += result.expansion.rise(
+                    f, part, evidence[batch, f], self.curvature_[f], place
+                )
         for f, codebook in enumerate(self.codebooks_):
             known = judged[evidence[judged, f] > 0]
             if codebook is None or len(known) == 0:

@@ -8,22 +8,19 @@ there from θ⁰ leaves what the LM knows (:meth:`Frame.within`): :math:`a_z = s
 
 and measures the profile from there: :math:`y = a_z + \sum_i \nabla \ell_i(a_z) / (c N)`, an
 iterated extended Kalman filter. The first round is at θ⁰, where cached scores say all that there
-is to know: its offsets are those of the closed form, and cost nothing. The second round measures c,
-by which offsets shrink to the size of the moves that c was measured of; so a round's codebook
-starts from the codes of the round before, not from their codewords. Profiles of one code and fold
-share the LM's passes: a round costs at most K of each distinct behaviour for a fold of users, and
-never more than one of each event.
+is to know: but for how directions are centred it is the closed form, and costs nothing. Profiles of
+one code and fold share the LM's passes: a round costs at most K of each distinct behaviour for a
+fold of users, and never more than one of each event.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 
 from recbole_uip.em.ascent import EStep, State
-from recbole_uip.em.frame import Units, secant_sums, spread_sums, sums_by_owner
+from recbole_uip.em.frame import Expansion, secant_sums, spread_sums
 from recbole_uip.em.gradient import GradientPosterior
 from recbole_uip.work import even_batches
 
@@ -39,13 +36,6 @@ class RelinearizedPosterior(GradientPosterior):
 
     # The bound at θ⁰ is of an extrapolation, and that at the first codewords of measured values.
     warm_up = 2
-
-    def fit(self, units: Units, *args: Any, **kwargs: Any) -> RelinearizedPosterior:
-        """See :meth:`GradientPosterior.fit`."""
-        self._codes = np.full(units.evidence.shape, -1)  # of the last round
-        super().fit(units, *args, **kwargs)
-        del self._codes
-        return self
 
     def _choose_rate(self, profiles: np.ndarray) -> float:
         return 0.0
@@ -66,7 +56,6 @@ class RelinearizedPosterior(GradientPosterior):
         active, fold = units.active[mine], self._fold[profiles][owner]
         codes, where = self._codewords(profiles)
         where = frame.within(where, self._fold[profiles])
-        self._codes[profiles] = codes
         here = where[owner]
         moved = (here - before.visited) * np.repeat(active > 0, frame.ranks, axis=1)
         fresh = np.flatnonzero(moved.any(axis=1) | np.isnan(before.value))
@@ -91,14 +80,15 @@ class RelinearizedPosterior(GradientPosterior):
             prior.value_and_gradient(where[:, part])[0]
             for part, prior in zip(frame.slices, self.priors() or (), strict=False)
         ]
+        last = active, gradient, here, owner, len(profiles)
         return EStep(
             where,
-            sums_by_owner(gradient, owner, len(profiles)),
             log_likelihood,
             np.array([log_likelihood.sum() + np.sum(log_priors)]),
             secant_sums(frame, active[known], moved[known], change),
-            spread_sums(frame, active, gradient, owner, len(profiles)),
+            spread_sums(frame, *last),
             np.array(lm_tokens),
+            Expansion.of(frame, *last),
             after,
         )
 
@@ -127,22 +117,6 @@ class RelinearizedPosterior(GradientPosterior):
         for rows, result in zip(batches, found, strict=True):
             values[rows], gradients[rows] = result["value"], result["gradient"]
         return values, gradients
-
-    def _codebook_start(self, f: int, profiles: np.ndarray) -> list[np.ndarray | None] | None:
-        codes = self._codes[profiles, f]
-        if self.codebooks_[f] is None:
-            return None
-        offsets, n_codes = self.offset_[f][profiles], self.facets[f].codes
-        share = np.bincount(codes, minlength=n_codes) + 1.0
-        codewords = np.tile(offsets.mean(axis=0), (n_codes, 1))
-        used = np.unique(codes)
-        sums = sums_by_owner(offsets, codes, n_codes)
-        codewords[used] = sums[used] / (share[used] - 1.0)[:, None]
-        floor = 1e-6 * offsets.var(axis=0) + np.finfo(float).tiny
-        # The noise is part of this spread: a wide start.
-        variance = np.maximum(((offsets - codewords[codes]) ** 2).mean(axis=0), floor)
-        first = np.concatenate([np.log(share / share.sum()), codewords.T.ravel(), variance])
-        return [first, *[None] * (self.facets[f].levels - 1)]
 
     def _codewords(self, profiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, G), -1 for none yet, and soft tokens' coordinates (n, R), then zeros."""

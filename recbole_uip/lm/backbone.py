@@ -437,11 +437,15 @@ def _is_whole(folder: Path, weights: str) -> bool:
         return False
     if not (folder / "config.json").is_file() or not any(folder.glob("tokenizer*")):
         return (folder / "adapter_config.json").is_file()  # which has neither
-    indices = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.index.json")]
-    if any("-of-" in file.name for file in files) and not indices:
-        return False
+    if not any("-of-" in file.name for file in files):
+        return True
+    # There may be the index of another format besides, whose files are not fetched.
+    indices = [
+        json.loads(path.read_text("utf-8"))
+        for path in folder.glob(f"*{files[0].suffix}.index.json")
+    ]
     named = {name for index in indices for name in index.get("weight_map", {}).values()}
-    return all((folder / name).is_file() for name in named)
+    return bool(named) and all((folder / name).is_file() for name in named)
 
 
 def _fetch_wheel(wheel: _Wheel, target: Path) -> Path:

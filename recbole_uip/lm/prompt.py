@@ -46,7 +46,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # part of every cache key: raise it when the prompt or what is kept of a score changes
-VERSION = 1
+VERSION = 2
 SOFT = -1  # stands for a soft token among token ids
 LEAD = -1  # stands for "no facet" among the blocks
 

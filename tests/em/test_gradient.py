@@ -42,6 +42,26 @@ class Quadratic:
         return -0.5 * self.curvature * (gap**2).sum(axis=1), np.stack(slopes, axis=1)
 
 
+class Bent:
+    """ℓ of a quadratic likelihood whose coordinates are bent, so that its curvature changes."""
+
+    def __init__(self, quadratic):
+        self.quadratic, self.read = quadratic, []
+
+    def __call__(self, units, theta):
+        self.read.append((units, theta))
+        frame, active = self.quadratic.frame, self.quadratic.active[units]
+        at = self.quadratic.coordinates(theta.astype(np.float64))
+        gap = (self.quadratic.targets[units] - at) * np.repeat(active > 0, RANK, axis=1)
+        # −log cosh: as a square near its top, as an absolute value far from it
+        slope = np.tanh(gap)
+        slopes = [
+            slope[:, part] @ inverse
+            for part, inverse in zip(frame.slices, self.quadratic.inverse, strict=True)
+        ]
+        return -np.log(np.cosh(gap)).sum(axis=1), np.stack(slopes, axis=1)
+
+
 def make_frame(rng, n_facets=2):
     maps = []
     for _ in range(n_facets):
@@ -69,6 +89,14 @@ def make_world(rng, n=60, per_profile=12, curvature=1.0):
     each = np.arange(len(targets))
     units = Units(first, each, np.full(len(targets), 5), active, value, gradient)
     return frame, units, likelihood, truth
+
+
+def at_start(units, frame, likelihood):
+    """Units with values and gradients of ``likelihood`` at θ⁰."""
+    every = np.arange(len(units.value))
+    value, slope = likelihood(every, np.repeat(frame.theta0[None], len(every), axis=0))
+    gradient = frame.pull(slope, np.zeros(len(every), dtype=int), units.active)
+    return dataclasses.replace(units, value=value, gradient=gradient)
 
 
 FACETS = [FacetSettings("one", weight="all", codes=3), FacetSettings("two", "lm", "all", codes=3)]
@@ -174,6 +202,25 @@ def test_curvature_is_measured(rng):
     np.testing.assert_allclose(posterior.noise_, 0.25 / counts[:, [0, RANK]], rtol=0.05)
 
 
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("curvature", [1.0, 4.0, 25.0])
+def test_visits_at_different_places_are_brought_to_one(rng, curvature, rounds):
+    """A step visits few behaviours: the last gradients are of where a profile was then."""
+    frame, units, likelihood, _ = make_world(rng, n=100, per_profile=50, curvature=curvature)
+    posterior = GradientPosterior(
+        FACETS, frame, GradientSettings(batch=2, rounds=rounds, tol=-np.inf), CodebookSettings()
+    )
+    everyone = np.ones(100, dtype=bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        posterior.fit(units, np.zeros(100, int), everyone, np.arange(100) % 10 == 0, likelihood)
+    np.testing.assert_allclose(posterior.spread_, curvature, rtol=0.05)
+    weight = np.repeat(units.active, RANK, axis=1)
+    counts = np.add.reduceat(weight, units.first[:-1])
+    mean = np.add.reduceat(weight * likelihood.targets, units.first[:-1]) / counts
+    np.testing.assert_allclose(np.concatenate(posterior.offset_, axis=1), mean, atol=1e-3)
+
+
 def test_noise_is_how_far_offsets_scatter(rng):
     """Also where behaviours scatter more than the likelihood's curvature says."""
     frame, units, likelihood, truth = make_world(rng, n=400)
@@ -187,8 +234,9 @@ def test_noise_is_how_far_offsets_scatter(rng):
         start, units, np.arange(400), np.zeros(400, int), frame, None, likelihood,
         GradientSettings(steps=10, batch=12), 0.1, (0,),
     )  # fmt: skip
-    squares, freedom = step.spread.T
-    np.testing.assert_allclose(squares / freedom, 9.0, rtol=0.05)
+    # The curvature is 1: g + a is the behaviour's target, of variance 9.
+    squares = step.spread @ [1.0, 2.0, 1.0, 0.0]
+    np.testing.assert_allclose(squares / step.spread[:, 3], 9.0, rtol=0.05)
 
 
 def test_soft_tokens_stay_within_reach(rng):
@@ -242,7 +290,9 @@ def test_profiles_not_fitted_on_touch_no_parameter(rng):
 
 
 def test_rounds_that_do_not_suffice_are_warned_about(rng):
-    frame, units, likelihood, truth = make_world(rng, n=40, curvature=4.0)
+    frame, units, quadratic, _ = make_world(rng, n=40)
+    likelihood = Bent(quadratic)
+    units = at_start(units, frame, likelihood)
     posterior = GradientPosterior(
         FACETS, frame, GradientSettings(learning_rate=0.1, rounds=2, steps=10, tol=0.0),
         CodebookSettings(),

@@ -13,27 +13,7 @@ from recbole_uip.em.gradient import GradientPosterior
 from recbole_uip.em.relinearize import RelinearizedPosterior
 from recbole_uip.settings import CodebookSettings, GradientSettings
 
-from .test_gradient import FACETS, RANK, make_world
-
-
-class Bent:
-    """ℓ of a quadratic likelihood whose coordinates are bent, so that its curvature changes."""
-
-    def __init__(self, quadratic):
-        self.quadratic, self.read = quadratic, []
-
-    def __call__(self, units, theta):
-        self.read.append((units, theta))
-        frame, active = self.quadratic.frame, self.quadratic.active[units]
-        at = self.quadratic.coordinates(theta.astype(np.float64))
-        gap = (self.quadratic.targets[units] - at) * np.repeat(active > 0, RANK, axis=1)
-        # −log cosh: as a square near its top, as an absolute value far from it
-        slope = np.tanh(gap)
-        slopes = [
-            slope[:, part] @ inverse
-            for part, inverse in zip(frame.slices, self.quadratic.inverse, strict=True)
-        ]
-        return -np.log(np.cosh(gap)).sum(axis=1), np.stack(slopes, axis=1)
+from .test_gradient import FACETS, RANK, Bent, at_start, make_world
 
 
 def fit(kind, frame, units, likelihood, **changes):
@@ -45,14 +25,6 @@ def fit(kind, frame, units, likelihood, **changes):
         warnings.simplefilter("ignore", ConvergenceWarning)
         fold = np.zeros(n, dtype=int)
         return posterior.fit(units, fold, everyone, np.arange(n) % 10 == 0, likelihood)
-
-
-def at_start(units, frame, likelihood):
-    """Units with values and gradients of ``likelihood`` at θ⁰."""
-    every = np.arange(len(units.value))
-    value, slope = likelihood(every, np.repeat(frame.theta0[None], len(every), axis=0))
-    gradient = frame.pull(slope, np.zeros(len(every), dtype=int), units.active)
-    return dataclasses.replace(units, value=value, gradient=gradient)
 
 
 def test_the_first_round_is_the_closed_form_and_costs_nothing(rng):
@@ -70,8 +42,8 @@ def test_where_scores_are_linear_nothing_changes(rng):
     frame, units, likelihood, _ = make_world(rng)
     once = fit(RelinearizedPosterior, frame, units, likelihood, rounds=1)
     thrice = fit(RelinearizedPosterior, frame, units, likelihood, rounds=3)
-    np.testing.assert_allclose(thrice.offset_[0], once.offset_[0], atol=3e-3)
-    np.testing.assert_allclose(thrice.curvature_, 1.0, atol=1e-3)
+    np.testing.assert_allclose(thrice.offset_[0], once.offset_[0], atol=5e-3)
+    np.testing.assert_allclose(thrice.curvature_, 1.0, atol=5e-3)
     # a behaviour is evidence of one facet or of both, and is read once a round
     assert thrice.tokens_ == 2 * units.cost.sum()
 
@@ -151,6 +123,22 @@ def test_codes_outlive_a_change_of_scale(rng):
         codes = posterior.codes(f)[:, 0]
         assert len(np.unique(codes)) == 3
         assert adjusted_rand_score(kinds, codes) > 0.5
+
+
+def test_rounds_that_change_nothing_keep_the_codes_in_use(rng):
+    frame, units, likelihood, _ = make_world(rng, n=400, per_profile=20)
+    facets = [dataclasses.replace(facet, codes=16) for facet in FACETS]
+    found = []
+    for rounds in (1, 4):
+        settings = GradientSettings(e_step="relinearize", rounds=rounds, tol=-np.inf)
+        posterior = RelinearizedPosterior(facets, frame, settings, CodebookSettings())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            posterior.fit(
+                units, np.zeros(400, int), np.ones(400, bool), np.arange(400) % 10 == 0, likelihood
+            )
+        found.append([book.levels_[0].perplexity_ for book in posterior.codebooks_])
+    np.testing.assert_allclose(found[1], found[0], rtol=0.15)
 
 
 @pytest.mark.parametrize("last", [10, 30])

@@ -139,6 +139,10 @@ def test_a_download_that_was_cut_off_is_not_whole(tmp_path, monkeypatch):
     assert backbones._hub_snapshot("owner/name", online=False) is None
     (tmp_path / "model-00002-of-00002.safetensors").touch()
     assert backbones._hub_snapshot("owner/name", online=False) == tmp_path
+    # Of another format there is the index alone.
+    other = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(other))
+    assert backbones._hub_snapshot("owner/name", online=False) == tmp_path
 
 
 def test_hub_offline_is_respected(monkeypatch):

@@ -115,7 +115,7 @@ class Case:
 
     def __hash__(self) -> int:
         # A setting's value may be a list or a mapping.
-        return hash((self.dataset, self.model, self.arm, repr(self.variant)))
+        return hash((self.dataset, self.model, self.arm, *(key for key, _ in self.variant)))
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,9 @@ def environment(outcomes: Outcomes) -> Section:
         for name, version in (run.record.get("versions") or {}).items():
             versions.setdefault(name, {})[str(version or "not installed")] = None
         if fingerprint := run.record.get("lm_fingerprint"):
-            lm = str((run.record.get("config") or {}).get("uip_lm") or "the default LM")
+            config = run.record.get("config") or {}
+            parts = (config.get("uip_lm") or "the default LM", config.get("uip_lm_adapter"))
+            lm = " with ".join(str(part) for part in parts if part)
             lms.setdefault(lm, set()).add(str(fingerprint))
     blocks: list[Block] = []
     for lm, fingerprints in lms.items():

@@ -128,14 +128,19 @@ def item_texts(
         logger.warning("no file %s: no item has a text", path)
         return texts
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    repeated = 0
     try:
         for item, *values in _rows(Path(path), (id_field, *names), template, separator, encoding):
             # RecBole reads a quoted ID without its quotation marks.
             index = token_id.get(item, token_id.get(_unquote(item)))
-            if index and texts[index] is None:  # of an item's rows RecBole takes the first
+            if index and texts[index] is not None:
+                repeated += 1  # of an item's rows RecBole takes the first
+            elif index:
                 texts[index] = fill(template, dict(zip(names, map(_unquote, values), strict=True)))
     except (OSError, UnicodeError, LookupError, csv.Error, pa.ArrowException) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
+    if repeated:
+        logger.warning("%s: %d rows repeat an item: the first of each counts", path, repeated)
     return texts
 
 

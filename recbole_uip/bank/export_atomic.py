@@ -169,6 +169,12 @@ def atomic_files(
     types |= dict.fromkeys(fields, "token")
     _write_interactions(Path(profiles_parquet), folder / name, types, fields, separator, encoding)
     given = settings.pop("load_col", None) or {}
+    lost = [column for column in given.get("inter") or () if column not in types]
+    if lost:
+        logger.warning(
+            "%s: columns of the interactions that profiles.parquet has not, so they are left out: "
+            "plain RecBole does not read them, and the run did", ", ".join(lost),
+        )  # fmt: skip
     load_col = {"inter": list(types)}
     load_col |= _copy_side_files(source, folder / name, given, separator, encoding)
     columns = set().union(*load_col.values())

@@ -79,8 +79,10 @@ def read_atomic_file(
         name, colon, kind = column.partition(":")
         if not colon or kind not in {ftype.value for ftype in FeatureType}:
             known = ", ".join(ftype.value for ftype in FeatureType)
+            other = next((mark for mark in ",;\t|" if mark in column), None)
+            hint = f"; is field_separator={separator!r} right, or is it {other!r}?" if other else ""
             raise SettingsError(
-                f"{path}: column {column!r} must be name:type with a type of {known}"
+                f"{path}: column {column!r} must be name:type with a type of {known}{hint}"
             )
         if wanted(name):
             types[column] = FeatureType(kind)

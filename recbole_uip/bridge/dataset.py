@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import logging
 import os
 import pickle
@@ -101,6 +102,7 @@ class UIPDataset(LoadedDataset):
                         "split one row, of which there is no AUC: give it more, or none"
                     )
             self._check_labels()
+            self._say_what_is_not_read()
             self.behaviours = self._make_behaviours(splits)
             self.profiles = self._infer()
             self._check_names()
@@ -284,13 +286,36 @@ class UIPDataset(LoadedDataset):
                     "val_interval, such as {rating: '[4,inf)'}"
                 )
             if not labelled and not samples:
+                loaded = list(self.inter_feat.columns)
+                near = difflib.get_close_matches(str(self.label_field), loaded, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise SettingsError(
-                    f"{key} samples no negatives, and the data have no label field "
-                    f"{self.label_field!r}: every row would be a positive. Make labels of ratings "
+                    f"LABEL_FIELD={self.label_field!r} is not among the loaded columns "
+                    f"{', '.join(loaded)}{hint}, and {key} samples no negatives: every row would "
+                    "be a positive. Load it by load_col if the file has it, make labels of ratings "
                     "by threshold, such as threshold: {rating: 4}, name a 0/1 column by "
                     "LABEL_FIELD, or have RecBole sample negatives by train_neg_sample_args: "
                     "{distribution: uniform, sample_num: 1} and eval_args.mode: uni10"
                 )
+
+    def _say_what_is_not_read(self) -> None:
+        """Name the loaded numbers that are features of no model, for no setting says that they are.
+
+        RecBole's models read floats that are numerical features alone.
+        """
+        told = {self.time_field, self.label_field, self.config["RATING_FIELD"], ROW}
+        told |= {*(self.config["threshold"] or ()), *self.config["numerical_features"]}
+        unread = [
+            name
+            for name, ftype in self.field2type.items()
+            if ftype in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ) and name not in told
+        ]
+        if unread and not self.config["double_tower"]:
+            logger.warning(
+                "%s: loaded, and read by no model: name them in numerical_features (and their "
+                "ranges in normalize_field, or normalize_all=True), or leave them out of load_col",
+                ", ".join(unread),
+            )
 
     def _make_behaviours(self, splits: list[UIPDataset]) -> Behaviours:
         n_rows = sum(len(split.inter_feat) for split in splits)

@@ -210,6 +210,10 @@ def _settings_of(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise SettingsError(f"{path} is no results.json of recbole-uip run ({error!r})") from error
     settings = {key: config[key] for key in _ATOMIC_KEYS if config.get(key) is not None}
+    if of_rows := (settings.get("load_col") or {}).get("inter"):
+        # What labels were made of is not lost: the labels are there.
+        kept = [name for name in of_rows if name not in (config.get("threshold") or {})]
+        settings["load_col"] = {**settings["load_col"], "inter": kept}
     sampling = config.get("train_neg_sample_args") or {}
     if sampling.get("distribution", "none") != "none":
         settings["train_neg_sample_args"] = sampling

@@ -47,6 +47,8 @@ __all__ = [
 CONFIDENCE = 0.95
 N_BOOT = 2000
 BINS = 15
+# Share of resamples that may say nothing.
+MOST_UNKNOWN = 0.01
 # Of RecBole's LogLoss.
 _EPSILON = 1e-15
 
@@ -422,10 +424,16 @@ def bootstrap_difference(observed: float, replicates: np.ndarray, n_users: int) 
 
     The p-value takes the replicates' standard deviation for the standard error of a normal
     statistic (as pROC's ``roc.test`` does): a count of replicates could not fall below
-    2 / n_boot, which no correction for many comparisons survives.
+    2 / n_boot, which no correction for many comparisons survives. There is neither interval nor p
+    where more than a hundredth of the replicates are NaN: of fewer than five users who tell
+    anything, so many resamples have none.
     """
-    replicates = replicates[~np.isnan(replicates)]
-    if len(replicates) < 2 or np.isnan(observed):
+    known = replicates[~np.isnan(replicates)]
+    too_few = len(known) < max(2, (1 - MOST_UNKNOWN) * len(replicates))
+    replicates = known
+    # Resamples that all say the same are of one user; unless there is no difference to say.
+    alone = len(known) > 1 and np.ptp(known) == 0 and observed != 0
+    if too_few or alone or np.isnan(observed):
         return Difference(observed, np.nan, np.nan, np.nan, n_users)
     low, high = percentile_interval(replicates)
     p = _two_sided(observed, float(replicates.std(ddof=1)), scipy.stats.norm)

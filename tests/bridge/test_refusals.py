@@ -144,6 +144,29 @@ def test_another_encoding_is_named(atomic):
         UIPDataset(atomic.config())
 
 
+def test_a_label_that_is_not_loaded(small):
+    with pytest.raises(
+        SettingsError, match=r"LABEL_FIELD='ratin' is not among .*did you mean 'rating'\?"
+    ):
+        UIPDataset(small.config(threshold=None, LABEL_FIELD="ratin")).build()
+
+
+def test_numbers_that_no_model_reads_are_said(small, caplog):
+    settings = with_years(small, range(1980, 1995))
+    UIPDataset(small.config(**settings)).build()
+    assert "year: loaded, and read by no model" in caplog.text
+    caplog.clear()
+    UIPDataset(small.config(**settings, numerical_features=["year"])).build()
+    assert "read by no model" not in caplog.text
+
+
+def test_another_separator_is_asked_for(small):
+    path = small.folder / "small" / "small.inter"
+    path.write_text(path.read_text(encoding="utf-8").replace("\t", ","), encoding="utf-8")
+    with pytest.raises(SettingsError, match="field_separator='\\\\t' right, or is it ','"):
+        UIPDataset(small.config())
+
+
 def test_encodings_of_two_bytes(small):
     path = small.folder / "small" / "small.inter"
     # U+010A has the byte of a line feed.

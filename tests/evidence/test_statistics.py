@@ -259,6 +259,24 @@ def test_bootstrap_difference_by_hand():
     assert np.isnan(bootstrap_difference(0.5, np.array([np.nan, 0.1]), 9).p)
 
 
+def test_few_users_who_tell_anything_give_no_interval(rng):
+    user = np.repeat(np.arange(40), 2)
+    label = np.tile([1, 1], 40)
+    for n_mixed, expected in ((1, True), (3, True), (12, False)):
+        label[1 : 2 * n_mixed : 2] = 0
+        a, b = rng.random((2, len(user)))
+        drawn = [
+            bootstrap_aucs(user[: 2 * n_mixed], label[: 2 * n_mixed], each[: 2 * n_mixed], 300, 0)
+            for each in (a, b)
+        ]
+        absent = np.random.default_rng(0).random(300) < (1 - n_mixed / 40) ** 40
+        change = np.where(absent, np.nan, drawn[0] - drawn[1])
+        found = bootstrap_difference(np.nanmean(change), change, 40)
+        assert np.isnan([found.low, found.high, found.p]).all() == expected
+    # No difference in any resample is none, and known.
+    assert bootstrap_difference(0.0, np.zeros(100), 40).p == 1.0
+
+
 # --- calibration --------------------------------------------------------------------------------
 
 

@@ -166,12 +166,16 @@ def _auc_differences(comparisons: Sequence[Comparison]) -> Table:
 
 
 def _list_differences(comparisons: Sequence[Comparison]) -> Table:
+    runs = [run for each in comparisons for run in each.case.runs.values()]
+    rows = sorted({run.record["test"].get("list_rows") or 0 for run in runs})
+    counted = "–".join(f"{count:,}" for count in dict.fromkeys((rows[0], rows[-1])))
     return _tested_differences(
         comparisons,
         "list_auc",
         "List AUC: the AUC among the rows of one user at one time, which one profile serves, "
         "weighted by rows. This is what ranking a served list is; GAUC also compares a user's rows "
-        "of different times, under profiles of different histories. Intervals and p as for AUC.",
+        "of different times, under profiles of different histories. It rests on lists with rows "
+        f"of both labels, of {counted} rows in all. Intervals and p as for AUC.",
     )
 
 

@@ -24,8 +24,11 @@ from recbole_uip.em.weights import Evidence
 __all__ = ["Basis", "Whitening", "fit", "half_means", "merge", "supported_directions", "whiten"]
 
 SMALLEST_VARIANCE = 1e-6
-# Item directions with less than this share of the largest second moment are rounding errors.
-EMPTY_SHARE = 1e-5
+# Item directions with less than this share of the largest second moment are rounding errors. Those
+# of LM scores fall off so steeply that a hundredfold of it would lose what users differ in.
+EMPTY_SHARE = 1e-6
+# Vectors up to this wide are decomposed in double precision, which such small shares need.
+EXACT_WIDTH = 1024
 # Floor of a direction's noise, as a share of the noisiest direction's.
 LEAST_NOISE = 1e-2
 # Floor of the noise within users, as a share of the second moment over all events.
@@ -88,7 +91,7 @@ def whiten(vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None
     Parameters
     ----------
     vectors : ndarray of float32 or float64, shape (n_items, d)
-        The decomposition is done in this precision.
+        The decomposition is done in this precision, or in float64 up to :data:`EXACT_WIDTH`.
     item_counts : ndarray, shape (n_items,)
         Number of training events of each item.
     keep : int, optional
@@ -99,6 +102,8 @@ def whiten(vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None
     Whitening
         Of at most ``keep`` directions.
     """
+    if vectors.shape[1] <= EXACT_WIDTH:
+        vectors = vectors.astype(np.float64)
     share = (item_counts / item_counts.sum()).astype(vectors.dtype)
     mean = share @ vectors
     centred = vectors - mean

@@ -54,8 +54,9 @@ _OF_CODEBOOKS = ("codes", "rank", "levels", "directions")
 # Raise it when the same settings give other results, or a run's files hold others: finished runs
 # are then made anew.
 RESULTS = 2
-# The same of runs with profiles alone.
+# The same of runs with profiles alone, and of those with facets of texts.
 PROFILES = 3
+TEXTS = 2
 
 # What an arm of a model that reads events may say.
 _READS_EVENTS = {"facets": [], "user_id": "keep", "control": "none", "values": "tokens"}
@@ -338,6 +339,8 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
             # Where all are chosen, the arm's facets say in which order the prompt has them.
             given["order"] = scored
         essence["profiles"] = {"version": PROFILES, **plain(given)}
+        if {facet.source for facet in settings.facets} & {"lm", "embedding", "words"}:
+            essence["profiles"]["texts"] = TEXTS
         if settings.posterior == "gradient":
             essence["profiles"]["tuning"] = TUNING
         # The same folder may hold another model or adapter by now.

@@ -35,7 +35,19 @@ from recbole_uip.settings import (
 )
 from recbole_uip.tuning import VERSION as TUNING
 
-__all__ = ["INERT", "Case", "Experiment", "Run", "Tuning", "experiment_names", "load_experiment"]
+__all__ = [
+    "INERT",
+    "PROFILES",
+    "RESULTS",
+    "TEXTS",
+    "TUNING",
+    "Case",
+    "Experiment",
+    "Run",
+    "Tuning",
+    "experiment_names",
+    "load_experiment",
+]
 
 FOLDER = "experiment"
 

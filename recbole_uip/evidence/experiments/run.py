@@ -32,6 +32,8 @@ from recbole_uip.evidence.experiments.plan import (
     INERT,
     PROFILES,
     RESULTS,
+    TEXTS,
+    TUNING,
     Case,
     Experiment,
     Run,
@@ -151,7 +153,7 @@ def _definition(experiment: Experiment) -> str:
     )
     experiment = dataclasses.replace(experiment, command_line=tuple(shaping))
     # Parts whose runs are of another version are not of the same whole.
-    versions = [RESULTS, PROFILES]
+    versions = [RESULTS, PROFILES, TEXTS, TUNING]
     return key_of({"experiment": repr(experiment), "below": repr(below), "versions": versions})
 
 

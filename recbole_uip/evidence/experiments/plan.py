@@ -351,7 +351,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
             # Where all are chosen, the arm's facets say in which order the prompt has them.
             given["order"] = scored
         essence["profiles"] = {"version": PROFILES, **plain(given)}
-        if {facet.source for facet in settings.facets} & {"lm", "embedding", "words"}:
+        if {facet.source for facet in settings.facets} & set(TEXT_SOURCES):
             essence["profiles"]["texts"] = TEXTS
         if settings.posterior == "gradient":
             essence["profiles"]["tuning"] = TUNING

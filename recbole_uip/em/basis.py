@@ -25,7 +25,7 @@ __all__ = ["Basis", "Whitening", "fit", "half_means", "merge", "supported_direct
 
 SMALLEST_VARIANCE = 1e-6
 # Item directions with less than this share of the largest second moment are rounding errors. Those
-# of LM scores fall off so steeply that a hundredfold of it would lose what users differ in.
+# of LM scores fall off so steeply that ten times as much would lose what users differ in.
 EMPTY_SHARE = 1e-6
 # Vectors up to this wide are decomposed in double precision, which such small shares need.
 EXACT_WIDTH = 1024

@@ -344,8 +344,10 @@ class GradientPosterior:
         By a larger curvature all offsets are shorter.
         """
         old = self.codebooks_[f]
+        if old is None:
+            return None
         scale = (before * offset).sum() / max((before**2).sum(), np.finfo(float).tiny)
-        if old is None or scale <= 0.0:
+        if scale <= 0.0:
             return None
         starts = []
         for level in old.levels_:

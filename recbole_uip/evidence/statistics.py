@@ -428,11 +428,11 @@ def bootstrap_difference(observed: float, replicates: np.ndarray, n_users: int) 
     where more than a hundredth of the replicates are NaN: of fewer than five users who tell
     anything, so many resamples have none.
     """
-    known = replicates[~np.isnan(replicates)]
-    too_few = len(known) < max(2, (1 - MOST_UNKNOWN) * len(replicates))
-    replicates = known
+    least = max(2, (1 - MOST_UNKNOWN) * len(replicates))
+    replicates = replicates[~np.isnan(replicates)]
+    too_few = len(replicates) < least
     # Resamples that all say the same are of one user; unless there is no difference to say.
-    alone = len(known) > 1 and np.ptp(known) == 0 and observed != 0
+    alone = len(replicates) > 1 and np.ptp(replicates) == 0 and observed != 0
     if too_few or alone or np.isnan(observed):
         return Difference(observed, np.nan, np.nan, np.nan, n_users)
     low, high = percentile_interval(replicates)

@@ -25,7 +25,7 @@ METRICS = ("auc", "logloss", "gauc", "list_auc")
 BASELINE = "plain"
 # Settings in which runs that are summarised together may differ, beside those that change nothing.
 # The values of means are numerical features.
-_APART = ("seed", "uip_arms", "uip_output", "uip_cache", "uip_lm_device", "numerical_features")
+_APART = ("seed", "uip_arms", "numerical_features")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ INERT = {
     "checkpoint_dir", "data_path", "dataset_save_path", "dataloaders_save_path", "device",
     "gpu_id", "local_rank", "log_wandb", "save_dataloaders", "save_dataset", "saved",
     "show_progress", "single_spec", "state", "use_gpu", "wandb_project", "worker", "nproc",
-    "world_size", "offset", "ip", "port", "eval_step_log",
+    "world_size", "offset", "ip", "port", "eval_step_log", "uip_cache", "uip_output",
+    "uip_lm_device",
 }  # fmt: skip
 
 # Settings of a facet that only a codebook reads.

@@ -46,9 +46,6 @@ from recbole_uip.work import stop_with_parent
 
 __all__ = ["DEFAULT_OUTPUT", "run_experiment"]
 
-# What a command line may say without changing what an experiment is of.
-_UNSHAPING = {*INERT, "uip_cache", "uip_output", "uip_lm_device"}
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = Path("saved", "experiments")
@@ -149,7 +146,7 @@ def _definition(experiment: Experiment) -> str:
     shaping = (
         argument
         for argument in experiment.command_line
-        if not _UNSHAPING.intersection(parse_command_line([argument]))
+        if not INERT.intersection(parse_command_line([argument]))
     )
     experiment = dataclasses.replace(experiment, command_line=tuple(shaping))
     # Parts whose runs are of another version are not of the same whole.

@@ -36,7 +36,7 @@ from recbole_uip.settings import (
 from recbole_uip.texts import bag_of_words, rated_texts
 
 if TYPE_CHECKING:
-    from recbole_uip.lm import Scores
+    from recbole_uip.lm import Scores, Vectors
     from recbole_uip.tuning import Tuned
 
 __all__ = [
@@ -171,8 +171,8 @@ def infer(
     ----------
     behaviours : Behaviours
     item_texts : sequence of str or None, length n_items
-        None or an empty text for an item that has none; only ``source: lm``, ``embedding`` and
-        ``words`` read them.
+        None or an empty text for an item that has none; only ``source: lm``, ``prefix``,
+        ``embedding`` and ``words`` read them.
     settings : UIPSettings
     fold : ndarray of int64, shape (n_users,), optional
         Fold of each user, below ``settings.user_folds``; balanced and random by default.
@@ -481,17 +481,40 @@ def _raw_vectors(
         except ValueError as error:
             raise SettingsError(f"source: words facets cannot be inferred: {error}") from error
         return bags, {"vocabulary": tuple(vocabulary)}
+    vectors, scored = lm_vectors(source, texts, implicit, settings)
+    cost.update(lm_tokens=scored.lm_tokens, lm_seconds=scored.seconds)
+    about = {"theta0": scored.theta0} if source == "lm" else {}
+    return vectors, {"fingerprint": scored.fingerprint, **about}
+
+
+def lm_vectors(
+    source: str, texts: Sequence[str], implicit: bool, settings: UIPSettings
+) -> tuple[np.ndarray, Scores | Vectors]:
+    """Vectors of texts by the LM, shape (n, d), and what it tells besides.
+
+    Parameters
+    ----------
+    source : {"lm", "prefix", "embedding"}
+    texts : sequence of n str
+    implicit : bool
+        Whether there is no feedback.
+    settings : UIPSettings
+    """
     from recbole_uip import lm
 
+    endings = None if implicit else settings.endings
     if source == "lm":
-        endings = None if implicit else settings.endings
         scored = lm.score(texts, settings.prompts, endings, settings.lm, settings.cache)
-        vectors, about = raw_scores(scored), {"theta0": scored.theta0}
+        return raw_scores(scored), scored
+    if source == "prefix":
+        facets = settings.prefix_facets
+        # Each by the likelihood of what it is evidence of.
+        of_feedback = [facet.weight == "contrast" and endings is not None for facet in facets]
+        prompts = [facet.prompt for facet in facets]
+        found = lm.score_prefix(texts, prompts, of_feedback, endings, settings.lm, settings.cache)
     else:
-        scored = lm.embed(texts, settings.lm, settings.cache)
-        vectors, about = scored.vectors, {}
-    cost.update(lm_tokens=scored.lm_tokens, lm_seconds=scored.seconds)
-    return vectors, {"fingerprint": scored.fingerprint, **about}
+        found = lm.embed(texts, settings.lm, settings.cache)
+    return found.vectors, found
 
 
 def raw_scores(scored: Scores) -> np.ndarray:

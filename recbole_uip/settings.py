@@ -31,8 +31,10 @@ __all__ = [
     "parse_duration",
 ]
 
-SOURCES = ("lm", "embedding", "words", "collaborative", "constant")
-TEXT_SOURCES = ("lm", "embedding", "words")
+SOURCES = ("lm", "prefix", "embedding", "words", "collaborative", "constant")
+TEXT_SOURCES = ("lm", "prefix", "embedding", "words")
+LM_SOURCES = ("lm", "prefix", "embedding")
+PROMPTED_SOURCES = ("lm", "prefix")
 PRIOR_SOURCES = ("embedding", "words")
 WEIGHTS = ("positive", "negative", "all", "contrast")
 POSTERIORS = ("auto", "filter", "sums")
@@ -80,13 +82,15 @@ class FacetSettings:
     ----------
     name : str
         Name of the facet, and stem of its fields (``uip_<name>``).
-    source : {"lm", "embedding", "words", "collaborative", "constant"}
-        Where the item vectors come from: the LM's scores of the item texts, its mean embeddings
-        of them, their words, the training rows, or nowhere (every item has the same).
+    source : {"lm", "prefix", "embedding", "words", "collaborative", "constant"}
+        Where the item vectors come from: the LM's scores of the item texts, with respect to a soft
+        token's embedding or to what it is in the last layers (see
+        :mod:`recbole_uip.lm.prefix`), the LM's mean embeddings of the texts, their words, the
+        training rows, or nowhere (every item has the same).
     weight : {"positive", "negative", "all", "contrast"}
         Evidence weight of an event.
     prompt : str
-        The facet's name in words, as it stands in the prompt (``source: lm``).
+        The facet's name in words, as it stands in the prompt (``source: lm`` or ``prefix``).
     codes : int
         Size of the codebook; 0 for no code field.
     rank : int
@@ -498,6 +502,11 @@ class UIPSettings:
         return [facet.prompt for facet in self.facets if facet.source == "lm"]
 
     @property
+    def prefix_facets(self) -> tuple[FacetSettings, ...]:
+        """Facets that the LM scores with respect to a prefix."""
+        return tuple(facet for facet in self.facets if facet.source == "prefix")
+
+    @property
     def text_facets(self) -> list[str]:
         """Names of the facets that read the items' texts."""
         return [facet.name for facet in self.facets if facet.text_sources]
@@ -774,9 +783,9 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
                 f"{key}: match in a facet's name is kept for match fields: choose another name"
             )
         facet = _parse_section(FacetSettings, key, section or {}, name=name)
-        if facet.source == "lm" and not facet.prompt:
+        if facet.source in PROMPTED_SOURCES and not facet.prompt:
             facet = dataclasses.replace(facet, prompt=name.replace("_", " "))
-        if facet.source != "lm" and facet.prompt:
+        if facet.source not in PROMPTED_SOURCES and facet.prompt:
             raise SettingsError(
                 f"{key}.prompt={facet.prompt!r} has no meaning with source: {facet.source}"
             )
@@ -810,7 +819,7 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
 def _plain_facet(facet: FacetSettings) -> dict[str, Any]:
     plain = dataclasses.asdict(facet)
     del plain["name"]
-    if facet.source != "lm":
+    if facet.source not in PROMPTED_SOURCES:
         del plain["prompt"]
     if facet.source != "collaborative":
         del plain["texts"]

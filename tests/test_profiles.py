@@ -19,7 +19,7 @@ from recbole_uip.bridge.metrics import gauc
 from recbole_uip.em import states
 from recbole_uip.em.facet import Facet
 from recbole_uip.em.weights import like_rate, out_of_fold_rates
-from recbole_uip.lm import embed
+from recbole_uip.lm import embed, score_prefix
 from recbole_uip.profiles import infer
 from recbole_uip.settings import SettingsError, UIPSettings
 
@@ -405,7 +405,7 @@ def of_texts(source, tiny_lm, **keys):
     return settings(uip_facets={"told": facet}, uip_item_text="{title}", **tiny_lm)
 
 
-@pytest.mark.parametrize("source", ["embedding", "words"])
+@pytest.mark.parametrize("source", ["prefix", "embedding", "words"])
 @pytest.mark.parametrize("directions", ["between", "fisher"])
 def test_facets_of_texts_without_scores(world, texts, tiny_lm, source, directions):
     wanted = of_texts(source, tiny_lm, directions=directions)
@@ -421,9 +421,14 @@ def test_facets_of_texts_without_scores(world, texts, tiny_lm, source, direction
         assert set(about.vocabulary) == {w for text in texts if text for w in text.lower().split()}
         assert "lm_tokens" not in profiles.cost
     else:
-        # What a facet works with is the LM's embeddings, centred and turned.
+        # What a facet works with is the LM's vectors, centred and turned.
         rows = [item for item, text in enumerate(texts) if text]
-        raw = embed([texts[row] for row in rows], wanted.lm, wanted.cache).vectors
+        told = [texts[row] for row in rows]
+        if source == "prefix":
+            prompt = ["told"], [True], wanted.endings
+            raw = score_prefix(told, *prompt, wanted.lm, wanted.cache).vectors
+        else:
+            raw = embed(told, wanted.lm, wanted.cache).vectors
         turned = (raw - about.whitening.mean) @ about.whitening.directions()
         np.testing.assert_allclose(
             turned @ facet.basis_.directions[1], facet.vectors_[1, rows], rtol=1e-3, atol=1e-3
@@ -443,7 +448,7 @@ def test_fisher_directions_find_less_of_how_users_differ(world, texts, tiny_lm):
     assert captured["fisher"] < 0.8 * captured["between"]
 
 
-@pytest.mark.parametrize("source", ["embedding", "words", "together"])
+@pytest.mark.parametrize("source", ["prefix", "embedding", "words", "together"])
 def test_held_out_labels_reach_no_parameter_of_text_facets(world, texts, tiny_lm, source):
     behaviours = world.behaviours
     wanted = of_texts(source, tiny_lm, directions="fisher")
@@ -462,7 +467,7 @@ def test_held_out_labels_reach_no_parameter_of_text_facets(world, texts, tiny_lm
     assert moved > 0
 
 
-@pytest.mark.parametrize("source", ["embedding", "words", "together"])
+@pytest.mark.parametrize("source", ["prefix", "embedding", "words", "together"])
 def test_a_user_meets_text_vectors_of_other_users(world, texts, tiny_lm, source):
     """The basis of each fold of users, by fisher too, comes from the other folds' labels."""
     behaviours, wanted = world.behaviours, of_texts(source, tiny_lm, directions="fisher")
@@ -494,7 +499,7 @@ def test_texts_say_what_few_events_cannot(tiny_lm):
     assert auc[1] > auc[0] + 0.02
 
 
-@pytest.mark.parametrize("source", ["embedding", "words", "together"])
+@pytest.mark.parametrize("source", ["prefix", "embedding", "words", "together"])
 def test_text_facets_need_texts(world, tiny_lm, source):
     nothing = [None] * world.behaviours.n_items
     first = "embedding" if source == "together" else source

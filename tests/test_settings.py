@@ -28,13 +28,17 @@ def test_controls_of_the_lm_are_parsed():
     facets = {
         "embedded": {"source": "embedding", "directions": "fisher"},
         "worded": {"source": "words"},
+        "prefixed": {"source": "prefix", "prompt": "habits"},
+        "mood": {"source": "prefix"},
     }
     settings = parse(uip_facets=facets)
-    embedded, worded = settings.facets
+    embedded, worded, prefixed, mood = settings.facets
     assert (embedded.source, embedded.directions, embedded.prompt) == ("embedding", "fisher", "")
     assert (worded.source, worded.directions) == ("words", "between")
     # They read texts, but are no part of the prompt.
-    assert settings.text_facets == ["embedded", "worded"] and settings.prompts == []
+    assert settings.text_facets == list(facets) and settings.prompts == []
+    assert settings.prefix_facets == (prefixed, mood)
+    assert (prefixed.prompt, mood.prompt) == ("habits", "mood")
     assert parse().text_facets == ["interests", "taste"]
 
 

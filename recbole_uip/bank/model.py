@@ -58,8 +58,8 @@ class ProfileModel:
     tables : dict of str to ndarray
         For new items: ``lm_mean`` (d,), ``lm_theta0`` (n_facets, width) and, for each facet of
         the LM, ``lm_map.<facet>`` (n_vector_folds, d, rank), from raw scores to item vectors. In
-        the same way ``embedding_mean`` and ``embedding_map.<facet>``, ``words_mean`` and
-        ``words_map.<facet>``; and ``words_vocabulary``, UTF-8, a line for each word. Of a
+        the same way ``embedding_mean`` and ``embedding_map.<facet>``, and of prefix
+        and words; and ``words_vocabulary``, UTF-8, a line for each word. Of a
         collaborative facet that knows texts, what these sources say adds up with
         ``texts_offset.<facet>`` (n_vector_folds, rank).
     fit : str
@@ -160,14 +160,12 @@ class ProfileModel:
     @property
     def prompt_fingerprint(self) -> str | None:
         """SHA-256 of the facets' names in the prompt and the endings; None without a prompt."""
-        if self.lm_fingerprint is None or not self.settings.prompts:
+        prefix = [facet.prompt for facet in self.settings.prefix_facets]
+        if self.lm_fingerprint is None or not (self.settings.prompts or prefix):
             return None
-        content = json.dumps([*self._prompt()])
+        endings = None if self.implicit else self.settings.endings
+        content = json.dumps([self.settings.prompts, endings, *prefix])
         return hashlib.sha256(content.encode()).hexdigest()
-
-    def _prompt(self) -> tuple[list[str], tuple[str, str] | None]:
-        """Names in words of the LM's facets, and the feedback endings."""
-        return self.settings.prompts, None if self.implicit else self.settings.endings
 
     def all_tables(self) -> dict[str, np.ndarray]:
         """Every array, by name."""
@@ -282,19 +280,14 @@ class ProfileModel:
         if source == "words":
             lines = self.tables["words_vocabulary"].tobytes().decode()
             return bag_of_words(texts, lines.split("\n"))[0]
-        from recbole_uip import lm
-
-        if source == "lm":
-            scored = lm.score(texts, *self._prompt(), self.settings.lm, self.settings.cache)
-        else:
-            scored = lm.embed(texts, self.settings.lm, self.settings.cache)
+        vectors, scored = profile_stage.lm_vectors(source, texts, self.implicit, self.settings)
         if scored.fingerprint != self.lm_fingerprint:
             raise BankError(
                 f"uip_lm={self.settings.lm.name!r} is not the LM that scored this bank's catalogue "
                 f"(fingerprint {scored.fingerprint[:12]}, not {self.lm_fingerprint[:12]}): use the "
                 "same LM, or build the bank again"
             )
-        return profile_stage.raw_scores(scored) if source == "lm" else scored.vectors
+        return vectors
 
 
 def _of_whitened(source: str, facet: Facet, profiles: Profiles) -> list[np.ndarray]:

@@ -36,7 +36,7 @@ from scipy.special import logit
 from sklearn.decomposition import PCA
 from sklearn.linear_model import RidgeCV
 
-from recbole_uip import lm, profiles
+from recbole_uip import profiles
 from recbole_uip.behaviours import TEST, VALID, Behaviours
 from recbole_uip.bridge.metrics import gauc
 from recbole_uip.em import basis, collaborative, states, weights
@@ -138,15 +138,19 @@ def text_features(
     Returns
     -------
     dict of str to ndarray
-        ``random``, ``attributes`` (where there are any), ``words``, ``embedding``, ``lm``, and
-        ``all`` of them but the random ones.
+        ``random``, ``attributes`` (where there are any), ``words``, ``embedding``, ``prefix``,
+        ``lm``, and ``all`` of them but the random ones.
     """
-    scored = lm.score(texts, settings.prompts, settings.endings, settings.lm, settings.cache)
-    raw = {
-        "words": bag_of_words(texts)[0],
-        "embedding": lm.embed(texts, settings.lm, settings.cache).vectors,
-        "lm": profiles.raw_scores(scored),
+    scored = [facet for facet in settings.facets if facet.source == "lm"]
+    facets = tuple(dataclasses.replace(facet, source="prefix") for facet in scored)
+    by_source = {
+        "embedding": settings,
+        "prefix": dataclasses.replace(settings, facets=facets),
+        "lm": settings,
     }
+    raw = {"words": bag_of_words(texts)[0]}
+    for source, each in by_source.items():
+        raw[source], _ = profiles.lm_vectors(source, texts, settings.endings is None, each)
     if attributes is not None and any(attributes):
         raw = {"attributes": bag_of_words([each or "" for each in attributes])[0], **raw}
     noise = np.random.default_rng(settings.seed).normal(size=(len(texts), RANDOM_WIDTH))

@@ -4,24 +4,27 @@
 ``backbone`` (find and load a frozen LM), ``prompt`` (facets, soft tokens, block mask, and the
 differentiable likelihood), ``scoring`` (batches and cache), ``llama`` (the fast path),
 ``likelihood`` (behaviours under tuned soft tokens, and gradients in these), ``forward``
-(log-likelihoods of texts at any soft tokens, forward only), ``embedding`` (mean embeddings, the
-control for scores), ``adapt`` (adapters to a catalogue's texts), ``store`` (scores on disk).
+(log-likelihoods of texts at any soft tokens, forward only), ``prefix`` (scores of soft tokens in
+the last layers), ``embedding`` (mean embeddings, the control for scores), ``vectors`` (batches
+and cache of these two), ``adapt`` (adapters to a catalogue's texts), ``store`` (scores on disk).
 Nothing here knows RecBole.
 """
 
 from recbole_uip.lm.backbone import Backbone, ModelError, ModelSource, load, resolve
-from recbole_uip.lm.embedding import Embeddings, embed
+from recbole_uip.lm.embedding import embed
 from recbole_uip.lm.forward import likelihoods
+from recbole_uip.lm.prefix import score_prefix
 from recbole_uip.lm.prompt import Prompt, build, feedback_logit, log_likelihood
 from recbole_uip.lm.scoring import Scores, score
+from recbole_uip.lm.vectors import Vectors
 
 __all__ = [
     "Backbone",
-    "Embeddings",
     "ModelError",
     "ModelSource",
     "Prompt",
     "Scores",
+    "Vectors",
     "build",
     "embed",
     "feedback_logit",
@@ -30,4 +33,5 @@ __all__ = [
     "log_likelihood",
     "resolve",
     "score",
+    "score_prefix",
 ]

@@ -10,50 +10,23 @@ tokenizer puts before every text (BOS) are seen, but are not part of the mean.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from recbole_uip.lm import prompt as prompts
-from recbole_uip.lm.backbone import Backbone, load, resolve, resolve_dtype
-from recbole_uip.lm.scoring import check_lengths, check_texts, put_through
-from recbole_uip.lm.store import ScoreStore, digest
+from recbole_uip.lm.backbone import Backbone
+from recbole_uip.lm.vectors import Reader, Vectors, read_texts
 from recbole_uip.settings import LMSettings
 
-__all__ = ["Embeddings", "embed", "mean_states"]
+__all__ = ["embed", "mean_states"]
 
 # part of every cache key: raise it when what is kept of a text changes
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Mean embeddings of n texts; LM width d.
-
-    Attributes
-    ----------
-    vectors : ndarray of float32, shape (n, d)
-    lm_tokens : int
-        Tokens put through the LM in this call; 0 if everything was in the cache.
-    seconds : float
-        Wall time of this call.
-    fingerprint : str
-        Content hash of LM and adapter.
-    """
-
-    vectors: np.ndarray
-    lm_tokens: int
-    seconds: float
-    fingerprint: str
-
-
-def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Embeddings:
+def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Vectors:
     """Mean embedding of every text, from the cache where it is there.
 
     Parameters
@@ -62,13 +35,12 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Embeddings
         Behaviour texts, already rendered; duplicates are run once.
     settings : LMSettings
     cache : Path
-        The user's cache directory; embeddings are kept under ``embeddings/``, models under
-        ``models/``.
+        The user's cache directory; embeddings are kept under ``embeddings/``.
 
     Returns
     -------
-    Embeddings
-        In the order of ``texts``.
+    Vectors
+        Of the LM's width, in the order of ``texts``.
 
     Raises
     ------
@@ -77,61 +49,13 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Embeddings
     ValueError
         If a text is empty.
     """
-    started = time.perf_counter()
-    texts = list(texts)
-    check_texts(texts)
-    distinct = list(dict.fromkeys(texts))
-    order = {text: row for row, text in enumerate(distinct)}
 
-    cache = Path(cache).expanduser()
-    source = resolve(settings, cache)
-    _, dtype = resolve_dtype(settings)
-    parts = [VERSION, source.fingerprint, str(dtype), settings.text_tokens]
-    key = hashlib.sha256(json.dumps(parts).encode())
-    about = {
-        "lm": settings.name,
-        "adapter": settings.adapter,
-        "fingerprint": source.fingerprint,
-        "dtype": str(dtype),
-        "text_tokens": settings.text_tokens,
-    }
-    store = ScoreStore(cache / "embeddings" / key.hexdigest()[:32], about)
-    columns, found = store.read([digest(text) for text in distinct])
-    vectors, lm_tokens = columns.get("vectors"), 0
-    # without any text, only the LM knows how wide it is
-    if vectors is None or not found.all():
-        backbone = load(settings, cache, source)
-        missing = np.flatnonzero(~found)
-        fresh = np.zeros((0, backbone.model.config.get_text_config().hidden_size), np.float32)
-        if len(missing):
-            fresh, lm_tokens = _embed_missing([distinct[row] for row in missing], backbone, store)
-            store.compact()
-        if vectors is None:
-            vectors = np.zeros((len(distinct), fresh.shape[1]), np.float32)
-        vectors[missing] = fresh
-    if len(distinct) < len(texts):
-        vectors = vectors[[order[text] for text in texts]]
-    return Embeddings(vectors, lm_tokens, time.perf_counter() - started, source.fingerprint)
+    def open_reader(backbone: Backbone) -> Reader:
+        lead = prompts.lead_ids(backbone)
+        width = backbone.model.config.get_text_config().hidden_size
+        return Reader(lambda batch: mean_states(backbone, lead, batch), width, len(lead), len(lead))
 
-
-def _embed_missing(
-    texts: list[str], backbone: Backbone, store: ScoreStore
-) -> tuple[np.ndarray, int]:
-    """Vectors of ``texts``, put through the LM, and LM tokens."""
-    lead = prompts.lead_ids(backbone)
-    ids = prompts.text_ids(backbone, texts)
-    check_lengths(texts, ids, backbone, len(lead))
-    lengths = np.array([len(lead) + len(row) for row in ids])
-    columns, lm_tokens = put_through(
-        texts,
-        ids,
-        lengths,
-        lambda batch: {"vectors": mean_states(backbone, lead, batch)},
-        backbone,
-        store,
-        "embedding texts",
-    )
-    return columns["vectors"], lm_tokens
+    return read_texts(texts, "embeddings", {"version": VERSION}, open_reader, settings, cache)
 
 
 @torch.no_grad()

@@ -381,23 +381,29 @@ def _check_against_model(scorer: llama.LlamaScorer, backbone: Backbone) -> None:
 
 @torch.no_grad()
 def check_mask(backbone: Backbone, prompt: Prompt) -> None:
-    """Refuse an LM that lets one facet see another in spite of the mask.
+    """Refuse an LM that takes no mask, or lets one facet see another in spite of it.
 
     Raises
     ------
     ModelError
-        If the last facet's hidden state changes with the first facet's soft token.
+        If it cannot be run, or the last facet's hidden state changes with the first facet's soft
+        token.
     """
-    if prompt.n_facets == 1:
-        return
+    name, way_out = type(backbone.model).__name__, "a decoder-only transformer, softmax attention"
     theta = prompt.theta0(backbone)
     other = theta.clone()
     other[0] = -theta[0]
-    first, second = (prompts.logits(backbone, prompt, t, [[]])[0, 0] for t in (theta, other))
-    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
+    try:
+        first, second = (prompts.logits(backbone, prompt, t, [[]])[0, 0] for t in (theta, other))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"uip_lm: {type(backbone.model).__name__} does not honour a 4-D attention mask, so its "
-            "facets would see one another; choose a decoder-only transformer with softmax attention"
+            f"uip_lm: {name} cannot be run on embeddings and a 4-D attention mask ({error}); "
+            f"choose {way_out}"
+        ) from error
+    if prompt.n_facets > 1 and not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
+        raise ModelError(
+            f"uip_lm: {name} does not honour a 4-D attention mask, so its facets would see one "
+            f"another; choose {way_out}"
         )
 
 

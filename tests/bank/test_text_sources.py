@@ -24,6 +24,7 @@ N_USERS, N_ITEMS = 80, 40
 TOLD = {"weight": "contrast", "codes": 4, "rank": 2, "match": {"rank": 3, "bins": 6}}
 FACETS = {
     "embedded": {**TOLD, "source": "embedding"},
+    "prefixed": {**TOLD, "source": "prefix"},
     "worded": {**TOLD, "source": "words", "directions": "fisher"},
     "taste": {**TOLD, "source": "lm"},
     "together": {**TOLD, "source": "collaborative", "texts": ["words", "embedding"]},
@@ -57,7 +58,7 @@ def settings(tmp_path_factory):
     }
 
 
-@pytest.fixture(params=["embedded", "worded", "together", "all"])
+@pytest.fixture(params=["embedded", "prefixed", "worded", "together", "all"])
 def bank(request, behaviours, texts, settings, tmp_path):
     """All users before their first event; what was inferred of them."""
     chosen = FACETS if request.param == "all" else {request.param: FACETS[request.param]}
@@ -130,10 +131,20 @@ def test_embeddings_are_of_one_lm_and_no_prompt(bank, texts):
         bank.add_items(["new"], [texts[0]])
 
 
+@pytest.mark.parametrize("bank", ["prefixed"], indirect=True)
+def test_a_prefix_is_of_a_prompt(bank):
+    model = bank[0].model
+    other = dataclasses.replace(model.settings.facets[0], prompt="habits")
+    renamed = dataclasses.replace(
+        model, settings=dataclasses.replace(model.settings, facets=(other,))
+    )
+    assert None is not model.prompt_fingerprint != renamed.prompt_fingerprint is not None
+
+
 @pytest.mark.parametrize("bank", ["all"], indirect=True)
 def test_only_scores_give_soft_prompts(bank):
     model = bank[0].model
     assert soft_tokens(model, "taste", 1).shape == (1, 32)
-    for facet in ("embedded", "worded"):
+    for facet in ("embedded", "prefixed", "worded"):
         with pytest.raises(BankError, match="those that have them are uip_taste$"):
             soft_tokens(model, facet, 1)

@@ -205,7 +205,16 @@ def test_command(tmp_path, rng, capsys, monkeypatch):
     results = json.loads((tmp_path / "ceiling.json").read_text())
     assert (results["items"], results["attributes"]) == (14, "{genre}")
     sources = [each["source"] for each in results["read"]]
-    assert sources == ["random", "attributes", "words", "embedding", "lm", "all", "other users"]
+    assert sources == [
+        "random",
+        "attributes",
+        "words",
+        "embedding",
+        "prefix",
+        "lm",
+        "all",
+        "other users",
+    ]
     for source in sources:
         assert f"| {source} |" in out or f"| {source}, mapped |" in out
     assert "| lm, own |" in out

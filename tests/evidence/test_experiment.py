@@ -535,8 +535,9 @@ def test_the_same_said_otherwise_is_the_same_run(key, written):
     assert first.key == other.key and first.group == other.group
 
 
-def test_the_order_of_what_the_lm_scores_shapes_the_prompt(key):
-    a, b, c = ({"source": "lm", "prompt": word, "rank": 2, "codes": 2} for word in "abc")
+@pytest.mark.parametrize("source", ["lm", "prefix"])
+def test_the_order_of_what_the_lm_scores_shapes_the_prompt(key, source):
+    a, b, c = ({"source": source, "prompt": word, "rank": 2, "codes": 2} for word in "abc")
     abc, acb = {"a": a, "b": b, "c": c}, {"a": a, "c": c, "b": b}
     for facets in (["a", "b", "c"], ["a"], ["b", "c"]):
         section = {"facets": facets}
@@ -547,9 +548,10 @@ def test_the_order_of_what_the_lm_scores_shapes_the_prompt(key):
     assert key({"uip_facets": abc}, section={"facets": ["a"]}) != key(
         {"uip_facets": other}, section={"facets": ["a"]}
     )
-    # Words and embeddings have no prompt.
-    for source in ("words", "embedding"):
-        facet = {"source": source, "rank": 2, "codes": 2}
+    # Words and embeddings have no prompt, and scores of embeddings and of prefixes one each.
+    prompted = {"lm": "prefix", "prefix": "lm"}[source]
+    for other in ("words", "embedding", prompted):
+        facet = {"source": other, "rank": 2, "codes": 2}
         keys = {
             key({"uip_facets": {"a": facet, **rest}}, section={"facets": ["a"]})
             for rest in ({}, {"b": b}, {"c": c, "b": b})

@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
 from recbole_uip.lm import backbone as backbones
 from recbole_uip.lm import llama, scoring
@@ -18,7 +19,7 @@ from recbole_uip.lm.store import MAX_SHARDS, ScoreStore, digest
 from recbole_uip.settings import LMSettings
 from recbole_uip.work import even_batches
 
-from .conftest import ENDINGS, TEXTS
+from .conftest import ENDINGS, TEXTS, WORDS, make_tokenizer
 
 FACETS = ["interests", "taste"]
 
@@ -264,6 +265,14 @@ def test_a_mask_that_is_not_honoured_is_refused(backbone, prompt, monkeypatch):
     )
     with pytest.raises(backbones.ModelError, match="4-D attention mask"):
         scoring.check_mask(backbone, prompt)
+
+
+def test_an_lm_that_takes_no_mask_is_refused(prompt):
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
+    model = BloomForCausalLM(BloomConfig(vocab_size=len(WORDS) + 1, **sizes))
+    bloom = backbones.Backbone(model, make_tokenizer(), torch.device("cpu"), torch.float32, "bloom")
+    with pytest.raises(backbones.ModelError, match="BloomForCausalLM cannot be run on embeddings"):
+        scoring.check_mask(bloom, prompt)
 
 
 @pytest.mark.parametrize("n_workers", [1, 3])

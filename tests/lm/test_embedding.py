@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recbole_uip.lm import backbone as backbones
-from recbole_uip.lm import embedding
+from recbole_uip.lm import embedding, vectors
 from recbole_uip.lm.embedding import embed, mean_states
 from recbole_uip.settings import LMSettings
 
@@ -72,7 +72,7 @@ def test_tokens_before_the_text_are_seen_but_not_counted(backbone, ids):
 def test_a_second_run_does_not_even_load_the_lm(settings, tmp_path, monkeypatch, lengths):
     first = embed(TEXTS, settings, tmp_path)
     assert first.lm_tokens == sum(lengths.values())
-    monkeypatch.setattr(embedding, "load", lambda *_: pytest.fail("the LM was loaded"))
+    monkeypatch.setattr(vectors, "load", lambda *_: pytest.fail("the LM was loaded"))
     second = embed(TEXTS[::-1], settings, tmp_path)
     assert second.lm_tokens == 0
     np.testing.assert_array_equal(second.vectors, first.vectors[::-1])

@@ -26,6 +26,8 @@ from recbole_uip.bridge.storage import plain
 from recbole_uip.evidence.experiments.store import key_of
 from recbole_uip.lm.backbone import local_fingerprint
 from recbole_uip.settings import (
+    LM_SOURCES,
+    PROMPTED_SOURCES,
     TEXT_SOURCES,
     ArmSettings,
     CodebookSettings,
@@ -347,7 +349,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
         if "uip_codebook" in given:
             defaults = dataclasses.asdict(CodebookSettings())
             given["uip_codebook"] = _given(given["uip_codebook"], defaults)
-        scored = [facet.name for facet in settings.facets if facet.source == "lm"]
+        scored = [facet.name for facet in settings.facets if facet.source in PROMPTED_SOURCES]
         if not set(scored).issubset(arm.facets):
             # Where all are chosen, the arm's facets say in which order the prompt has them.
             given["order"] = scored
@@ -367,15 +369,17 @@ def _used(settings: UIPSettings, chosen: tuple[FacetSettings, ...]) -> UIPSettin
     """``settings`` with the defaults for what the ``chosen`` facets have no use for."""
     sources = {source for facet in chosen for source in (facet.source, *facet.texts)}
     default, unused = UIPSettings(), {}
-    # The one prompt of all facets that the LM scores has the names of each.
-    read = [each for each in settings.facets if each in chosen or each.source == "lm"]
-    unused["facets"] = tuple(read) if "lm" in sources else chosen
+    # The one prompt of all facets of such a source has the names of each.
+    shared = sources & set(PROMPTED_SOURCES)
+    read = [each for each in settings.facets if each in chosen or each.source in shared]
+    unused["facets"] = tuple(read)
+    if not shared:
+        unused["endings"] = None
     if "lm" not in sources:
-        unused |= {"endings": None, "posterior": default.posterior}
-        unused["likelihood"] = default.likelihood
+        unused |= {"posterior": default.posterior, "likelihood": default.likelihood}
     if "lm" not in sources or settings.posterior == "score":
         unused["gradient"] = default.gradient
-    if not sources & {"lm", "embedding"}:
+    if not sources & set(LM_SOURCES):
         unused["lm"] = default.lm
     if not sources & set(TEXT_SOURCES):
         unused["item_text"] = None

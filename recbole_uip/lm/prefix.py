@@ -1,0 +1,213 @@
+r"""Score vectors of texts with respect to a prefix: soft tokens in the LM's last layers.
+
+Prompt tuning moves a soft token's embedding. Prefix tuning (Li and Liang 2021) moves what a soft
+token is in each layer; here, its values v in the last sixth of the layers, which are what later
+tokens read of it. The score vector of a text e, or of the feedback after it, is then
+
+    g_e = ∇_v log p_LM(text_e | prompt(v)),   d_e = ∇_v [log p(verb liked) − log p(verb disliked)]
+
+at the v that the facet's name gives. Scores of embeddings are images of such gradients, of all
+layers, under one fixed matrix of low rank, in which much of what tells texts apart is lost.
+
+The prompt is that of :mod:`recbole_uip.lm.prompt` and a colon, which reads the soft tokens and
+predicts the text's first token. The prefix is run once. Weights are frozen and the prefix below the
+moved layers is constant, so the backward pass ends at these: with P weights in the layers' matrix
+products and H in the head's, a token costs 2·(P + H) FLOPs forward and 2·(P/6 + H) backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from recbole_uip.lm import prompt as prompts
+from recbole_uip.lm.backbone import Backbone, ModelError
+from recbole_uip.lm.prompt import Prompt
+from recbole_uip.lm.scoring import check_mask
+from recbole_uip.lm.vectors import Reader, Vectors, read_texts
+from recbole_uip.settings import LMSettings
+
+__all__ = ["PrefixScorer", "score_prefix"]
+
+# part of every cache key: raise it when what is kept of a text changes
+VERSION = 1
+# Of the layers, the last one in so many is moved.
+MOVED = 6
+BRIDGE = ":"
+# Logits of a pass, at most; what is made of them takes a few times as much.
+LOGIT_BYTES = 1 << 30
+
+
+def score_prefix(
+    texts: Sequence[str],
+    facets: Sequence[str],
+    of_feedback: Sequence[bool],
+    endings: tuple[str, str] | None,
+    settings: LMSettings,
+    cache: Path,
+) -> Vectors:
+    """Score every text under the prefix of ``facets``, from the cache where it is there.
+
+    Parameters
+    ----------
+    texts : sequence of n str
+        Behaviour texts, already rendered; duplicates are scored once.
+    facets : sequence of F str
+        Facet names in words.
+    of_feedback : sequence of F bool
+        Whether a facet's scores are of the feedback, not of the text.
+    endings : (liked, disliked) or None
+        Feedback endings.
+    settings : LMSettings
+    cache : Path
+        The user's cache directory; scores are kept under ``prefix/``.
+
+    Returns
+    -------
+    Vectors
+        Facet by facet and layer by layer, in the order of ``texts``.
+
+    Raises
+    ------
+    ModelError
+        If the LM cannot be found or loaded, takes no prefix, or is too short for a text.
+    ValueError
+        If a text is empty, or the prompt cannot be built.
+    """
+    if not any(of_feedback):
+        endings = None
+    about = {
+        "version": VERSION,
+        "facets": list(facets),
+        "of_feedback": [bool(each) for each in of_feedback],
+        "endings": list(endings) if endings else None,
+    }
+
+    def open_reader(backbone: Backbone) -> Reader:
+        prompt = prompts.build(backbone, facets, endings)
+        scorer = PrefixScorer(backbone, prompt, of_feedback)
+        n_ending = len(prompt.ending.common) if prompt.ending else 0
+        n_more = 1 + n_ending
+        return Reader(scorer.score, scorer.width, len(prompt) + n_more, n_more)
+
+    return read_texts(texts, "prefix", about, open_reader, settings, cache)
+
+
+class PrefixScorer:
+    """Scores batches of texts with respect to the prefix of one prompt.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Any causal LM of transformers that keeps keys and values.
+    prompt : Prompt
+        Of F facets.
+    of_feedback : sequence of F bool
+
+    Raises
+    ------
+    ModelError
+        If the LM says something else of texts behind a prefix than of prefix and texts in one.
+    """
+
+    def __init__(self, backbone: Backbone, prompt: Prompt, of_feedback: Sequence[bool]) -> None:
+        self.backbone, self.prompt = backbone, prompt
+        self.of_feedback = list(of_feedback)
+        self.soft = prompt.soft_positions.to(backbone.device)
+        self.bridge = prompts.tokenize(backbone.tokenizer, [BRIDGE])[0][-1:]
+        check_mask(backbone, prompt)
+        with torch.no_grad():
+            given = prompts.inputs(backbone, prompt, prompt.theta0(backbone), [[]])
+            cache = DynamicCache()
+            backbone.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.keys = [layer.keys for layer in cache.layers]
+            self.values = [layer.values for layer in cache.layers]
+        self.first = len(self.values) - math.ceil(len(self.values) / MOVED)
+        # (layers, kv_heads, F, head_dim)
+        moved = torch.stack([values[0] for values in self.values[self.first :]])
+        self.moved = moved.index_select(2, self.soft)
+        self._check()
+
+    @property
+    def width(self) -> int:
+        """Length of a score vector: F facets, the moved layers' values of each."""
+        return self.moved.numel()
+
+    def score(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Score a batch.
+
+        Parameters
+        ----------
+        texts : n sequences of int
+            Token ids, at least one each; best of like lengths.
+
+        Returns
+        -------
+        Tensor, shape (n, F · layers · kv_heads · head_dim)
+        """
+        common = self.prompt.ending.common if self.prompt.ending else ()
+        full = [[*text, *common] for text in texts]
+        vocabulary = self.backbone.model.config.get_text_config().vocab_size
+        longest = max(map(len, full)) + 1
+        n_rows = max(1, LOGIT_BYTES // (4 * vocabulary * longest))
+        parts = [slice(start, start + n_rows) for start in range(0, len(texts), n_rows)]
+        return torch.cat([self._score(texts[part], full[part]) for part in parts])
+
+    def _score(self, texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Scores of texts, whose endings are part of ``full``."""
+        # one copy of the values per text, so that one backward pass gives each its own gradient
+        moved = self.moved[:, None].expand(-1, len(texts), -1, -1, -1).clone().requires_grad_()
+        logits = self._logits(full, moved)
+        found = {}
+        if not all(self.of_feedback):
+            value = prompts.sum_log_probs(logits, texts).sum()
+            (found[False],) = torch.autograd.grad(value, moved, retain_graph=any(self.of_feedback))
+        if any(self.of_feedback):
+            value = prompts.verb_difference(logits, self.prompt.ending, full).sum()
+            (found[True],) = torch.autograd.grad(value, moved)
+        chosen = [found[kind][:, :, :, f] for f, kind in enumerate(self.of_feedback)]
+        # (layers, n, kv_heads, F, head_dim) to one row a text, facet by facet
+        return torch.stack(chosen, 3).permute(1, 3, 0, 2, 4).flatten(1)
+
+    def _logits(self, texts: Sequence[Sequence[int]], moved: torch.Tensor) -> torch.Tensor:
+        """As :func:`recbole_uip.lm.prompt.logits`, behind the prefix with the values ``moved``."""
+        device, n, n_prefix = self.backbone.device, len(texts), len(self.prompt)
+        longest = max(map(len, texts)) + 1
+        ids = torch.zeros(n, longest, dtype=torch.long)
+        for row, text in enumerate(texts):
+            ids[row, : len(text) + 1] = torch.tensor([*self.bridge, *text])
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            values = values.expand(n, -1, -1, -1)
+            if index >= self.first:
+                values = values.index_copy(2, self.soft, moved[index - self.first])
+            cache.update(keys.expand(n, -1, -1, -1), values, index)
+        # padded on the right, so no token of a text sees a padding token, whatever the mask says;
+        # and all are to see something, or softmax would be 0/0
+        logits = self.backbone.model(
+            input_ids=ids.to(device),
+            attention_mask=torch.ones(n, n_prefix + longest, device=device),
+            position_ids=torch.arange(n_prefix, n_prefix + longest, device=device).expand(n, -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        text = [*self.prompt.name_ids[0], *self.prompt.name_ids[-1]]
+        theta = self.prompt.theta0(self.backbone)
+        expected = prompts.logits(self.backbone, self.prompt, theta, [[*self.bridge, *text]])
+        expected = expected[0, 1:].log_softmax(-1)
+        found = self._logits([text], self.moved[:, None])[0].log_softmax(-1)
+        error = float((found - expected).abs().mean())
+        if not error < (1e-2 if self.backbone.dtype == torch.float32 else 0.25):
+            raise ModelError(
+                f"uip_lm: {type(self.backbone.model).__name__} differs by {error:.3g} nats a token "
+                "between a text behind kept keys and values and the same in one pass, so source: "
+                "prefix cannot be used with it: take source: lm or embedding, or another LM"
+            )

@@ -1,0 +1,156 @@
+"""One vector for each text by a frozen LM, batched by length and cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_uip.lm import prompt as prompts
+from recbole_uip.lm.backbone import Backbone, load, resolve, resolve_dtype
+from recbole_uip.lm.scoring import check_lengths, check_texts, put_through
+from recbole_uip.lm.store import ScoreStore, digest
+from recbole_uip.settings import LMSettings
+
+__all__ = ["Reader", "Vectors", "read_texts"]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors of n texts.
+
+    Attributes
+    ----------
+    vectors : ndarray of float32, shape (n, d)
+    lm_tokens : int
+        Tokens put through the LM in this call; 0 if everything was in the cache.
+    seconds : float
+        Wall time of this call.
+    fingerprint : str
+        Content hash of LM and adapter.
+    """
+
+    vectors: np.ndarray
+    lm_tokens: int
+    seconds: float
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a loaded LM makes vectors of texts.
+
+    Attributes
+    ----------
+    read : callable
+        Takes the token ids of a batch of n texts; the vectors, shape (n, width).
+    width : int
+    n_before, n_more : int
+        Positions before each text's own that the LM has to have, and tokens that each text costs
+        besides its own.
+    """
+
+    read: Callable[[list[list[int]]], torch.Tensor]
+    width: int
+    n_before: int
+    n_more: int
+
+
+def read_texts(
+    texts: Sequence[str],
+    kind: str,
+    about: dict[str, Any],
+    open_reader: Callable[[Backbone], Reader],
+    settings: LMSettings,
+    cache: Path,
+) -> Vectors:
+    """The vector of every text, from the cache where it is there.
+
+    Parameters
+    ----------
+    texts : sequence of n str
+        Behaviour texts, already rendered; duplicates are run once.
+    kind : str
+        What the vectors are: folder of the cache.
+    about : dict
+        All that they depend on besides the texts, the LM and ``settings``; JSON.
+    open_reader : callable
+        Makes a reader of the LM; called when a text is missing from the cache.
+    settings : LMSettings
+    cache : Path
+        The user's cache directory; models are kept there under ``models/``.
+
+    Returns
+    -------
+    Vectors
+        In the order of ``texts``.
+
+    Raises
+    ------
+    ModelError
+        If the LM cannot be found or loaded, or is too short for a text.
+    ValueError
+        If a text is empty.
+    """
+    started = time.perf_counter()
+    texts = list(texts)
+    check_texts(texts)
+    distinct = list(dict.fromkeys(texts))
+    order = {text: row for row, text in enumerate(distinct)}
+
+    cache = Path(cache).expanduser()
+    source = resolve(settings, cache)
+    _, dtype = resolve_dtype(settings)
+    parts = [*about.values(), source.fingerprint, str(dtype), settings.text_tokens]
+    key = hashlib.sha256(json.dumps(parts).encode())
+    described = {
+        "lm": settings.name,
+        "adapter": settings.adapter,
+        "fingerprint": source.fingerprint,
+        "dtype": str(dtype),
+        "text_tokens": settings.text_tokens,
+        **about,
+    }
+    store = ScoreStore(cache / kind / key.hexdigest()[:32], described)
+    columns, found = store.read([digest(text) for text in distinct])
+    vectors, lm_tokens = columns.get("vectors"), 0
+    # without any text, only the LM knows how wide it is
+    if vectors is None or not found.all():
+        backbone = load(settings, cache, source)
+        reader = open_reader(backbone)
+        missing = np.flatnonzero(~found)
+        if vectors is None:
+            vectors = np.zeros((len(distinct), reader.width), np.float32)
+        if len(missing):
+            chosen = [distinct[row] for row in missing]
+            vectors[missing], lm_tokens = _read_missing(chosen, kind, reader, backbone, store)
+            store.compact()
+    if len(distinct) < len(texts):
+        vectors = vectors[[order[text] for text in texts]]
+    return Vectors(vectors, lm_tokens, time.perf_counter() - started, source.fingerprint)
+
+
+def _read_missing(
+    texts: list[str], kind: str, reader: Reader, backbone: Backbone, store: ScoreStore
+) -> tuple[np.ndarray, int]:
+    """Vectors of ``texts``, put through the LM, and LM tokens."""
+    ids = prompts.text_ids(backbone, texts)
+    check_lengths(texts, ids, backbone, reader.n_before)
+    lengths = np.array([reader.n_more + len(row) for row in ids])
+    columns, lm_tokens = put_through(
+        texts,
+        ids,
+        lengths,
+        lambda batch: {"vectors": reader.read(batch)},
+        backbone,
+        store,
+        f"{kind} of texts",
+    )
+    return columns["vectors"], lm_tokens

@@ -425,7 +425,7 @@ def test_facets_of_texts_without_scores(world, texts, tiny_lm, source, direction
         rows = [item for item, text in enumerate(texts) if text]
         told = [texts[row] for row in rows]
         if source == "prefix":
-            prompt = ["told"], [True], wanted.endings
+            prompt = ["told"], [wanted.endings is not None], wanted.endings
             raw = score_prefix(told, *prompt, wanted.lm, wanted.cache).vectors
         else:
             raw = embed(told, wanted.lm, wanted.cache).vectors

@@ -76,10 +76,12 @@ def score_prefix(
     ModelError
         If the LM cannot be found or loaded, takes no prefix, or is too short for a text.
     ValueError
-        If a text is empty, or the prompt cannot be built.
+        If a text is empty, the prompt cannot be built, or feedback has no endings.
     """
     if not any(of_feedback):
         endings = None
+    elif endings is None:
+        raise ValueError("endings is None: scores of feedback are of its endings")
     about = {
         "version": VERSION,
         "facets": list(facets),

@@ -147,9 +147,16 @@ def _check_numbers(path: str, columns: pd.DataFrame) -> None:
     for name, values in columns.items():
         numbers = pd.to_numeric(values, errors="coerce")
         for row in np.flatnonzero(numbers.isna() & values.notna())[:1]:
+            value = values.iloc[row]
+            way_out = "mend the file, or call the column's type token"
+            if pd.notna(pd.to_datetime(value, errors="coerce")):
+                way_out = (
+                    "give times in seconds, as by pandas.to_datetime(column).map("
+                    "pandas.Timestamp.timestamp)"
+                )
             raise SettingsError(
-                f"{path}: column {name!r} has {values.iloc[row]!r} in row {row + 1}, which is no "
-                "number: mend the file, or call the column's type token"
+                f"{path}: column {name!r} has {value!r} in row {row + 1}, which is no number: "
+                f"{way_out}"
             )
 
 

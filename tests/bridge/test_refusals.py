@@ -87,7 +87,13 @@ def test_columns_of_the_wrong_type(column, words, atomic):
 
 def test_values_that_are_no_numbers_are_named(atomic):
     atomic.rows[6][2] = "five"
-    with pytest.raises(SettingsError, match="'rating:float' has 'five' in row 7"):
+    with pytest.raises(SettingsError, match="'rating:float' has 'five' in row 7.*type token"):
+        UIPDataset(atomic.write().config())
+
+
+def test_dates_are_said_how_to_turn_into_seconds(atomic):
+    atomic.rows[6][3] = "2020-01-31 10:00:00"
+    with pytest.raises(SettingsError, match="'timestamp:float' has '2020.* in row 7.*in seconds"):
         UIPDataset(atomic.write().config())
 
 

@@ -10,6 +10,7 @@ from recbole_uip.lm import backbone as backbones
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm import score
 from recbole_uip.lm.llama import LlamaScorer
+from recbole_uip.lm.prefix import PrefixScorer
 from recbole_uip.settings import LMSettings, default_cache_dir
 
 pytestmark = pytest.mark.integration
@@ -79,3 +80,22 @@ def test_one_short_facet_in_bfloat16_passes_the_check_against_the_model(facet, b
     (tmp_path / "models").symlink_to(default_cache_dir() / "models", target_is_directory=True)
     result = score(TITLES[:2], [facet], None, LMSettings(dtype="bfloat16"), tmp_path)
     assert result.lm_tokens > 0
+
+
+def test_prefix_scores_are_the_slope_of_the_likelihood(backbone):
+    scorer = PrefixScorer(backbone, prompts.build(backbone, FACETS[:1]), [False])
+    ids = prompts.tokenize(backbone.tokenizer, TITLES[:3])
+    slopes = scorer.score(ids)
+    # five of thirty layers, three heads of 64 values
+    assert slopes.shape == (3, 5 * 3 * 64)
+    gradient = slopes.unflatten(1, (1, 5, 3, 64)).permute(2, 0, 3, 1, 4)
+    step = 0.01 / gradient.flatten().norm()
+    with torch.no_grad():
+        up, down = (
+            prompts.sum_log_probs(
+                scorer._logits(ids, scorer.moved[:, None] + sign * step * gradient), ids
+            )
+            for sign in (1, -1)
+        )
+    expected = step * slopes.square().sum(1)
+    torch.testing.assert_close((up - down) / 2, expected, rtol=0.02, atol=0)

@@ -54,7 +54,11 @@ def add_bench(subcommands: argparse._SubParsersAction) -> None:
         "tuning soft tokens through the LM: speed, agreement with the closed form, likelihood",
         [
             ("users", 200, "users that are tuned"),
-            ("peers", 4, "users for the comparison with the authors' formulation; 0: none"),
+            (
+                "peers",
+                4,
+                "users for the comparison with the authors' formulation, at least 2; 0: none",
+            ),
         ],
         speed={"action": "store_true", "help": "how fast the E-step is, and nothing else"},
     )

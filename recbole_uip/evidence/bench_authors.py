@@ -44,6 +44,9 @@ def against_authors(task: Task, slice_: Slice, peers: int) -> dict[str, Any]:
     likelihood scales them back, all of the sequence at each step of Adam, through transformers as
     it is. Their codebook learns from soft tokens but does not move them
     (MSE weight .5, no commitment), so it has no part in this.
+
+    Free soft tokens also find what makes every text likelier. So ``own`` is how much likelier a
+    user's behaviours are by the user's own tokens than by those of the next user.
     """
     facets = tuple(
         FacetSettings(each, weight="all", prompt=each, codes=2) for each in AUTHORS_FACETS
@@ -64,8 +67,12 @@ def against_authors(task: Task, slice_: Slice, peers: int) -> dict[str, Any]:
         posterior.settings, rate, (settings.seed, 1),
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    theta = group.frame.tokens(result.where[owner], group.fold[owner], active)
-    reached = float(group.likelihood.value(passages, theta).mean())
+
+    def said(users: np.ndarray) -> float:
+        theta = group.frame.tokens(result.where[users], group.fold[users], active)
+        return float(group.likelihood.value(passages, theta).mean())
+
+    reached = said(owner)
     theta0 = np.repeat(group.likelihood.theta0[None], len(owner), axis=0)
     start = float(group.likelihood.value(passages, theta0).mean())
     rows = [
@@ -73,6 +80,7 @@ def against_authors(task: Task, slice_: Slice, peers: int) -> dict[str, Any]:
             "way": "ours",
             "start": start,
             "reached": reached,
+            "own": reached - said((owner + 1) % peers),
             "steps": posterior.settings.steps,
             "lm_tokens": int(result.lm_tokens),
             "seconds": seconds,
@@ -82,7 +90,8 @@ def against_authors(task: Task, slice_: Slice, peers: int) -> dict[str, Any]:
     lines = [
         f"{row['way']}: {peers} users, {len(passages)} held-out behaviours from "
         f"{row['start']:.3f} nats each by {row['reached'] - row['start']:+.3f} in {row['steps']} "
-        f"steps, {row['lm_tokens']:,} LM tokens, {row['seconds']:.1f} s"
+        f"steps ({row['own']:+.3f} more than by another user's tokens), "
+        f"{row['lm_tokens']:,} LM tokens, {row['seconds']:.1f} s"
         for row in rows
     ]
     if rows[1]["reached"] - rows[1]["start"] < reached - start:
@@ -110,10 +119,10 @@ def _authors_way(
     theta.requires_grad_()
     adam = torch.optim.Adam([theta], lr=AUTHORS_RATE)
 
-    def held_out() -> float:
-        return float(likelihood.value(passages, theta.detach().numpy()[owner]).mean())
+    def said(users: np.ndarray) -> float:
+        return float(likelihood.value(passages, theta.detach().numpy()[users]).mean())
 
-    reached = start = held_out()
+    reached = start = said(owner)
     seconds, tokens, steps = 0.0, 0, 0
     while (reached - start < gain or steps == 0) and steps < most_steps:
         started = time.perf_counter()
@@ -128,11 +137,12 @@ def _authors_way(
         adam.step()
         seconds += time.perf_counter() - started
         steps += 1
-        reached = held_out()
+        reached = said(owner)
     return {
         "way": "authors",
         "start": start,
         "reached": reached,
+        "own": reached - said((owner + 1) % len(chosen)),
         "steps": steps,
         "lm_tokens": tokens,
         "seconds": seconds,

@@ -112,9 +112,9 @@ def bench_gradient(
     if users < 8:
         raise SettingsError(f"users={users} must be at least 8: a codebook is fitted on them")
     most = min(users, CHECKED)
-    if not 0 <= peers <= most:
+    if not 0 <= peers <= most or peers == 1:
         raise SettingsError(
-            f"peers={peers} must be between 0 and {most}, of whom likelihoods are computed"
+            f"peers={peers} must be 0, or from 2 to {most}, of whom likelihoods are computed"
         )
     config = {"uip_posterior": "gradient", **(config or {})}
     name, parsed = parse_config(dataset, config_files, config, command_line)

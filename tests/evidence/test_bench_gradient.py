@@ -62,6 +62,7 @@ def test_all_of_it(task):
     gains = [each["reached"] - each["start"] for each in (ours, theirs)]
     assert ours["steps"] == 3 and 1 <= theirs["steps"] <= 3
     assert gains[1] >= gains[0] or theirs["steps"] == 3
+    assert all(each["own"] != 0 for each in (ours, theirs))
     # Each of its steps puts all texts of both users through the LM.
     assert ours["lm_tokens"] > 0 and theirs["lm_tokens"] % theirs["steps"] == 0
     json.dumps(results, allow_nan=False)

@@ -26,6 +26,7 @@ from recbole_uip.evidence.figures import Figure, machine, timed
 from recbole_uip.evidence.task import Task, load_task, parse_config
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import resolve_dtype
+from recbole_uip.lm.prefix import n_moved
 from recbole_uip.lm.scoring import MAX_WORKERS
 from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.records import peak_memory, versions
@@ -36,6 +37,7 @@ __all__ = [
     "bench_profiles",
     "matmul_ceiling",
     "matrices",
+    "prefix_flops",
     "scoring_flops",
 ]
 
@@ -54,6 +56,11 @@ _NOTES = {
         "the head forward and backward at predicted text tokens; the layers forward at prefix "
         "tokens. Not counted: attention, padding, applying the Jacobian. Floor: the best torch "
         "product of the LM's layer shapes, same type and threads, before or after scoring."
+    ),
+    "prefix": (
+        "scores in the last layers (source: prefix): the same texts and facets. FLOPs as above, "
+        "but backward through these layers alone, and with a colon before each text, which "
+        "predicts its first token."
     ),
     "cached": (
         "scores from the cache: the same call again. Floor: a plain read of the same files; both "
@@ -140,6 +147,26 @@ def scoring_flops(
         run, kinds = text_tokens + n_texts * ending_tokens, 2
     layers = 2 * weights.layer_weights * ((1 + kinds) * run + prefix_tokens)
     return layers + 2 * weights.head_weights * 2 * predicted
+
+
+def prefix_flops(
+    weights: Matrices, moved: float, n_texts: int, text_tokens: int, ending_tokens: int, kinds: int
+) -> float:
+    """FLOPs of the matrix products with weights that prefix scores need (see ``lm/prefix.py``).
+
+    Parameters
+    ----------
+    weights : Matrices
+    moved : float
+        Share of the layers in which soft tokens are moved.
+    n_texts, text_tokens, ending_tokens : int
+        As in :func:`scoring_flops`.
+    kinds : int
+        Gradients of each text: of the text, of its feedback, or both.
+    """
+    run = text_tokens + n_texts * (1 + ending_tokens)
+    layers = 2 * weights.layer_weights * run * (1 + moved * kinds)
+    return layers + 2 * weights.head_weights * 2 * text_tokens
 
 
 def _state_bytes(encoder: Encoder, n_rows: int) -> int:
@@ -312,6 +339,7 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     batch_tokens = backbone.batch_tokens
     ending = prompts.build(backbone, task.prompts, task.endings).ending
     ending_tokens = len(ending.common) if ending else None
+    n_layers = backbone.model.config.get_text_config().num_hidden_layers
     del backbone
     gc.collect()
     models = settings.cache.expanduser().resolve() / "models"
@@ -359,6 +387,29 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     )
     rate = Figure("flops", f"  of {flops / 1e9:,.1f} GFLOP", flops / seconds, "FLOP/s", fastest)
 
+    logger.info("scoring them in the last layers")
+    facets = [facet for facet in settings.facets if facet.source == "lm"]
+    of_feedback = [facet.weight == "contrast" and ending is not None for facet in facets]
+    started = time.perf_counter()
+    found = lm.score_prefix(texts, task.prompts, of_feedback, task.endings, settings.lm, cache)
+    seconds = time.perf_counter() - started
+    flops = prefix_flops(
+        weights,
+        n_moved(n_layers) / n_layers,
+        len(texts),
+        text_tokens,
+        ending_tokens if any(of_feedback) else 0,
+        len(set(of_feedback)),
+    )
+    prefix = Figure(
+        "prefix",
+        f"in its last layers: {found.lm_tokens:,} tokens, {flops / 1e9:,.1f} GFLOP",
+        seconds,
+        "s",
+        flops / fastest,
+        {"lm_tokens": found.lm_tokens, "flops": flops},
+    )
+
     logger.info("reading the scores")
     cached = timed(score, repeats)
     files = [path for path in (cache / "scores").glob("*/*.safetensors") if path.stem != "prefix"]
@@ -372,7 +423,7 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
         min(plain),
         {"seconds": cached, "bytes": n_bytes, "files": len(files)},
     )
-    return [scoring, rate, reading]
+    return [scoring, rate, prefix, reading]
 
 
 def _holds_scores(task: Task) -> bool:

@@ -31,7 +31,7 @@ from recbole_uip.lm.scoring import check_mask
 from recbole_uip.lm.vectors import Reader, Vectors, read_texts
 from recbole_uip.settings import LMSettings
 
-__all__ = ["PrefixScorer", "score_prefix"]
+__all__ = ["PrefixScorer", "n_moved", "score_prefix"]
 
 # part of every cache key: raise it when what is kept of a text changes
 VERSION = 1
@@ -99,6 +99,11 @@ def score_prefix(
     return read_texts(texts, "prefix", about, open_reader, settings, cache)
 
 
+def n_moved(n_layers: int) -> int:
+    """Number of the layers in which soft tokens are moved: the last."""
+    return math.ceil(n_layers / MOVED)
+
+
 class PrefixScorer:
     """Scores batches of texts with respect to the prefix of one prompt.
 
@@ -128,7 +133,7 @@ class PrefixScorer:
             backbone.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
             self.keys = [layer.keys for layer in cache.layers]
             self.values = [layer.values for layer in cache.layers]
-        self.first = len(self.values) - math.ceil(len(self.values) / MOVED)
+        self.first = len(self.values) - n_moved(len(self.values))
         # (layers, kv_heads, F, head_dim)
         moved = torch.stack([values[0] for values in self.values[self.first :]])
         self.moved = moved.index_select(2, self.soft)

@@ -11,6 +11,7 @@ from recbole_uip.evidence.bench import (
     bench_profiles,
     matmul_ceiling,
     matrices,
+    prefix_flops,
     scoring_flops,
 )
 from recbole_uip.evidence.figures import Figure, format_bench, write_figures
@@ -65,6 +66,14 @@ def test_flops_as_the_docstring_of_scoring_states():
     assert per_token == pytest.approx(750e6, rel=0.005)
     per_token = scoring_flops(weights, 1, 10**6 + 1) / 10**6
     assert per_token == pytest.approx(540e6, rel=0.01)
+
+
+def test_flops_of_prefix_scores_by_hand():
+    weights = Matrices(((4, 3), (3, 4)), (10, 3))
+    # 7 tokens and 3 colons forward, and back through half of the layers, once or twice
+    layers, head = 2 * 24 * 10, 2 * 30 * 2 * 7
+    assert prefix_flops(weights, 0.5, 3, 7, 0, 1) == 1.5 * layers + head
+    assert prefix_flops(weights, 0.5, 3, 7, 2, 2) == 2 * (layers + 2 * 24 * 6) + head
 
 
 def test_tied_heads_and_embeddings_are_no_layers():
@@ -227,10 +236,10 @@ def lm_settings(tmp_path):
 def test_with_a_tiny_lm(toy, lm_settings, tmp_path, capsys):
     assert cli.main(["bench", "profiles", *toy({**TASTE, **MOOD}, *lm_settings)]) == 0
     results = json.loads((tmp_path / "bench.json").read_text())
-    keys = ["scoring", "flops", "cached", "stage"] + ["transform"] * 3 + ["memory"]
+    keys = ["scoring", "flops", "prefix", "cached", "stage"] + ["transform"] * 3 + ["memory"]
     assert [each["key"] for each in results["figures"]] == keys
     check_figures(results["figures"])
-    scoring, _, cached, stage = (each["details"] for each in results["figures"][:4])
+    scoring, _, prefix, cached, stage = (each["details"] for each in results["figures"][:5])
     assert scoring["texts"] == 14
     # the names "taste in movies" and "interests", their soft tokens, and these tokens' tangents
     assert scoring["prefix_tokens"] == 3 + 1 + 2 + 2 * 32
@@ -242,6 +251,8 @@ def test_with_a_tiny_lm(toy, lm_settings, tmp_path, capsys):
     assert scoring["flops"] == (
         2 * weights[0] * (3 * run + scoring["prefix_tokens"]) + 4 * weights[1] * predicted
     )
+    # a colon before each text, the ending's token after it
+    assert prefix["lm_tokens"] == scoring["text_tokens"] + 2 * 14
     assert cached["files"] == 2  # one shard, and the soft tokens
     assert stage["items_with_text"] == 14
     assert stage["cost"]["lm_tokens"] == 0
@@ -255,7 +266,7 @@ def test_some_items(toy, lm_settings, tmp_path):
     assert cli.main(line) == 0
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
     assert figures[0]["details"]["texts"] == 9
-    stage = figures[3]["details"]
+    stage = figures[4]["details"]
     assert (stage["items_with_text"], stage["cost"]["lm_tokens"]) == (9, 0)
     # Once the user's cache holds them all, the stage has them all.
     more = [each for each in toy(TASTE, *lm_settings) if "json=" not in each]
@@ -264,7 +275,7 @@ def test_some_items(toy, lm_settings, tmp_path):
     assert cli.main(line) == 0
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
     assert figures[0]["details"]["texts"] == 9
-    stage = figures[3]["details"]
+    stage = figures[4]["details"]
     assert (stage["items_with_text"], stage["cost"]["lm_tokens"]) == (14, 0)
 
 

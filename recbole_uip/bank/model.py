@@ -58,10 +58,10 @@ class ProfileModel:
     tables : dict of str to ndarray
         For new items: ``lm_mean`` (d,), ``lm_theta0`` (n_facets, width) and, for each facet of
         the LM, ``lm_map.<facet>`` (n_vector_folds, d, rank), from raw scores to item vectors. In
-        the same way ``embedding_mean`` and ``embedding_map.<facet>``, and of prefix
-        and words; and ``words_vocabulary``, UTF-8, a line for each word. Of a
-        collaborative facet that knows texts, what these sources say adds up with
-        ``texts_offset.<facet>`` (n_vector_folds, rank).
+        the same way ``embedding_mean`` and ``embedding_map.<facet>``, and those of ``prefix`` and
+        ``words``; and ``words_vocabulary``, UTF-8, a line for each word. Of a collaborative facet
+        that knows texts, what these sources say adds up with ``texts_offset.<facet>``
+        (n_vector_folds, rank).
     fit : str
         Content hash of what was fitted first. New items and refits keep it, and with it the
         meaning of codes: a model that was trained with codes of one fit cannot read another's.

@@ -509,7 +509,7 @@ def lm_vectors(
     if source == "prefix":
         facets = settings.prefix_facets
         # Each by the likelihood of what it is evidence of.
-        of_feedback = [facet.weight == "contrast" and endings is not None for facet in facets]
+        of_feedback = [facet.by_feedback(endings) for facet in facets]
         prompts = [facet.prompt for facet in facets]
         found = lm.score_prefix(texts, prompts, of_feedback, endings, settings.lm, settings.cache)
     else:

@@ -170,6 +170,10 @@ class FacetSettings:
             return self.match is not None and self.weight == "contrast"
         return self.match.posterior == "filter"
 
+    def by_feedback(self, endings: tuple[str, str] | None) -> bool:
+        """Whether the LM judges it by feedback: its evidence is of liking, and endings say it."""
+        return self.weight == "contrast" and endings is not None
+
     @property
     def text_sources(self) -> tuple[str, ...]:
         """Sources by which it reads the items' texts."""

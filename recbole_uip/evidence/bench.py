@@ -389,7 +389,7 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
 
     logger.info("scoring them in the last layers")
     facets = [facet for facet in settings.facets if facet.source == "lm"]
-    of_feedback = [facet.weight == "contrast" and ending is not None for facet in facets]
+    of_feedback = [facet.by_feedback(task.endings) for facet in facets]
     started = time.perf_counter()
     found = lm.score_prefix(texts, task.prompts, of_feedback, task.endings, settings.lm, cache)
     seconds = time.perf_counter() - started

@@ -214,7 +214,7 @@ def _fields(task: Task, model: ProfileModel) -> list[_Field]:
         name = model.profile_names[columns[0]]
         facet = of_facet[facet_of[name]]
         if facet.source == "lm":
-            feedback = facet.weight == "contrast" and task.endings is not None
+            feedback = facet.by_feedback(task.endings)
             found.append(
                 _Field(
                     name,

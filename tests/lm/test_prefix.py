@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -147,6 +149,11 @@ def test_other_prompts_are_scored_anew(changed, settings, tmp_path):
     first = score_prefix(TEXTS, FACETS, OF_FEEDBACK, ENDINGS, settings, tmp_path)
     second = score_prefix(TEXTS, *changed, settings, tmp_path)
     assert second.lm_tokens > 0 and not np.allclose(first.vectors, second.vectors)
+
+
+def test_transformers_is_imported_when_an_lm_is_loaded_and_not_before():
+    code = "import sys, recbole_uip.lm; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_endings_that_no_facet_is_judged_by_do_not_matter(settings, tmp_path):

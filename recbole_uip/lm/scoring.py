@@ -125,16 +125,8 @@ def score(
     source = resolve(settings, cache)
     _, dtype = resolve_dtype(settings)
     key = prompts.content_key(source.fingerprint, dtype, facets, endings, settings.text_tokens)
-    about = {
-        "lm": settings.name,
-        "adapter": settings.adapter,
-        "fingerprint": source.fingerprint,
-        "dtype": str(dtype),
-        "text_tokens": settings.text_tokens,
-        "facets": facets,
-        "endings": endings,
-    }
-    store = ScoreStore(cache / "scores" / key[:32], about)
+    about = {"facets": facets, "endings": endings}
+    store = open_store(cache / "scores" / key[:32], settings, source.fingerprint, dtype, about)
     keys = [digest(text) for text in distinct]
     columns, found = store.read(keys)
     theta0 = (store.read_file("theta0") or {}).get("theta0")
@@ -288,6 +280,20 @@ def put_through(
             fill(lost, values)
             lm_tokens += more
     return columns, lm_tokens
+
+
+def open_store(
+    folder: Path, settings: LMSettings, fingerprint: str, dtype: torch.dtype, about: Mapping
+) -> ScoreStore:
+    """The store in ``folder`` of what an LM made of texts, which says so and ``about``."""
+    described = {
+        "lm": settings.name,
+        "adapter": settings.adapter,
+        "fingerprint": fingerprint,
+        "dtype": str(dtype),
+        "text_tokens": settings.text_tokens,
+    }
+    return ScoreStore(folder, {**described, **about})
 
 
 def check_texts(texts: Sequence[str]) -> None:

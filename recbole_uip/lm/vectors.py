@@ -15,7 +15,7 @@ import torch
 
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, load, resolve, resolve_dtype
-from recbole_uip.lm.scoring import check_lengths, check_texts, put_through
+from recbole_uip.lm.scoring import check_lengths, check_texts, open_store, put_through
 from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.settings import LMSettings
 
@@ -110,15 +110,8 @@ def read_texts(
     _, dtype = resolve_dtype(settings)
     parts = [*about.values(), source.fingerprint, str(dtype), settings.text_tokens]
     key = hashlib.sha256(json.dumps(parts).encode())
-    described = {
-        "lm": settings.name,
-        "adapter": settings.adapter,
-        "fingerprint": source.fingerprint,
-        "dtype": str(dtype),
-        "text_tokens": settings.text_tokens,
-        **about,
-    }
-    store = ScoreStore(cache / kind / key.hexdigest()[:32], described)
+    folder = cache / kind / key.hexdigest()[:32]
+    store = open_store(folder, settings, source.fingerprint, dtype, about)
     columns, found = store.read([digest(text) for text in distinct])
     vectors, lm_tokens = columns.get("vectors"), 0
     # without any text, only the LM knows how wide it is

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ from recbole_uip.em.snapshots import Snapshots
 from recbole_uip.em.states import History
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.likelihood import (
+    Likelihood,
     Passage,
+    PrefixLikelihood,
     SoftTokenLikelihood,
     feedback_passage,
     text_passage,
@@ -71,7 +74,7 @@ class Group:
     fold : ndarray of int64, shape (n_profiles,)
     passages : list of Passage
         Of each unit.
-    likelihood : SoftTokenLikelihood
+    likelihood : Likelihood
     evidence : ndarray, shape (n_rows, G)
         Behaviours that each row is evidence of each facet: none without a text.
     read : callable
@@ -83,7 +86,7 @@ class Group:
     units: Units
     fold: np.ndarray
     passages: list[Passage]
-    likelihood: SoftTokenLikelihood
+    likelihood: Likelihood
     evidence: np.ndarray
     read: Callable[[Sequence[np.ndarray]], list[Passage]]
 
@@ -110,12 +113,14 @@ def groups(
             f"uip_facets.{contrast[0]}: uip_posterior=gradient tunes weight contrast by the "
             f"likelihood of feedback endings, and needs {missing}: take another weight"
         )
-    texts = _Texts.of(behaviours, item_texts, settings, endings, cost)
-    return [
-        _make_group(chosen, feedback, texts, observed, settings, snapshots)
-        for feedback in (False, True)
-        if (chosen := tuple(f for f in facets if (f.weight == "contrast") == feedback))
-    ]
+    found = []
+    for source in dict.fromkeys(facet.source for facet in facets):
+        texts = _Texts.of(source, behaviours, item_texts, settings, endings, cost)
+        for feedback in (False, True):
+            chosen = tuple(f for f in texts.facets if (f.weight == "contrast") == feedback)
+            if chosen:
+                found.append(_make_group(chosen, feedback, texts, observed, settings, snapshots))
+    return found
 
 
 def _make_group(
@@ -128,8 +133,8 @@ def _make_group(
 ) -> Group:
     """The facets whose likelihood is of feedback, or those whose likelihood is of texts."""
     behaviours = observed.behaviours
-    numbers = [settings.tuned_facets.index(facet) for facet in facets]
-    scores = (texts.scores.feedback if feedback else texts.scores.text)[:, numbers]
+    numbers = [texts.facets.index(facet) for facet in facets]
+    scores = (texts.feedback if feedback else texts.text)[:, numbers]
     counts, maps, variances = [], [], []
     for f, facet in enumerate(facets):
         try:
@@ -139,9 +144,7 @@ def _make_group(
             raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
         maps.append(facet_maps)
         variances.append(variance)
-    likelihood = SoftTokenLikelihood(
-        texts.backbone, texts.prompt, numbers, settings.gradient.recompute
-    )
+    likelihood = texts.likelihood(numbers, settings.gradient.recompute)
     frame = Frame(likelihood.theta0, tuple(maps), tuple(variances), likelihood.max_norm)
     evidence = np.stack(counts, axis=1) * texts.known[behaviours.item, None]
     pieces, active, first = _pieces(behaviours, settings, observed.history, snapshots, evidence)
@@ -171,10 +174,16 @@ class _Texts:
 
     Attributes
     ----------
+    facets : tuple of F FacetSettings
+        Those of one source, that of the soft tokens: their names are in the prompt.
     backbone : Backbone
     prompt : Prompt
-    scores : Scores
-        Of the items that have a text, in order.
+    prefix : Prefix or None
+        None where soft tokens are embeddings.
+    text, feedback : ndarray, shape (n_texts, F, D), or None
+        Gradients of texts' log-likelihoods and of feedback logits, of the items that have a text,
+        in order. Of a prefix's facets, those of each facet's own kind.
+    log_likelihood, feedback_logit : ndarray, shape (n_texts,), or None
     place : ndarray of int64, shape (n_items,)
         Where each item's scores are; -1 without a text.
     token_ids : list of list of int
@@ -183,9 +192,14 @@ class _Texts:
         Training rows of each.
     """
 
+    facets: tuple[FacetSettings, ...]
     backbone: lm.Backbone
     prompt: prompts.Prompt
-    scores: lm.Scores
+    prefix: lm.Prefix | None
+    text: np.ndarray
+    feedback: np.ndarray | None
+    log_likelihood: np.ndarray
+    feedback_logit: np.ndarray | None
     place: np.ndarray
     token_ids: list[list[int]]
     counts: np.ndarray
@@ -193,23 +207,47 @@ class _Texts:
     @classmethod
     def of(
         cls,
+        source: str,
         behaviours: Behaviours,
         item_texts: Sequence[str | None],
         settings: UIPSettings,
         endings: tuple[str, str] | None,
         cost: Counter[str],
     ) -> _Texts:
-        rows, counts = rated_texts(item_texts, behaviours.item[behaviours.train], "lm")
+        rows, counts = rated_texts(item_texts, behaviours.item[behaviours.train], source)
         texts = [item_texts[row] for row in rows]
-        lm_settings = _on_own_device(settings)
-        scored = lm.score(texts, settings.prompts, endings, lm_settings, settings.cache)
-        cost.update(lm_tokens=scored.lm_tokens, lm_seconds=scored.seconds)
-        backbone = lm.load(lm_settings, settings.cache)
-        prompt = prompts.build(backbone, settings.prompts, endings)
+        facets = tuple(facet for facet in settings.tuned_facets if facet.source == source)
+        names = [facet.prompt for facet in facets]
+        given = _on_own_device(settings), settings.cache
+        of_feedback = [facet.by_feedback(endings) for facet in facets]
+        if source == "prefix":
+            # its prompt is that of the closed form, whose scores are cached
+            endings = endings if any(of_feedback) else None
+            found = lm.score_prefix(texts, names, of_feedback, endings, *given)
+        else:
+            found = lm.score(texts, names, endings, *given)
+        cost.update(lm_tokens=found.lm_tokens, lm_seconds=found.seconds)
+        backbone = lm.load(*given)
+        prompt = prompts.build(backbone, names, endings)
+        token_ids = prompts.text_ids(backbone, texts)
+        if source == "prefix":
+            prefix, started = lm.Prefix(backbone, prompt), time.perf_counter()
+            *said, lm_tokens = lm.prefix_likelihoods(prefix, prefix.theta0, token_ids)
+            cost.update(lm_tokens=lm_tokens, lm_seconds=time.perf_counter() - started)
+            said = [None if each is None else each.numpy() for each in said]
+            scores = found.vectors.reshape(len(texts), len(facets), -1)
+            read = prefix, scores, scores, *said
+        else:
+            read = None, found.text, found.feedback, found.log_likelihood, found.feedback_logit
         place = np.full(behaviours.n_items, -1)
         place[rows] = np.arange(len(rows))
-        token_ids = prompts.text_ids(backbone, texts)
-        return cls(backbone, prompt, scored, place, token_ids, counts)
+        return cls(facets, backbone, prompt, *read, place, token_ids, counts)
+
+    def likelihood(self, numbers: Sequence[int], recompute: bool) -> Likelihood:
+        """Of passages under soft tokens of the facets ``numbers``."""
+        if self.prefix is not None:
+            return PrefixLikelihood(self.prefix, numbers)
+        return SoftTokenLikelihood(self.backbone, self.prompt, numbers, recompute)
 
     @property
     def known(self) -> np.ndarray:
@@ -315,7 +353,7 @@ def _passages(
     def answers(items: tuple[int, ...], liked: tuple[float, ...], fold: int) -> Passage:
         places = texts.place[list(items)]
         ids = [texts.token_ids[place] for place in places]
-        shift = intercepts[fold, list(items)] - texts.scores.feedback_logit[places]
+        shift = intercepts[fold, list(items)] - texts.feedback_logit[places]
         return feedback_passage(ids, texts.prompt.ending, liked, shift)
 
     return [
@@ -332,9 +370,9 @@ def _numbered(passages: list[Passage]) -> np.ndarray:
     return np.array(which, dtype=np.int64)
 
 
-def _check_lengths(passages: list[Passage], likelihood: SoftTokenLikelihood) -> None:
+def _check_lengths(passages: list[Passage], likelihood: Likelihood) -> None:
     longest = max((len(passage.tokens) for passage in passages), default=0)
-    needed, limit = longest + len(likelihood.prompt), likelihood.n_positions
+    needed, limit = longest + likelihood.n_before, likelihood.n_positions
     if limit is not None and needed > limit:
         raise SettingsError(
             f"a user's behaviours need {needed} positions of the LM, which has {limit}: lower "
@@ -364,7 +402,7 @@ def _scored_units(
     for f, part in enumerate(frame.slices):
         gradient[:, part] *= units.active[:, f, None] > 0
     if intercepts is None:
-        value = texts.scores.log_likelihood[places].astype(np.float64)
+        value = texts.log_likelihood[places].astype(np.float64)
     else:
         label = observed.behaviours.liked[rows]
         logit = intercepts[fold, items]

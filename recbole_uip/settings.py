@@ -471,8 +471,8 @@ class UIPSettings:
         tuned = self.tuned_facets
         if self.facets and not tuned:
             raise SettingsError(
-                "uip_posterior=gradient tunes facets with source: lm, and uip_facets has none: add "
-                "one, or set uip_posterior=score"
+                "uip_posterior=gradient tunes facets with source: lm or prefix, and uip_facets has "
+                "none: add one, or set uip_posterior=score"
             )
         for facet in tuned:
             key = f"uip_facets.{facet.name}"
@@ -496,13 +496,24 @@ class UIPSettings:
     @property
     def tuned_facets(self) -> tuple[FacetSettings, ...]:
         """Facets whose soft tokens are tuned by gradients."""
-        if self.posterior != "gradient":
-            return ()
-        return tuple(facet for facet in self.facets if facet.source == "lm")
+        return self.prompted_facets if self.posterior == "gradient" else ()
+
+    @property
+    def prompted_facets(self) -> tuple[FacetSettings, ...]:
+        """Facets that are soft tokens of the LM, wherever in it."""
+        return tuple(facet for facet in self.facets if facet.source in PROMPTED_SOURCES)
+
+    def with_soft_tokens(self, source: str) -> UIPSettings:
+        """The same with all soft tokens in one place of the LM: ``lm`` or ``prefix``."""
+        facets = tuple(
+            dataclasses.replace(facet, source=source) if facet in self.prompted_facets else facet
+            for facet in self.facets
+        )
+        return dataclasses.replace(self, facets=facets)
 
     @property
     def prompts(self) -> list[str]:
-        """Names in words of the facets that the LM scores."""
+        """Names in words of the facets that the LM scores at soft tokens' embeddings."""
         return [facet.prompt for facet in self.facets if facet.source == "lm"]
 
     @property

@@ -21,7 +21,7 @@ from recbole_uip.em import collaborative
 from recbole_uip.em.facet import Observations
 from recbole_uip.em.snapshots import take_snapshots
 from recbole_uip.em.states import index_history
-from recbole_uip.lm.likelihood import SoftTokenLikelihood
+from recbole_uip.lm.likelihood import PrefixLikelihood, SoftTokenLikelihood
 from recbole_uip.passages import groups
 from recbole_uip.profiles import Profiles, infer
 from recbole_uip.settings import SettingsError, UIPSettings
@@ -244,6 +244,58 @@ def test_scores_recomputed_at_codewords(world, texts, make, likelihood):
         assert tokens[0] < tokens[1] < tokens[2]
 
 
+@pytest.mark.parametrize("taste", ["lm", "prefix"])
+def test_soft_tokens_in_the_last_layers(world, texts, make, gradient, taste):
+    """They are tuned, with embeddings beside them or alone; rows know what they may know."""
+    facets = {
+        "interests": {**FACETS["interests"], "source": "prefix"},
+        "taste": {**FACETS["taste"], "source": taste},
+    }
+    settings = make(uip_gradient=gradient, uip_facets=facets)
+    behaviours = world.behaviours
+    profiles = run(behaviours, texts, settings)
+    assert list(profiles.tuned) == ["interests", "taste"]
+    for tuned in profiles.tuned.values():
+        assert (tuned.codes >= 0).any() and (np.abs(tuned.means) > 0).any()
+    assert profiles.report["interests"]["lm_tokens"] > 0
+    likelihoods = [type(group.likelihood) for group in _groups(behaviours, texts, settings)]
+    expected = [PrefixLikelihood, SoftTokenLikelihood if taste == "lm" else PrefixLikelihood]
+    assert likelihoods == expected
+    changed = np.flatnonzero(~behaviours.train)[::5]
+    after = run(flipped(behaviours, changed), texts, settings)
+    first = np.full(behaviours.n_users, np.inf)
+    np.minimum.at(first, behaviours.user[changed], behaviours.time[changed])
+    untouched = behaviours.time <= first[behaviours.user]
+    for old, new in zip(profiles.fields, after.fields, strict=True):
+        np.testing.assert_array_equal(old.values[untouched], new.values[untouched])
+    for name in facets:
+        np.testing.assert_array_equal(
+            profiles.tuned[name].codebook.packed, after.tuned[name].codebook.packed
+        )
+
+
+def test_units_of_the_last_layers_are_what_the_lm_says_at_theta0(world, texts, make):
+    """Cached scores and one forward pass are the values and gradients that steps begin with."""
+    facets = {name: {**FACETS[name], "source": "prefix"} for name in ("interests", "taste")}
+    for group in _groups(world.behaviours, texts, make(uip_facets=facets)):
+        units = np.arange(len(group.units.passage))
+        fold, active = group.fold[group.units.owner], group.units.active
+        theta = group.frame.tokens(np.zeros((len(units), group.frame.size)), fold, active)
+        value, gradient = group(units, theta)
+        np.testing.assert_allclose(group.units.value, value, rtol=1e-4, atol=1e-5)
+        pulled = group.frame.pull(gradient, fold, active)
+        np.testing.assert_allclose(group.units.gradient, pulled, rtol=1e-3, atol=1e-4)
+        assert np.abs(pulled).max() > 0.1
+
+
+def _groups(behaviours, texts, settings):
+    history = index_history(behaviours.user, behaviours.time, behaviours.train, behaviours.n_users)
+    fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
+    observed = Observations(behaviours, history, fold, settings.folds)
+    snapshots = take_snapshots(history, (4,), behaviours.train)
+    return groups(observed, texts, settings, snapshots, Counter())
+
+
 def test_the_prior_stands_in_for_no_history(world, texts, make):
     settings = make(uip_empty="prior")
     profiles = run(world.behaviours, texts, settings)
@@ -312,14 +364,10 @@ def test_with_parameters_held_training_labels_move_later_rows_alone(inferred, wo
 def test_no_move_makes_all_texts_likelier_or_liked(world, texts, make):
     """Directions are those of centred scores, as in the closed form: the rest is leniency."""
     behaviours, settings = world.behaviours, make()
-    history = index_history(behaviours.user, behaviours.time, behaviours.train, behaviours.n_users)
-    fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
-    observed = Observations(behaviours, history, fold, settings.folds)
-    snapshots = take_snapshots(history, (4,), behaviours.train)
     scores = lm.score(texts[1:], settings.prompts, settings.endings, settings.lm, settings.cache)
     counts = np.bincount(behaviours.item[behaviours.train], minlength=20)[1:]
     for group, gradients in zip(
-        groups(observed, texts, settings, snapshots, Counter()),
+        _groups(behaviours, texts, settings),
         (scores.text, scores.feedback),
         strict=True,
     ):

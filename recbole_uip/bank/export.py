@@ -10,7 +10,7 @@
 
 from recbole_uip.bank.export_atomic import atomic_files
 from recbole_uip.bank.export_feast import feature_rows, feature_store_parquet, timestamps
-from recbole_uip.bank.export_peft import soft_prompts, soft_tokens
+from recbole_uip.bank.export_peft import soft_moves, soft_prompts, soft_tokens
 from recbole_uip.bank.export_redis import RedisLookup, from_redis, to_redis
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "feature_rows",
     "feature_store_parquet",
     "from_redis",
+    "soft_moves",
     "soft_prompts",
     "soft_tokens",
     "timestamps",

@@ -163,9 +163,20 @@ class ProfileModel:
         prefix = [facet.prompt for facet in self.settings.prefix_facets]
         if self.lm_fingerprint is None or not (self.settings.prompts or prefix):
             return None
-        endings = None if self.implicit else self.settings.endings
-        content = json.dumps([self.settings.prompts, endings, *prefix])
+        content = json.dumps([self.settings.prompts, self.endings, *prefix])
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def endings(self) -> tuple[str, str] | None:
+        """Feedback endings, where there is feedback."""
+        return None if self.implicit else self.settings.endings
+
+    @property
+    def prefix_prompt(self) -> tuple[list[str], tuple[str, str] | None]:
+        """Names of the facets in the prompt of a prefix, and its endings if it has any."""
+        facets = self.settings.prefix_facets
+        of_feedback = any(facet.by_feedback(self.endings) for facet in facets)
+        return [facet.prompt for facet in facets], self.endings if of_feedback else None
 
     def all_tables(self) -> dict[str, np.ndarray]:
         """Every array, by name."""

@@ -48,7 +48,9 @@ def _adapt(namespace: argparse.Namespace, overrides: list[str], command: str) ->
     _, config = parse_config(namespace.dataset, files, None, overrides)
     task = load_task(config)
     if not task.distinct:
-        raise SettingsError("no facet reads the items' texts: uip_facets needs one of source: lm")
+        raise SettingsError(
+            "no facet reads the items' texts: uip_facets needs one of source: lm or prefix"
+        )
     found = adapt(
         task.distinct,
         task.prompts,

@@ -28,7 +28,6 @@ from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import resolve_dtype
 from recbole_uip.lm.prefix import n_moved
 from recbole_uip.lm.scoring import MAX_WORKERS
-from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.records import peak_memory, versions
 from recbole_uip.settings import SettingsError
 
@@ -388,8 +387,7 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     rate = Figure("flops", f"  of {flops / 1e9:,.1f} GFLOP", flops / seconds, "FLOP/s", fastest)
 
     logger.info("scoring them in the last layers")
-    facets = [facet for facet in settings.facets if facet.source == "lm"]
-    of_feedback = [facet.by_feedback(task.endings) for facet in facets]
+    of_feedback = [facet.by_feedback(task.endings) for facet in settings.prompted_facets]
     started = time.perf_counter()
     found = lm.score_prefix(texts, task.prompts, of_feedback, task.endings, settings.lm, cache)
     seconds = time.perf_counter() - started
@@ -428,16 +426,15 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
 
 def _holds_scores(task: Task) -> bool:
     """Whether the user's cache holds the scores of every text."""
-    settings = task.settings
-    source = lm.resolve(settings.lm, settings.cache)
-    _, dtype = resolve_dtype(settings.lm)
-    key = prompts.content_key(
-        source.fingerprint, dtype, task.prompts, task.endings, settings.lm.text_tokens
-    )
-    # The folder that lm.score takes; were it another, the answer would be no.
-    store = ScoreStore(settings.cache.expanduser() / "scores" / key[:32], {})
-    _, found = store.read([digest(text) for text in task.distinct])
-    return bool(found.all()) and store.read_file("theta0") is not None
+    settings, texts = task.settings, task.distinct
+    given, held = (settings.lm, settings.cache), True
+    if settings.prompts:
+        held = lm.holds_scores(texts, settings.prompts, task.endings, *given)
+    if facets := settings.prefix_facets:
+        of_feedback = [facet.by_feedback(task.endings) for facet in facets]
+        names = [facet.prompt for facet in facets]
+        held = held and lm.holds_prefix_scores(texts, names, of_feedback, task.endings, *given)
+    return held
 
 
 def _stage_figures(task: Task, bandwidth: float, repeats: int) -> list[Figure]:

@@ -36,7 +36,8 @@ LENGTHS = ((1, 10), (11, 25), (26, 10**9))  # behaviours of a profile, for the c
 _NOTES = [
     "E-step: uip_gradient.steps steps for all users, one round, with the choice of the learning "
     "rate; wall time, the LM loaded and scores cached. Floor: its FLOPs at the measured ceiling.",
-    "FLOPs: 2 per weight and token forward, 2 backward (weights get no gradient); the head at "
+    "FLOPs: 2 per weight and token forward, 2 backward (weights get no gradient, and layers before "
+    "those in which soft tokens are moved none either); the head at "
     "predicted text tokens. Ceiling: the best torch product of the LM's layer shapes, same type "
     "and threads.",
 ]
@@ -52,18 +53,23 @@ _RELINEARIZED = (
 )
 
 
-def tuning_flops(weights: Matrices, run_tokens: int, predicted_tokens: int) -> int:
+def tuning_flops(
+    weights: Matrices, run_tokens: int, predicted_tokens: int, moved: float = 1.0
+) -> float:
     """FLOPs of products with weights for likelihoods and their gradients in soft tokens.
 
     Parameters
     ----------
     weights : Matrices
     run_tokens : int
-        Tokens through the layers, soft ones included; 4 FLOPs a weight.
+        Tokens through the layers, soft ones included; 2 FLOPs a weight, and 2 on the way back.
     predicted_tokens : int
         Tokens at which the head makes logits, there and back.
+    moved : float
+        Share of the layers that gradients go back through.
     """
-    return 4 * (weights.layer_weights * run_tokens + weights.head_weights * predicted_tokens)
+    layers = 2 * weights.layer_weights * run_tokens * (1.0 + moved)
+    return layers + 4 * weights.head_weights * predicted_tokens
 
 
 def bench_gradient(
@@ -182,12 +188,13 @@ class _Spent:
     seconds: float = 0.0
     compiling: float = 0.0
     lm_tokens: int = 0
-    flops: int = 0
+    flops: float = 0.0
 
     def add(self, seconds: float, counted: Counted, shapes: Matrices) -> None:
         self.seconds += seconds
         self.lm_tokens += counted.tokens
-        self.flops += tuning_flops(shapes, counted.run, counted.predicted)
+        moved = counted.group.likelihood.moved
+        self.flops += tuning_flops(shapes, counted.run, counted.predicted, moved)
 
     def figures(self, users: int, fastest: float) -> list[Figure]:
         counts = {"users": users, "lm_tokens": self.lm_tokens, "flops": self.flops}

@@ -141,15 +141,9 @@ def text_features(
         ``random``, ``attributes`` (where there are any), ``words``, ``embedding``, ``prefix``,
         ``lm``, and ``all`` of them but the random ones.
     """
-    scored = [facet for facet in settings.facets if facet.source == "lm"]
-    facets = tuple(dataclasses.replace(facet, source="prefix") for facet in scored)
-    by_source = {
-        "embedding": settings,
-        "prefix": dataclasses.replace(settings, facets=facets),
-        "lm": settings,
-    }
     raw = {"words": bag_of_words(texts)[0]}
-    for source, each in by_source.items():
+    for source in ("embedding", "prefix", "lm"):
+        each = settings if source == "embedding" else settings.with_soft_tokens(source)
         raw[source], _ = profiles.lm_vectors(source, texts, settings.endings is None, each)
     if attributes is not None and any(attributes):
         raw = {"attributes": bag_of_words([each or "" for each in attributes])[0], **raw}
@@ -473,8 +467,10 @@ def ceiling(
     """
     name, parsed = parse_config(dataset, config_files, config, command_line)
     settings = parsed.uip
-    if not settings.prompts:
-        raise SettingsError("ceiling needs a facet with source: lm, and uip_facets has none")
+    if not settings.prompted_facets:
+        raise SettingsError(
+            "ceiling needs a facet with source: lm or prefix, and uip_facets has none"
+        )
     data, settings = load_dataset(parsed)
     behaviours, texts = data.behaviours, data.item_texts(settings)
     if behaviours.liked is None:

@@ -22,6 +22,7 @@ The LM runs in float32: at small steps bfloat16 rounds the move of a soft token 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from recbole_uip import lm, profiles
-from recbole_uip.bank.export_peft import soft_tokens
+from recbole_uip.bank.export_peft import soft_moves
 from recbole_uip.bank.model import ProfileModel
 from recbole_uip.em import states
 from recbole_uip.em.kernels import CODE
@@ -45,7 +46,7 @@ from recbole_uip.evidence.statistics import (
 from recbole_uip.evidence.task import Task, load_task, parse_config
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.records import versions
-from recbole_uip.settings import SettingsError
+from recbole_uip.settings import PROMPTED_SOURCES, SettingsError
 
 __all__ = ["STEPS", "format_likelihood", "likelihood", "measure"]
 
@@ -65,6 +66,8 @@ class _Field:
     Attributes
     ----------
     name, facet, weight : str
+    source : {"lm", "prefix"}
+        Where its soft tokens are: among the LM's embeddings, or in its last layers.
     number : int
         Among the encoder's profile fields.
     columns : tuple of int
@@ -76,6 +79,7 @@ class _Field:
     name: str
     facet: str
     weight: str
+    source: str
     number: int
     columns: tuple[int, ...]
     scores: str
@@ -102,16 +106,43 @@ class _Speaker:
     ----------
     task : Task
     model : ProfileModel
+    source : {"lm", "prefix"}
+
+    Attributes
+    ----------
+    theta0 : Tensor, shape (F, D)
     """
 
-    def __init__(self, task: Task, model: ProfileModel) -> None:
-        settings = dataclasses.replace(task.settings.lm, dtype="float32")
+    def __init__(self, task: Task, model: ProfileModel, source: str) -> None:
+        lm_settings, cache = task.settings.lm, task.settings.cache
         self.model = model
-        self.backbone = lm.load(settings, task.settings.cache)
-        self.prompt = prompts.build(self.backbone, task.prompts, task.endings)
+        self.backbone = lm.load(dataclasses.replace(lm_settings, dtype="float32"), cache)
         self.texts = task.texts
         self.lm_tokens = 0
         self._said: dict[tuple, float] = {}
+        # by kind of score, in the type that the profiles were made of
+        self._scores: dict[str, np.ndarray | None]
+        if source == "prefix":
+            names, endings = model.prefix_prompt
+            prefix = lm.Prefix(self.backbone, prompts.build(self.backbone, names, endings))
+            self.theta0 = prefix.theta0
+            self._ask = functools.partial(lm.prefix_likelihoods, prefix)
+            of_feedback = [each.by_feedback(endings) for each in task.settings.prefix_facets]
+            found = lm.score_prefix(task.distinct, names, of_feedback, endings, lm_settings, cache)
+            self._scores = dict.fromkeys(("text", "feedback"), found.vectors)
+        else:
+            names, endings = task.settings.prompts, task.endings
+            prompt = prompts.build(self.backbone, names, endings)
+            self.theta0 = torch.from_numpy(model.tables["lm_theta0"])
+            self._ask = functools.partial(lm.likelihoods, self.backbone, prompt)
+            scored = lm.score(task.distinct, names, endings, lm_settings, cache)
+            self._scores = {"text": scored.text, "feedback": scored.feedback}
+        self._row_of = {text: row for row, text in enumerate(task.distinct)}
+
+    def slope(self, field: _Field, item: int, move: np.ndarray) -> float:
+        """Rise of an item's value along a move of the soft tokens, to first order."""
+        scores = self._scores[field.scores][self._row_of[self.texts[item]]]
+        return float(scores.ravel() @ move)
 
     def values(
         self, field: _Field, step: float, codes: Sequence[Code], items: Sequence[int]
@@ -127,11 +158,10 @@ class _Speaker:
             if key not in self._said:
                 missing[key[2]].append(key[3])
         for code, texts in tqdm(missing.items(), desc=field.name, leave=False, delay=2):
-            theta = soft_tokens(self.model, field.name, code, step, field.scores)
+            move = soft_moves(self.model, field.name, code, step, field.scores)
+            theta = (self.theta0 + torch.from_numpy(move)).to(self.theta0)
             ids = prompts.text_ids(self.backbone, texts)
-            likelihoods, logits, spent = lm.likelihoods(
-                self.backbone, self.prompt, torch.from_numpy(theta), ids
-            )
+            likelihoods, logits, spent = self._ask(theta, ids)
             self.lm_tokens += spent
             found = logits if field.scores == "feedback" else likelihoods
             for text, value in zip(texts, found.tolist(), strict=True):
@@ -170,10 +200,10 @@ def measure(task: Task, users: int = 40, behaviours: int = 5, codes: int = 4) ->
     fields = _fields(task, model)
     if not fields:
         raise SettingsError(
-            "likelihood needs a facet with source: lm and codes; uip_facets has none"
+            "likelihood needs a facet with source: lm or prefix, and codes; uip_facets has none"
         )
-    speaker = _Speaker(task, model)
-    scored = lm.score(task.distinct, task.prompts, task.endings, settings.lm, settings.cache)
+    sources = dict.fromkeys(field.source for field in fields)
+    speakers = {source: _Speaker(task, model, source) for source in sources}
     tuning = np.random.default_rng(settings.seed).random(events.n_users) < TUNING_SHARE
     last = _last_codes(task, inferred)
     tokens = {each.name: each.values for each in inferred.fields}
@@ -195,14 +225,18 @@ def measure(task: Task, users: int = 40, behaviours: int = 5, codes: int = 4) ->
             continue
         results.append(
             _field_figures(
-                _Lifts(task, field, speaker, scored, inferred), judged, chooser, codes, draws[2]
-            )
+                _Lifts(task, field, speakers[field.source], inferred),
+                judged,
+                chooser,
+                codes,
+                draws[2],
+            )  # fmt: skip
         )
     if not results:
         raise SettingsError(
             "no user with a code has held-out behaviours: nothing to measure a likelihood on"
         )
-    return {"fields": results, "lm_tokens": speaker.lm_tokens}
+    return {"fields": results, "lm_tokens": sum(each.lm_tokens for each in speakers.values())}
 
 
 def _fields(task: Task, model: ProfileModel) -> list[_Field]:
@@ -213,13 +247,14 @@ def _fields(task: Task, model: ProfileModel) -> list[_Field]:
         columns = tuple(range(fields.column[number], fields.column[number + 1]))
         name = model.profile_names[columns[0]]
         facet = of_facet[facet_of[name]]
-        if facet.source == "lm":
+        if facet.source in PROMPTED_SOURCES:
             feedback = facet.by_feedback(task.endings)
             found.append(
                 _Field(
                     name,
                     facet.name,
                     facet.weight,
+                    facet.source,
                     int(number),
                     columns,
                     "feedback" if feedback else "text",
@@ -285,14 +320,10 @@ class _Lifts:
         task: Task,
         field: _Field,
         speaker: _Speaker,
-        scored: lm.Scores,
         inferred: profiles.Profiles,
     ) -> None:
         self.task, self.field, self.speaker = task, field, speaker
         self.events, self.inferred = task.behaviours, inferred
-        self.theta0 = speaker.model.tables["lm_theta0"]
-        self._gradients = scored.feedback if field.scores == "feedback" else scored.text
-        self._row_of = {text: row for row, text in enumerate(task.distinct)}
 
     def factors(self, sample: _Sample) -> np.ndarray:
         """What each behaviour's value counts: y - p where it is of feedback, shape (n,)."""
@@ -314,17 +345,16 @@ class _Lifts:
     def move(self, code: Code) -> np.ndarray:
         """From θ0 to the soft tokens of a code, at step 1, flat."""
         field = self.field
-        tokens = soft_tokens(self.speaker.model, field.name, code, 1.0, field.scores)
-        return (tokens - self.theta0).ravel()
+        return soft_moves(self.speaker.model, field.name, code, 1.0, field.scores).ravel()
 
     def predicted(self, sample: _Sample, codes: Sequence[Code]) -> np.ndarray:
         """Lifts at step 1 to first order, by the scores, shape (n,)."""
         moves = {code: self.move(code) for code in set(codes)}
-        rows = [self._row_of[self.task.texts[item]] for item in self.events.item[sample.rows]]
+        items = self.events.item[sample.rows]
         return np.array(
             [
-                self._gradients[row].ravel() @ moves[code]
-                for row, code in zip(rows, codes, strict=True)
+                self.speaker.slope(self.field, item, moves[code])
+                for item, code in zip(items, codes, strict=True)
             ]
         )
 
@@ -355,7 +385,7 @@ def _field_figures(
         "behaviours": len(judged.rows),
         "tuning_behaviours": len(chooser.rows),
         "theta0_mean": float((weight * base).mean()),
-        "move": float(np.mean(lengths) / np.linalg.norm(lifts.theta0)),
+        "move": float(np.mean(lengths) / lifts.speaker.theta0.norm()),
         "step": best,
         "own_theta0": _difference(user, weight * (own - base)),
         "own_other": _difference(user, weight * (own - other)),
@@ -472,8 +502,10 @@ def likelihood(
         if value < least:
             raise SettingsError(f"{key}={value} must be at least {least}")
     name, parsed = parse_config(dataset, config_files, config, command_line)
-    if not parsed.uip.prompts:
-        raise SettingsError("likelihood needs a facet with source: lm, and uip_facets has none")
+    if not parsed.uip.prompted_facets:
+        raise SettingsError(
+            "likelihood needs a facet with source: lm or prefix, and uip_facets has none"
+        )
     if parsed.uip.posterior != "score":
         raise SettingsError(
             f"uip_posterior={parsed.uip.posterior}: likelihood puts codes of scores back into the "

@@ -46,8 +46,8 @@ class Task:
 
     @property
     def prompts(self) -> list[str]:
-        """Names in words of the facets that the LM scores."""
-        return self.settings.prompts
+        """Names in words of the facets that are soft tokens of the LM."""
+        return [facet.prompt for facet in self.settings.prompted_facets]
 
     @property
     def endings(self) -> tuple[str, str] | None:

@@ -46,7 +46,7 @@ class Counted:
         passages = [self.group.passages[u] for u in units]
         tokens = sum(len(passage.tokens) for passage in passages)
         texts = 0 if passages[0].verbs else len(passages)
-        both = tokens + len(passages) * len(self.group.facets)
+        both = sum(map(self.group.likelihood.n_tokens, passages))
         with self._lock:
             self.tokens += both
             self.run += both - texts  # a text's last token predicts nothing

@@ -12,25 +12,29 @@ Nothing here knows RecBole.
 
 from recbole_uip.lm.backbone import Backbone, ModelError, ModelSource, load, resolve
 from recbole_uip.lm.embedding import embed
-from recbole_uip.lm.forward import likelihoods
-from recbole_uip.lm.prefix import score_prefix
+from recbole_uip.lm.forward import likelihoods, prefix_likelihoods
+from recbole_uip.lm.prefix import Prefix, holds_prefix_scores, score_prefix
 from recbole_uip.lm.prompt import Prompt, build, feedback_logit, log_likelihood
-from recbole_uip.lm.scoring import Scores, score
+from recbole_uip.lm.scoring import Scores, holds_scores, score
 from recbole_uip.lm.vectors import Vectors
 
 __all__ = [
     "Backbone",
     "ModelError",
     "ModelSource",
+    "Prefix",
     "Prompt",
     "Scores",
     "Vectors",
     "build",
     "embed",
     "feedback_logit",
+    "holds_prefix_scores",
+    "holds_scores",
     "likelihoods",
     "load",
     "log_likelihood",
+    "prefix_likelihoods",
     "resolve",
     "score",
     "score_prefix",

@@ -6,17 +6,18 @@ asked, forward only, through transformers' public API and its cache of keys and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone
+from recbole_uip.lm.prefix import Prefix
 from recbole_uip.lm.prompt import Prompt
 from recbole_uip.work import even_batches
 
-__all__ = ["likelihoods"]
+__all__ = ["likelihoods", "prefix_likelihoods"]
 
 
 @torch.no_grad()
@@ -45,8 +46,41 @@ def likelihoods(
     lm_tokens : int
         Tokens put through the LM.
     """
-    common = prompt.ending.common if prompt.ending else ()
     arguments = prompts.inputs(backbone, prompt, theta, [[]])
+
+    def say(full: list[list[int]]) -> torch.Tensor:
+        # The cache grows as it is used, so each batch has its own.
+        prefix = backbone.model(**arguments, use_cache=True, logits_to_keep=1)
+        return _continued(backbone, prompt, prefix, full)
+
+    return _in_batches(backbone, prompt, say, texts, len(prompt), 0)
+
+
+@torch.no_grad()
+def prefix_likelihoods(
+    prefix: Prefix, theta: torch.Tensor, texts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """The same of soft tokens in the LM's last layers; theta (F, D)."""
+
+    def say(full: list[list[int]]) -> torch.Tensor:
+        return prefix.logits(theta.expand(len(full), -1, -1), full)
+
+    return _in_batches(prefix.backbone, prefix.prompt, say, texts, 0, len(prefix.bridge))
+
+
+def _in_batches(
+    backbone: Backbone,
+    prompt: Prompt,
+    say: Callable[[list[list[int]]], torch.Tensor],
+    texts: Sequence[Sequence[int]],
+    n_batch: int,
+    n_text: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """What :func:`likelihoods` gives, by the logits that ``say`` makes of texts.
+
+    A batch costs ``n_batch`` LM tokens and each of its texts ``n_text`` besides the texts' own.
+    """
+    common = prompt.ending.common if prompt.ending else ()
     lengths = np.array([len(text) + len(common) for text in texts], dtype=np.int64)
     log_likelihood = torch.zeros(len(texts), dtype=torch.promote_types(backbone.dtype, torch.float))
     logit = torch.zeros_like(log_likelihood) if prompt.ending else None
@@ -54,13 +88,11 @@ def likelihoods(
     for rows in even_batches(lengths, backbone.batch_tokens):
         batch = [list(texts[row]) for row in rows]
         full = [[*text, *common] for text in batch]
-        # The cache grows as it is used, so each batch has its own.
-        prefix = backbone.model(**arguments, use_cache=True, logits_to_keep=1)
-        logits = _continued(backbone, prompt, prefix, full)
+        logits = say(full)
         log_likelihood[rows] = prompts.sum_log_probs(logits, batch).cpu()
         if logit is not None:
             logit[rows] = prompts.verb_difference(logits, prompt.ending, full).cpu()
-        lm_tokens += len(prompt) + sum(map(len, full))
+        lm_tokens += n_batch + sum(len(text) + n_text for text in full)
     return log_likelihood, logit, lm_tokens
 
 

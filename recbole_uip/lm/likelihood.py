@@ -15,7 +15,8 @@ Weights get no gradient, only soft tokens do. For LMs of Llama's layout (:mod:`l
 lead of a prompt are run once for all, and behind their keys and values each passage: its soft
 tokens, then its own. Passages lie one after another, for products with weights need no padding; in
 attention as many share a row as fit, and the mask keeps them apart. Logits are made at predicted
-tokens alone, and never all at once. Other LMs go through transformers' public API.
+tokens alone, and never all at once. Other LMs, and soft tokens in the last layers, go through
+transformers' public API.
 """
 
 from __future__ import annotations
@@ -35,9 +36,17 @@ from torch.utils.checkpoint import checkpoint
 from recbole_uip.lm import llama
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone
+from recbole_uip.lm.prefix import Prefix
 from recbole_uip.lm.prompt import Ending, Prompt
 
-__all__ = ["Passage", "SoftTokenLikelihood", "feedback_passage", "text_passage"]
+__all__ = [
+    "Likelihood",
+    "Passage",
+    "PrefixLikelihood",
+    "SoftTokenLikelihood",
+    "feedback_passage",
+    "text_passage",
+]
 
 TILE = 64  # a GPU multiplies matrices of multiples of this fast, others by fractions of its speed
 EMBEDDED = 4096  # tokens whose embeddings are looked at together
@@ -103,8 +112,10 @@ def feedback_passage(
     )
 
 
-class SoftTokenLikelihood:
+class Likelihood:
     """Log-likelihoods of passages, each under soft tokens of its own.
+
+    A subclass says what a soft token's D numbers are, and what the LM makes of them.
 
     Parameters
     ----------
@@ -113,47 +124,53 @@ class SoftTokenLikelihood:
         With an ending, if any passage has verbs.
     facets : sequence of G int
         Which facets' soft tokens are given; the others' are θ⁰.
-    recompute : bool
-        Keep no activations within layers but compute them again (gradient checkpointing): a third
-        slower, for long passages on a small device.
-    general : bool
-        Go through transformers whatever the LM's layout, for a prompt with another mask.
+    every : Tensor, shape (F, D)
+        θ⁰ of all facets.
+    length : float
+        Length of a soft token, beside those of θ⁰, that an LM knows.
 
     Attributes
     ----------
-    theta0 : ndarray of float32, shape (G, d)
+    theta0 : ndarray of float32, shape (G, D)
         θ⁰ of these facets.
     n_positions : int or None
         Positions that the LM has; None where there is no limit.
+    n_before : int
+        Positions of the LM before a passage.
     max_norm : float
-        Length beyond which a soft token is scaled back, the mean length of token embeddings or
-        that of the longest θ⁰: far outside the embeddings an LM has seen nothing.
+        Length beyond which a soft token is scaled back, ``length`` or that of the longest θ⁰: far
+        outside an LM has seen nothing.
+    moved : float
+        Share of the LM's layers that gradients go back through.
     """
+
+    moved = 1.0
 
     def __init__(
         self,
         backbone: Backbone,
         prompt: Prompt,
         facets: Sequence[int],
-        recompute: bool = False,
-        general: bool = False,
+        every: torch.Tensor,
+        length: float = 0.0,
     ) -> None:
         self.backbone, self.prompt, self.facets = backbone, prompt, list(facets)
-        self._theta0 = prompt.theta0(backbone)
-        self.theta0 = self._theta0[self.facets].float().cpu().numpy()
-        longest = torch.maximum(_mean_length(backbone), self._theta0.norm(dim=1).max())
+        self._theta0 = every
+        self.theta0 = every[self.facets].float().cpu().numpy()
         # A little more, so that no θ⁰ lies on the edge, where rounding would decide its gradient.
-        self.max_norm = 1.001 * float(longest)
-        self._llama = None
+        self.max_norm = 1.001 * max(length, float(every.float().norm(dim=1).max()))
         self.n_positions = getattr(
             backbone.model.config.get_text_config(), "max_position_embeddings", None
         )
-        if not general and llama.supports(backbone, self.n_positions or 0):
-            self._llama = _SoftLlama(backbone, prompt, self._theta0, self.facets, recompute)
+        self.n_before = len(prompt)
 
     def n_tokens(self, passage: Passage) -> int:
-        """Tokens that go through the LM: the passage and the soft tokens before it."""
-        return len(passage.tokens) + len(self.facets)
+        """Tokens that go through the LM for a passage."""
+        raise NotImplementedError
+
+    def _logits(self, theta: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
+        """As :func:`recbole_uip.lm.prompt.logits`, of all facets' soft tokens (n, F, D)."""
+        raise NotImplementedError
 
     def log_likelihood(self, passages: Sequence[Passage], theta: torch.Tensor) -> torch.Tensor:
         """ℓ of each passage, differentiable in ``theta``; nats.
@@ -161,7 +178,7 @@ class SoftTokenLikelihood:
         Parameters
         ----------
         passages : n Passages, all with verbs or all without; best of like lengths
-        theta : Tensor, shape (n, G, d)
+        theta : Tensor, shape (n, G, D)
 
         Returns
         -------
@@ -177,7 +194,6 @@ class SoftTokenLikelihood:
         norm = theta.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(theta.dtype).tiny)
         theta = theta * (self.max_norm / norm).clamp(max=1.0)
         texts = [list(passage.tokens) for passage in passages]
-        device = self.backbone.device
         if passages[0].verbs:
             counts = [len(passage.verbs) for passage in passages]
             positions = [verb for passage in passages for verb in passage.verbs]
@@ -187,11 +203,16 @@ class SoftTokenLikelihood:
         rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts))
         at = rows, torch.tensor(positions)
         if passages[0].verbs:
-            values = self._verbs(passages, theta, texts, at)
+            lift = self._verbs(theta, texts, at)
+            signs, intercepts = (
+                torch.tensor([x for passage in passages for x in side(passage)]).to(lift)
+                for side in (lambda p: p.signs, lambda p: p.intercepts)
+            )
+            values = functional.logsigmoid(signs * (lift + intercepts))
         else:
-            targets = torch.tensor([token for text in texts for token in text], device=device)
-            values = self._tokens(theta, texts, at, targets)
-        return values.new_zeros(len(texts)).index_add(0, rows.to(device), values)
+            targets = [token for text in texts for token in text]
+            values = self._tokens(theta, texts, at, torch.tensor(targets).to(self.backbone.device))
+        return values.new_zeros(len(texts)).index_add(0, rows.to(values.device), values)
 
     def value_and_gradient(
         self, passages: Sequence[Passage], theta: np.ndarray
@@ -206,7 +227,7 @@ class SoftTokenLikelihood:
         Returns
         -------
         value : ndarray of float64, shape (n,)
-        gradient : ndarray of float32, shape (n, G, d)
+        gradient : ndarray of float32, shape (n, G, D)
         """
         leaf = self._leaf(theta).requires_grad_()
         value = self.log_likelihood(passages, leaf)
@@ -229,37 +250,96 @@ class SoftTokenLikelihood:
         at: tuple[torch.Tensor, torch.Tensor],
         targets: torch.Tensor,
     ) -> torch.Tensor:
-        if self._llama is None:
-            logits = self._logits(theta, texts)[at]
-            return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        # the last token predicts nothing: it need not be run
-        hidden = self._llama.hidden(theta, [text[:-1] for text in texts], at)
-        return _LogProbs.apply(hidden, self._llama.head, targets)
+        """Log-probabilities of the tokens at (text, number), each of shape (m,)."""
+        logits = self._logits(self._of_all(theta), texts)[at]
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     def _verbs(
         self,
-        passages: Sequence[Passage],
         theta: torch.Tensor,
         texts: list[list[int]],
         at: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        ending = self.prompt.ending
-        if self._llama is None:
-            logits = self._logits(theta, texts)[at]
-            lift = logits[:, ending.liked] - logits[:, ending.disliked]
-        else:
-            head = self._llama.head[[ending.liked, ending.disliked]].to(self._llama.wide)
-            lift = self._llama.hidden(theta, texts, at).to(head.dtype) @ (head[0] - head[1])
-        signs, intercepts = (
-            torch.tensor([x for passage in passages for x in side(passage)]).to(lift)
-            for side in (lambda p: p.signs, lambda p: p.intercepts)
-        )
-        return functional.logsigmoid(signs * (lift + intercepts))
+        """Differences of the verbs' logits at (text, number), shape (m,)."""
+        logits, ending = self._logits(self._of_all(theta), texts)[at], self.prompt.ending
+        return logits[:, ending.liked] - logits[:, ending.disliked]
 
-    def _logits(self, theta: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
-        every = self._theta0.to(theta).expand(len(texts), -1, -1)
-        every = every.index_copy(1, torch.tensor(self.facets, device=theta.device), theta)
-        return prompts.logits(self.backbone, self.prompt, every, texts)
+    def _of_all(self, theta: torch.Tensor) -> torch.Tensor:
+        every = self._theta0.to(theta).expand(len(theta), -1, -1)
+        return every.index_copy(1, torch.tensor(self.facets, device=theta.device), theta)
+
+
+class SoftTokenLikelihood(Likelihood):
+    """Of soft tokens that are embeddings, as in prompt tuning; D is the LM's width d.
+
+    Parameters
+    ----------
+    backbone, prompt, facets
+        As for :class:`Likelihood`.
+    recompute : bool
+        Keep no activations within layers but compute them again (gradient checkpointing): a third
+        slower, for long passages on a small device.
+    general : bool
+        Go through transformers whatever the LM's layout, for a prompt with another mask.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: Prompt,
+        facets: Sequence[int],
+        recompute: bool = False,
+        general: bool = False,
+    ) -> None:
+        theta0 = prompt.theta0(backbone)
+        super().__init__(backbone, prompt, facets, theta0, float(_mean_length(backbone)))
+        self._llama = None
+        if not general and llama.supports(backbone, self.n_positions or 0):
+            self._llama = _SoftLlama(backbone, prompt, theta0, self.facets, recompute)
+
+    def n_tokens(self, passage: Passage) -> int:
+        """Tokens that go through the LM: the passage and the soft tokens before it."""
+        return len(passage.tokens) + len(self.facets)
+
+    def _tokens(self, theta, texts, at, targets):
+        if self._llama is None:
+            return super()._tokens(theta, texts, at, targets)
+        # the last token predicts nothing: it need not be run
+        hidden = self._llama.hidden(theta, [text[:-1] for text in texts], at)
+        return _LogProbs.apply(hidden, self._llama.head, targets)
+
+    def _verbs(self, theta, texts, at):
+        if self._llama is None:
+            return super()._verbs(theta, texts, at)
+        ending = self.prompt.ending
+        head = self._llama.head[[ending.liked, ending.disliked]].to(self._llama.wide)
+        return self._llama.hidden(theta, texts, at).to(head.dtype) @ (head[0] - head[1])
+
+    def _logits(self, theta, texts):
+        return prompts.logits(self.backbone, self.prompt, theta, texts)
+
+
+class PrefixLikelihood(Likelihood):
+    """Of soft tokens that are values in the LM's last layers (see :mod:`recbole_uip.lm.prefix`).
+
+    Parameters
+    ----------
+    prefix : Prefix
+    facets : sequence of G int
+    """
+
+    def __init__(self, prefix: Prefix, facets: Sequence[int]) -> None:
+        super().__init__(prefix.backbone, prefix.prompt, facets, prefix.theta0)
+        self.prefix = prefix
+        self.moved = prefix.moved
+        self.n_before += len(prefix.bridge)
+
+    def n_tokens(self, passage: Passage) -> int:
+        """Tokens that go through the LM: the passage and what bridges it to the prefix."""
+        return len(passage.tokens) + len(self.prefix.bridge)
+
+    def _logits(self, theta, texts):
+        return self.prefix.logits(theta, texts)
 
 
 @torch.no_grad()

@@ -13,6 +13,10 @@ The prompt is that of :mod:`recbole_uip.lm.prompt` and a colon, which reads the 
 predicts the text's first token. The prefix is run once. Weights are frozen and the prefix below the
 moved layers is constant, so the backward pass ends at these: with P weights in the layers' matrix
 products and H in the head's, a token costs 2·(P + H) FLOPs forward and 2·(P/6 + H) backward.
+
+A first layer that is moved is linear in v, for what attention weighs does not change; and the few
+that follow bend little. So scores say what the LM does far from v⁰, where those of embeddings do
+not (``recbole-uip likelihood``).
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -29,13 +33,13 @@ from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelError
 from recbole_uip.lm.prompt import Prompt
 from recbole_uip.lm.scoring import check_mask, most_error
-from recbole_uip.lm.vectors import Reader, Vectors, read_texts
+from recbole_uip.lm.vectors import Reader, Vectors, holds_texts, read_texts
 from recbole_uip.settings import LMSettings
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-__all__ = ["PrefixScorer", "n_moved", "score_prefix"]
+__all__ = ["Prefix", "PrefixScorer", "holds_prefix_scores", "n_moved", "score_prefix"]
 
 # part of every cache key: raise it when what is kept of a text changes
 VERSION = 1
@@ -86,12 +90,6 @@ def score_prefix(
         endings = None
     elif endings is None:
         raise ValueError("endings is None: scores of feedback are of its endings")
-    about = {
-        "version": VERSION,
-        "facets": list(facets),
-        "of_feedback": [bool(each) for each in of_feedback],
-        "endings": list(endings) if endings else None,
-    }
 
     def open_reader(backbone: Backbone) -> Reader:
         prompt = prompts.build(backbone, facets, endings)
@@ -100,7 +98,33 @@ def score_prefix(
         n_more = 1 + n_ending
         return Reader(scorer.score, scorer.width, len(prompt) + n_more, n_more)
 
+    about = _about(facets, of_feedback, endings)
     return read_texts(texts, "prefix", about, open_reader, settings, cache)
+
+
+def holds_prefix_scores(
+    texts: Sequence[str],
+    facets: Sequence[str],
+    of_feedback: Sequence[bool],
+    endings: tuple[str, str] | None,
+    settings: LMSettings,
+    cache: Path,
+) -> bool:
+    """Whether :func:`score_prefix` would find every text in the cache."""
+    about = _about(facets, of_feedback, endings)
+    return holds_texts(texts, "prefix", about, settings, cache)
+
+
+def _about(
+    facets: Sequence[str], of_feedback: Sequence[bool], endings: tuple[str, str] | None
+) -> dict[str, Any]:
+    """What scores depend on, besides texts and LM."""
+    return {
+        "version": VERSION,
+        "facets": list(facets),
+        "of_feedback": [bool(each) for each in of_feedback],
+        "endings": list(endings) if endings and any(of_feedback) else None,
+    }
 
 
 def n_moved(n_layers: int) -> int:
@@ -114,8 +138,8 @@ def _empty_cache() -> DynamicCache:
     return DynamicCache()
 
 
-class PrefixScorer:
-    """Scores batches of texts with respect to the prefix of one prompt.
+class Prefix:
+    """A prompt that was run once, and texts behind it under any values of its soft tokens.
 
     Parameters
     ----------
@@ -123,7 +147,17 @@ class PrefixScorer:
         Any causal LM of transformers that keeps keys and values.
     prompt : Prompt
         Of F facets.
-    of_feedback : sequence of F bool
+
+    Attributes
+    ----------
+    shape : (layers, kv_heads, head_dim)
+        Of what is moved of a soft token; its product is D.
+    theta0 : Tensor of the LM's type, shape (F, D)
+        v⁰, facet by facet and layer by layer.
+    moved : float
+        Share of the layers.
+    bridge : list of int
+        What stands between prefix and text.
 
     Raises
     ------
@@ -131,77 +165,53 @@ class PrefixScorer:
         If the LM says something else of texts behind a prefix than of prefix and texts in one.
     """
 
-    def __init__(self, backbone: Backbone, prompt: Prompt, of_feedback: Sequence[bool]) -> None:
+    def __init__(self, backbone: Backbone, prompt: Prompt) -> None:
         self.backbone, self.prompt = backbone, prompt
-        self.of_feedback = list(of_feedback)
-        self.soft = prompt.soft_positions.to(backbone.device)
         self.bridge = prompts.tokenize(backbone.tokenizer, [BRIDGE])[0][-1:]
         check_mask(backbone, prompt)
+        self._soft = prompt.soft_positions.to(backbone.device)
         with torch.no_grad():
             given = prompts.inputs(backbone, prompt, prompt.theta0(backbone), [[]])
             cache = _empty_cache()
             backbone.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self.keys = [layer.keys for layer in cache.layers]
-            self.values = [layer.values for layer in cache.layers]
-        self.first = len(self.values) - n_moved(len(self.values))
+        self._keys = [layer.keys for layer in cache.layers]
+        self._values = [layer.values for layer in cache.layers]
+        n_layers = len(self._values)
+        self._first = n_layers - n_moved(n_layers)
+        self.moved = n_moved(n_layers) / n_layers
         # (layers, kv_heads, F, head_dim)
-        moved = torch.stack([values[0] for values in self.values[self.first :]])
-        self.moved = moved.index_select(2, self.soft)
+        moved = torch.stack([values[0] for values in self._values[self._first :]])
+        moved = moved.index_select(2, self._soft)
+        self.shape = moved.shape[0], moved.shape[1], moved.shape[3]
+        self.theta0 = moved.permute(2, 0, 1, 3).flatten(1)
         self._check()
 
-    @property
-    def width(self) -> int:
-        """Length of a score vector: F facets, the moved layers' values of each."""
-        return self.moved.numel()
-
-    def score(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Score a batch.
+    def states(self, theta: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the prefix in each layer, each (n, kv_heads, P, head_dim).
 
         Parameters
         ----------
-        texts : n sequences of int
-            Token ids, at least one each; best of like lengths.
-
-        Returns
-        -------
-        Tensor, shape (n, F · layers · kv_heads · head_dim)
+        theta : Tensor, shape (n, F, D)
         """
-        common = self.prompt.ending.common if self.prompt.ending else ()
-        full = [[*text, *common] for text in texts]
-        vocabulary = self.backbone.model.config.get_text_config().vocab_size
-        longest = max(map(len, full)) + 1
-        n_rows = max(1, LOGIT_BYTES // (4 * vocabulary * longest))
-        parts = [slice(start, start + n_rows) for start in range(0, len(texts), n_rows)]
-        return torch.cat([self._score(texts[part], full[part]) for part in parts])
+        n = len(theta)
+        theta = theta.to(self.theta0).unflatten(2, self.shape).permute(2, 0, 3, 1, 4)
+        found = []
+        for index, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+            values = values.expand(n, -1, -1, -1)
+            if index >= self._first:
+                values = values.index_copy(2, self._soft, theta[index - self._first])
+            found.append((keys.expand(n, -1, -1, -1), values))
+        return found
 
-    def _score(self, texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Scores of texts, whose endings are part of ``full``."""
-        # one copy of the values per text, so that one backward pass gives each its own gradient
-        moved = self.moved[:, None].expand(-1, len(texts), -1, -1, -1).clone().requires_grad_()
-        logits = self._logits(full, moved)
-        found = {}
-        if not all(self.of_feedback):
-            value = prompts.sum_log_probs(logits, texts).sum()
-            (found[False],) = torch.autograd.grad(value, moved, retain_graph=any(self.of_feedback))
-        if any(self.of_feedback):
-            value = prompts.verb_difference(logits, self.prompt.ending, full).sum()
-            (found[True],) = torch.autograd.grad(value, moved)
-        chosen = [found[kind][:, :, :, f] for f, kind in enumerate(self.of_feedback)]
-        # (layers, n, kv_heads, F, head_dim) to one row a text, facet by facet
-        return torch.stack(chosen, 3).permute(1, 3, 0, 2, 4).flatten(1)
-
-    def _logits(self, texts: Sequence[Sequence[int]], moved: torch.Tensor) -> torch.Tensor:
-        """As :func:`recbole_uip.lm.prompt.logits`, behind the prefix with the values ``moved``."""
+    def logits(self, theta: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """As :func:`recbole_uip.lm.prompt.logits`; theta (n, F, D), a set for each text."""
         device, n_prefix = self.backbone.device, len(self.prompt)
         rows = [torch.tensor([*self.bridge, *text]) for text in texts]
         ids = pad_sequence(rows, batch_first=True)
         n, longest = ids.shape
         cache = _empty_cache()
-        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            values = values.expand(n, -1, -1, -1)
-            if index >= self.first:
-                values = values.index_copy(2, self.soft, moved[index - self.first])
-            cache.update(keys.expand(n, -1, -1, -1), values, index)
+        for index, (keys, values) in enumerate(self.states(theta)):
+            cache.update(keys, values, index)
         # padded on the right, so no token of a text sees a padding token, whatever the mask says;
         # and all are to see something, or softmax would be 0/0
         logits = self.backbone.model(
@@ -219,7 +229,7 @@ class PrefixScorer:
         theta = self.prompt.theta0(self.backbone)
         expected = prompts.logits(self.backbone, self.prompt, theta, [[*self.bridge, *text]])
         expected = expected[0, 1:].log_softmax(-1)
-        found = self._logits([text], self.moved[:, None])[0].log_softmax(-1)
+        found = self.logits(self.theta0[None], [text])[0].log_softmax(-1)
         error = float((found - expected).abs().mean())
         if not error < most_error(self.backbone.dtype):
             raise ModelError(
@@ -227,3 +237,57 @@ class PrefixScorer:
                 "between a text behind kept keys and values and the same in one pass, so source: "
                 "prefix cannot be used with it: take source: lm or embedding, or another LM"
             )
+
+
+class PrefixScorer(Prefix):
+    """Scores batches of texts with respect to a prefix.
+
+    Parameters
+    ----------
+    backbone, prompt
+        As for :class:`Prefix`.
+    of_feedback : sequence of F bool
+    """
+
+    def __init__(self, backbone: Backbone, prompt: Prompt, of_feedback: Sequence[bool]) -> None:
+        super().__init__(backbone, prompt)
+        self.of_feedback = list(of_feedback)
+
+    @property
+    def width(self) -> int:
+        """Length of a score vector: F facets, the moved layers' values of each."""
+        return self.theta0.numel()
+
+    def score(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Score a batch.
+
+        Parameters
+        ----------
+        texts : n sequences of int
+            Token ids, at least one each; best of like lengths.
+
+        Returns
+        -------
+        Tensor, shape (n, F · D)
+        """
+        common = self.prompt.ending.common if self.prompt.ending else ()
+        full = [[*text, *common] for text in texts]
+        vocabulary = self.backbone.model.config.get_text_config().vocab_size
+        longest = max(map(len, full)) + 1
+        n_rows = max(1, LOGIT_BYTES // (4 * vocabulary * longest))
+        parts = [slice(start, start + n_rows) for start in range(0, len(texts), n_rows)]
+        return torch.cat([self._score(texts[part], full[part]) for part in parts])
+
+    def _score(self, texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Scores of texts, whose endings are part of ``full``."""
+        # one copy of the values per text, so that one backward pass gives each its own gradient
+        theta = self.theta0.expand(len(texts), -1, -1).clone().requires_grad_()
+        logits = self.logits(theta, full)
+        found = {}
+        if not all(self.of_feedback):
+            value = prompts.sum_log_probs(logits, texts).sum()
+            (found[False],) = torch.autograd.grad(value, theta, retain_graph=any(self.of_feedback))
+        if any(self.of_feedback):
+            value = prompts.verb_difference(logits, self.prompt.ending, full).sum()
+            (found[True],) = torch.autograd.grad(value, theta)
+        return torch.cat([found[kind][:, f] for f, kind in enumerate(self.of_feedback)], 1)

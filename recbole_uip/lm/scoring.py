@@ -28,13 +28,20 @@ from tqdm import tqdm
 
 from recbole_uip.lm import llama
 from recbole_uip.lm import prompt as prompts
-from recbole_uip.lm.backbone import Backbone, ModelError, load, resolve, resolve_dtype
+from recbole_uip.lm.backbone import (
+    Backbone,
+    ModelError,
+    ModelSource,
+    load,
+    resolve,
+    resolve_dtype,
+)
 from recbole_uip.lm.prompt import Prompt
 from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.settings import LMSettings, SettingsError
 from recbole_uip.work import even_batches, in_parallel
 
-__all__ = ["Scores", "check_lengths", "check_texts", "put_through", "score"]
+__all__ = ["Scores", "check_lengths", "check_texts", "holds_scores", "put_through", "score"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +128,7 @@ def score(
     order = {text: row for row, text in enumerate(distinct)}
     rows = np.fromiter((order[text] for text in texts), dtype=np.int64, count=len(texts))
 
-    cache = Path(cache).expanduser()
-    source = resolve(settings, cache)
-    _, dtype = resolve_dtype(settings)
-    key = prompts.content_key(source.fingerprint, dtype, facets, endings, settings.text_tokens)
-    about = {"facets": facets, "endings": endings}
-    store = open_store(cache / "scores" / key[:32], settings, source.fingerprint, dtype, about)
+    source, store = _open_scores(facets, endings, settings, cache)
     keys = [digest(text) for text in distinct]
     columns, found = store.read(keys)
     theta0 = (store.read_file("theta0") or {}).get("theta0")
@@ -294,6 +296,32 @@ def open_store(
         "text_tokens": settings.text_tokens,
     }
     return ScoreStore(folder, {**described, **about})
+
+
+def holds_scores(
+    texts: Sequence[str],
+    facets: Sequence[str],
+    endings: tuple[str, str] | None,
+    settings: LMSettings,
+    cache: Path,
+) -> bool:
+    """Whether :func:`score` would find every text in the cache."""
+    _, store = _open_scores(facets, endings, settings, cache)
+    _, found = store.read([digest(text) for text in texts])
+    return bool(found.all()) and store.read_file("theta0") is not None
+
+
+def _open_scores(
+    facets: Sequence[str], endings: tuple[str, str] | None, settings: LMSettings, cache: Path
+) -> tuple[ModelSource, ScoreStore]:
+    """Where the LM is, and the store of its scores under this prompt."""
+    cache = Path(cache).expanduser()
+    source = resolve(settings, cache)
+    _, dtype = resolve_dtype(settings)
+    key = prompts.content_key(source.fingerprint, dtype, facets, endings, settings.text_tokens)
+    about = {"facets": list(facets), "endings": endings}
+    folder = cache / "scores" / key[:32]
+    return source, open_store(folder, settings, source.fingerprint, dtype, about)
 
 
 def check_texts(texts: Sequence[str]) -> None:

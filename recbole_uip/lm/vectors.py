@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from recbole_uip.lm import prompt as prompts
-from recbole_uip.lm.backbone import Backbone, load, resolve, resolve_dtype
+from recbole_uip.lm.backbone import Backbone, ModelSource, load, resolve, resolve_dtype
 from recbole_uip.lm.scoring import check_lengths, check_texts, open_store, put_through
 from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.settings import LMSettings
 
-__all__ = ["Reader", "Vectors", "read_texts"]
+__all__ = ["Reader", "Vectors", "holds_texts", "read_texts"]
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,7 @@ def read_texts(
     distinct = list(dict.fromkeys(texts))
     order = {text: row for row, text in enumerate(distinct)}
 
-    cache = Path(cache).expanduser()
-    source = resolve(settings, cache)
-    _, dtype = resolve_dtype(settings)
-    parts = [*about.values(), source.fingerprint, str(dtype), settings.text_tokens]
-    key = hashlib.sha256(json.dumps(parts).encode())
-    folder = cache / kind / key.hexdigest()[:32]
-    store = open_store(folder, settings, source.fingerprint, dtype, about)
+    source, store = _open_vectors(kind, about, settings, cache)
     columns, found = store.read([digest(text) for text in distinct])
     vectors, lm_tokens = columns.get("vectors"), 0
     # without any text, only the LM knows how wide it is
@@ -128,6 +122,28 @@ def read_texts(
     if len(distinct) < len(texts):
         vectors = vectors[[order[text] for text in texts]]
     return Vectors(vectors, lm_tokens, time.perf_counter() - started, source.fingerprint)
+
+
+def holds_texts(
+    texts: Sequence[str], kind: str, about: dict[str, Any], settings: LMSettings, cache: Path
+) -> bool:
+    """Whether :func:`read_texts` would find every text in the cache."""
+    _, store = _open_vectors(kind, about, settings, cache)
+    _, found = store.read([digest(text) for text in texts])
+    return bool(found.all())
+
+
+def _open_vectors(
+    kind: str, about: dict[str, Any], settings: LMSettings, cache: Path
+) -> tuple[ModelSource, ScoreStore]:
+    """Where the LM is, and the store of the vectors."""
+    cache = Path(cache).expanduser()
+    source = resolve(settings, cache)
+    _, dtype = resolve_dtype(settings)
+    parts = [*about.values(), source.fingerprint, str(dtype), settings.text_tokens]
+    key = hashlib.sha256(json.dumps(parts).encode())
+    folder = cache / kind / key.hexdigest()[:32]
+    return source, open_store(folder, settings, source.fingerprint, dtype, about)
 
 
 def _read_missing(

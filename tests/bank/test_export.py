@@ -30,6 +30,7 @@ from recbole_uip.bank.export import (
     atomic_files,
     feature_rows,
     feature_store_parquet,
+    soft_moves,
     soft_prompts,
     soft_tokens,
     timestamps,
@@ -48,7 +49,7 @@ from recbole_uip.settings import SettingsError, UIPSettings
 
 from ..bridge.conftest import Atomic, make_items, make_rows
 from ..em.conftest import make_world
-from ..lm.conftest import WORDS, make_model, save_lm
+from ..lm.conftest import ENDINGS, WORDS, make_model, save_lm
 from ..test_profiles import FACETS
 
 SPLITS = np.array(["train", "valid", "test"])
@@ -427,7 +428,7 @@ def tiny_lm(tmp_path_factory):
     return folder
 
 
-def lm_model(tiny_lm, cache, facets, implicit=False):
+def lm_model(tiny_lm, cache, facets, implicit=False, **keys):
     """A model whose item vectors come from the tiny LM, the items' texts, and its settings."""
     rng = np.random.default_rng(5)
     texts = [" ".join(rng.choice(WORDS[7:-2], 4)) for _ in range(N_ITEMS)]
@@ -442,6 +443,7 @@ def lm_model(tiny_lm, cache, facets, implicit=False):
             "uip_lm_dtype": "float32",
             "uip_item_text": "{title}",
             "uip_cache": str(cache),
+            **keys,
         }
     )
     items = [f"i{number}" for number in range(N_ITEMS)]
@@ -578,6 +580,69 @@ def test_peft_loads_the_prompt_and_generates(which, request, tmp_path, tiny_lm):
         ours = prompts.logits(backbone, prompt, theta, ids)[:, 1:]
         theirs = adapted(input_ids=torch.tensor(ids)).logits[:, -ours.shape[1] :]
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+PREFIXED = {
+    **THREE,
+    "interests": {**THREE["interests"], "source": "prefix", "half_life": "inf"},
+    "taste": {**THREE["taste"], "source": "prefix"},
+}
+
+
+@pytest.fixture(scope="module")
+def prefixed(tiny_lm, tmp_path_factory):
+    endings = dict(zip(("liked", "disliked"), ENDINGS, strict=True))
+    return lm_model(tiny_lm, tmp_path_factory.mktemp("cache"), PREFIXED, uip_endings=endings)
+
+
+@pytest.mark.parametrize(("facet", "scores"), [("interests", "text"), ("taste", "feedback")])
+def test_a_code_in_the_last_layers_raises_what_it_lifts(prefixed, facet, scores):
+    """The finite difference of what the LM says is the lift, by the facet's own kind of score."""
+    model, texts = prefixed
+    settings = model.settings
+    backbone = lm.load(settings.lm, settings.cache)
+    prefix = lm.Prefix(backbone, lm.build(backbone, *model.prefix_prompt))
+    ids = prompts.text_ids(backbone, texts)
+    move = soft_moves(model, facet, 2, scores=scores)
+    other = int(scores == "text")  # the facet of the other kind
+    assert np.abs(move[1 - other]).max() > 0 and not move[other].any()
+    assert np.abs(soft_moves(model, facet, 2, scores=None)).max(axis=1).min() > 0
+    step = 0.02 / np.linalg.norm(move)
+    up, down = (
+        lm.prefix_likelihoods(prefix, prefix.theta0 + torch.from_numpy(scale * move), ids)
+        for scale in (step, -step)
+    )
+    kind = int(scores == "feedback")
+    rise = (up[kind] - down[kind]).numpy() / (2 * step)
+    names, endings = model.prefix_prompt
+    found = lm.score_prefix(texts, names, [False, True], endings, settings.lm, settings.cache)
+    lift = found.vectors @ move.ravel()
+    np.testing.assert_allclose(rise, lift, rtol=0.05, atol=0.02 * np.abs(lift).max())
+    assert np.ptp(lift) > 0
+
+
+def test_peft_holds_a_prefix_and_its_mask(prefixed, tmp_path):
+    model, texts = prefixed
+    folder = soft_prompts(model, tmp_path / "adapter", "taste", 3, scale=0.5)
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, peft.PrefixTuningConfig)
+    backbone = lm.load(model.settings.lm, model.settings.cache)
+    prefix = lm.Prefix(backbone, lm.build(backbone, *model.prefix_prompt))
+    theta = prefix.theta0 + torch.from_numpy(soft_moves(model, "taste", 3, 0.5, None))
+    adapted = peft.PeftModel.from_pretrained(make_model(), str(folder))
+    for row in prompts.text_ids(backbone, texts[:3]):
+        text = torch.tensor([[*prefix.bridge, *row]])
+        ours = prefix.logits(theta.float()[None], [row])
+        theirs = adapted(input_ids=text, attention_mask=torch.ones_like(text)).logits
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    still = prefix.logits(prefix.theta0[None], [row])
+    assert (ours - still).abs().max() > 1e-2  # the code says something
+    tokens = adapted.generate(
+        input_ids=text, attention_mask=torch.ones_like(text), min_new_tokens=3, max_new_tokens=3
+    )
+    assert tokens.shape[1] == text.shape[1] + 3
+    with pytest.raises(BankError, match="soft_prompts writes them"):
+        soft_tokens(model, "taste", 3)
 
 
 def test_another_lm_is_refused(one, tmp_path):

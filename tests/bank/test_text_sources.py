@@ -145,6 +145,6 @@ def test_a_prefix_is_of_a_prompt(bank):
 def test_only_scores_give_soft_prompts(bank):
     model = bank[0].model
     assert soft_tokens(model, "taste", 1).shape == (1, 32)
-    for facet in ("embedded", "prefixed", "worded"):
-        with pytest.raises(BankError, match="those that have them are uip_taste$"):
+    for facet in ("embedded", "worded"):
+        with pytest.raises(BankError, match="those that have them are uip_prefixed, uip_taste$"):
             soft_tokens(model, facet, 1)

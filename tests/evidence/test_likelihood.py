@@ -24,19 +24,18 @@ FACETS = {
 
 @pytest.fixture(scope="module")
 def tiny_lm(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    save_lm(folder)
-    return folder
+    # of as many layers that values move in two, where feedback has directions of its own
+    return save_lm(tmp_path_factory.mktemp("tiny"), num_hidden_layers=8)
 
 
-@pytest.fixture(scope="module")
-def task(tiny_lm, tmp_path_factory):
+@pytest.fixture(scope="module", params=["lm", "prefix"])
+def task(tiny_lm, tmp_path_factory, request):
     """Users of two kinds: what the one likes, by the LM's scores, the other hates."""
     rng = np.random.default_rng(7)
     texts = [" ".join(rng.choice(WORDS[3:], size=4)) for _ in range(N_ITEMS)]
     settings = UIPSettings.from_dict(
         {
-            "uip_facets": FACETS,
+            "uip_facets": {k: {**facet, "source": request.param} for k, facet in FACETS.items()},
             "uip_item_text": "{title}",
             "uip_endings": {"liked": ENDINGS[0], "disliked": ENDINGS[1]},
             "uip_lm": str(tiny_lm),
@@ -47,10 +46,16 @@ def task(tiny_lm, tmp_path_factory):
             "uip_cache": str(tmp_path_factory.mktemp("cache")),
         }
     )
-    scored = lm.score(texts, settings.prompts, settings.endings, settings.lm, settings.cache)
+    names, more = [facet.prompt for facet in settings.facets], (settings.lm, settings.cache)
+    if request.param == "prefix":
+        scored = lm.score_prefix(texts, names, [False, True], settings.endings, *more)
+        parts = np.split(scored.vectors, 2, axis=1)
+    else:
+        scored = lm.score(texts, names, settings.endings, *more)
+        parts = scored.text, scored.feedback
     # Both kinds of score, so that both facets have something to find.
     signs = []
-    for part in (scored.text, scored.feedback):
+    for part in parts:
         flat = part.reshape(len(texts), -1)
         flat = flat - flat.mean(axis=0)
         signs.append(flat @ np.linalg.svd(flat, full_matrices=False)[2][0])

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from recbole_uip.lm import prefix, vectors
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelError, load, resolve
+from recbole_uip.lm.forward import prefix_likelihoods
+from recbole_uip.lm.likelihood import PrefixLikelihood, feedback_passage, text_passage
 from recbole_uip.lm.prefix import PrefixScorer, score_prefix
 from recbole_uip.settings import LMSettings
 
@@ -63,11 +65,11 @@ def said(scorer, row, values, f):
 
 
 def test_scores_are_slopes_of_what_the_model_says(scorer, ids):
-    found = scorer.score(ids).unflatten(1, (2, *scorer.moved.shape[:2], -1))
+    found = scorer.score(ids).unflatten(1, (2, *scorer.shape))
     # the last layer alone of the two is moved, so nothing of the prefix depends on it
-    assert scorer.moved.shape[0] == 1
+    assert scorer.shape[0] == 1
     for f in range(2):
-        values = scorer.moved[:, :, f]
+        values = scorer.theta0[f].unflatten(0, scorer.shape)
         step = 1e-5 * torch.randn(values.shape, generator=torch.Generator().manual_seed(f)).double()
         for number, row in enumerate(ids):
             up, down = (said(scorer, row, values + sign * step, f) for sign in (1, -1))
@@ -175,3 +177,45 @@ def test_an_lm_that_forgets_its_prefix_is_refused(settings, tmp_path, monkeypatc
     monkeypatch.setattr(type(backbone.model), "forward", forgetful)
     with pytest.raises(ModelError, match="source: prefix cannot be used"):
         PrefixScorer(backbone, prompts.build(backbone, FACETS, ENDINGS), OF_FEEDBACK)
+
+
+def test_likelihoods_are_those_of_the_model(scorer, ids):
+    """Values far from θ⁰, and gradients at it: the scores."""
+    moved = scorer.theta0 + 0.3 * torch.randn(
+        scorer.theta0.shape, generator=torch.Generator().manual_seed(0)
+    ).to(scorer.theta0)
+    _, _, lm_tokens = prefix_likelihoods(scorer, moved, ids)
+    assert lm_tokens == sum(len(row) + len(scorer.prompt.ending.common) + 1 for row in ids)
+    for facets in ([0, 1], [1]):
+        given = scorer.theta0.clone()
+        given[facets] = moved[facets]
+        tuned = PrefixLikelihood(scorer, facets)
+        tuned.max_norm = 1e9  # scaling back has its own test
+        theta = given[facets].expand(len(ids), -1, -1).numpy()
+        found = tuned.value([text_passage([row]) for row in ids], theta)
+        np.testing.assert_allclose(found, prefix_likelihoods(scorer, given, ids)[0], rtol=1e-9)
+        assert tuned.n_tokens(text_passage(ids[:2])) == len(ids[0]) + len(ids[1]) + 1
+    tuned = PrefixLikelihood(scorer, [0, 1])
+    theta = np.repeat(tuned.theta0[None], len(ids), axis=0)
+    scores = scorer.score(ids).unflatten(1, (2, -1)).numpy()
+    _, gradient = tuned.value_and_gradient([text_passage([row]) for row in ids], theta)
+    np.testing.assert_allclose(gradient[:, 0], scores[:, 0], rtol=1e-4, atol=1e-6)
+    # with p = 1/2, a liked behaviour's gradient is half of the logit's
+    _, logits, _ = prefix_likelihoods(scorer, scorer.theta0, ids)
+    answers = [
+        feedback_passage([row], scorer.prompt.ending, [1], [-logit])
+        for row, logit in zip(ids, logits.tolist(), strict=True)
+    ]
+    value, gradient = tuned.value_and_gradient(answers, theta)
+    np.testing.assert_allclose(value, np.log(0.5), atol=1e-5)
+    np.testing.assert_allclose(gradient[:, 1], 0.5 * scores[:, 1], rtol=1e-4, atol=1e-6)
+
+
+def test_values_longer_than_any_name_has_are_scaled_back(scorer, ids):
+    tuned = PrefixLikelihood(scorer, [0])
+    assert tuned.max_norm == pytest.approx(1.001 * float(scorer.theta0.norm(dim=1).max()))
+    direction = np.random.default_rng(0).normal(size=(1, *tuned.theta0.shape))
+    direction *= tuned.max_norm / np.linalg.norm(direction)
+    passages = [text_passage([ids[0]])]
+    far = tuned.value(passages, 7.0 * direction)
+    np.testing.assert_allclose(far, tuned.value(passages, direction), rtol=1e-9)

@@ -88,12 +88,11 @@ def test_prefix_scores_are_the_slope_of_the_likelihood(backbone):
     slopes = scorer.score(ids)
     # five of thirty layers, three heads of 64 values
     assert slopes.shape == (3, 5 * 3 * 64)
-    gradient = slopes.unflatten(1, (1, 5, 3, 64)).permute(2, 0, 3, 1, 4)
-    step = 0.01 / gradient.flatten().norm()
+    step = 0.01 / slopes.norm()
     with torch.no_grad():
         up, down = (
             prompts.sum_log_probs(
-                scorer._logits(ids, scorer.moved[:, None] + sign * step * gradient), ids
+                scorer.logits(scorer.theta0 + sign * step * slopes[:, None], ids), ids
             )
             for sign in (1, -1)
         )

@@ -375,9 +375,8 @@ def _used(settings: UIPSettings, chosen: tuple[FacetSettings, ...]) -> UIPSettin
     unused["facets"] = tuple(read)
     if not shared:
         unused["endings"] = None
-    if "lm" not in sources:
         unused |= {"posterior": default.posterior, "likelihood": default.likelihood}
-    if "lm" not in sources or settings.posterior == "score":
+    if not shared or settings.posterior == "score":
         unused["gradient"] = default.gradient
     if not sources & set(LM_SOURCES):
         unused["lm"] = default.lm

@@ -48,10 +48,14 @@ def likelihoods(
     """
     arguments = prompts.inputs(backbone, prompt, theta, [[]])
 
-    def say(full: list[list[int]]) -> torch.Tensor:
+    def say(
+        texts: list[list[int]], full: list[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # The cache grows as it is used, so each batch has its own.
         prefix = backbone.model(**arguments, use_cache=True, logits_to_keep=1)
-        return _continued(backbone, prompt, prefix, full)
+        logits = _continued(backbone, prompt, prefix, full)
+        logit = prompts.verb_difference(logits, prompt.ending, full) if prompt.ending else None
+        return prompts.sum_log_probs(logits, texts), logit
 
     return _in_batches(backbone, prompt, say, texts, len(prompt), 0)
 
@@ -62,8 +66,10 @@ def prefix_likelihoods(
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """The same of soft tokens in the LM's last layers; theta (F, D)."""
 
-    def say(full: list[list[int]]) -> torch.Tensor:
-        return prefix.logits(theta.expand(len(full), -1, -1), full)
+    def say(
+        texts: list[list[int]], full: list[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return prefix.likelihoods(prefix.run(theta.expand(len(full), -1, -1), full), texts)
 
     return _in_batches(prefix.backbone, prefix.prompt, say, texts, 0, len(prefix.bridge))
 
@@ -71,12 +77,12 @@ def prefix_likelihoods(
 def _in_batches(
     backbone: Backbone,
     prompt: Prompt,
-    say: Callable[[list[list[int]]], torch.Tensor],
+    say: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     texts: Sequence[Sequence[int]],
     n_batch: int,
     n_text: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """What :func:`likelihoods` gives, by the logits that ``say`` makes of texts.
+    """What :func:`likelihoods` gives, by what is said of texts, and of them with their endings.
 
     A batch costs ``n_batch`` LM tokens and each of its texts ``n_text`` besides the texts' own.
     """
@@ -88,10 +94,10 @@ def _in_batches(
     for rows in even_batches(lengths, backbone.batch_tokens):
         batch = [list(texts[row]) for row in rows]
         full = [[*text, *common] for text in batch]
-        logits = say(full)
-        log_likelihood[rows] = prompts.sum_log_probs(logits, batch).cpu()
-        if logit is not None:
-            logit[rows] = prompts.verb_difference(logits, prompt.ending, full).cpu()
+        found, answers = say(batch, full)
+        log_likelihood[rows] = found.to(log_likelihood)
+        if answers is not None:
+            logit[rows] = answers.to(logit)
         lm_tokens += n_batch + sum(len(text) + n_text for text in full)
     return log_likelihood, logit, lm_tokens
 

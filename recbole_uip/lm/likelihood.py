@@ -115,7 +115,8 @@ def feedback_passage(
 class Likelihood:
     """Log-likelihoods of passages, each under soft tokens of its own.
 
-    A subclass says what a soft token's D numbers are, and what the LM makes of them.
+    A subclass says what a soft token's D numbers are, and what the LM makes of them, at places in
+    texts: pairs of text and number of the token, each of shape (m,).
 
     Parameters
     ----------
@@ -168,10 +169,6 @@ class Likelihood:
         """Tokens that go through the LM for a passage."""
         raise NotImplementedError
 
-    def _logits(self, theta: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
-        """As :func:`recbole_uip.lm.prompt.logits`, of all facets' soft tokens (n, F, D)."""
-        raise NotImplementedError
-
     def log_likelihood(self, passages: Sequence[Passage], theta: torch.Tensor) -> torch.Tensor:
         """ℓ of each passage, differentiable in ``theta``; nats.
 
@@ -195,23 +192,18 @@ class Likelihood:
         theta = theta * (self.max_norm / norm).clamp(max=1.0)
         texts = [list(passage.tokens) for passage in passages]
         if passages[0].verbs:
-            counts = [len(passage.verbs) for passage in passages]
-            positions = [verb for passage in passages for verb in passage.verbs]
-        else:
-            counts = [len(text) for text in texts]
-            positions = [position for count in counts for position in range(count)]
-        rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(counts))
-        at = rows, torch.tensor(positions)
-        if passages[0].verbs:
-            lift = self._verbs(theta, texts, at)
+            rows, numbers = prompts.places([len(passage.verbs) for passage in passages])
+            numbers = torch.tensor([verb for passage in passages for verb in passage.verbs])
+            lift = self._verbs(theta, texts, (rows, numbers))
             signs, intercepts = (
                 torch.tensor([x for passage in passages for x in side(passage)]).to(lift)
                 for side in (lambda p: p.signs, lambda p: p.intercepts)
             )
             values = functional.logsigmoid(signs * (lift + intercepts))
         else:
-            targets = [token for text in texts for token in text]
-            values = self._tokens(theta, texts, at, torch.tensor(targets).to(self.backbone.device))
+            rows, numbers = prompts.places([len(text) for text in texts])
+            targets = torch.tensor([token for text in texts for token in text])
+            values = self._tokens(theta, texts, (rows, numbers), targets.to(self.backbone.device))
         return values.new_zeros(len(texts)).index_add(0, rows.to(values.device), values)
 
     def value_and_gradient(
@@ -250,9 +242,8 @@ class Likelihood:
         at: tuple[torch.Tensor, torch.Tensor],
         targets: torch.Tensor,
     ) -> torch.Tensor:
-        """Log-probabilities of the tokens at (text, number), each of shape (m,)."""
-        logits = self._logits(self._of_all(theta), texts)[at]
-        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        """Log-probabilities of ``targets``, the texts' tokens at these places."""
+        raise NotImplementedError
 
     def _verbs(
         self,
@@ -260,9 +251,8 @@ class Likelihood:
         texts: list[list[int]],
         at: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """Differences of the verbs' logits at (text, number), shape (m,)."""
-        logits, ending = self._logits(self._of_all(theta), texts)[at], self.prompt.ending
-        return logits[:, ending.liked] - logits[:, ending.disliked]
+        """Differences of the verbs' logits at these places."""
+        raise NotImplementedError
 
     def _of_all(self, theta: torch.Tensor) -> torch.Tensor:
         every = self._theta0.to(theta).expand(len(theta), -1, -1)
@@ -303,20 +293,20 @@ class SoftTokenLikelihood(Likelihood):
 
     def _tokens(self, theta, texts, at, targets):
         if self._llama is None:
-            return super()._tokens(theta, texts, at, targets)
+            return prompts.log_probs(self._logits(theta, texts), at, targets)
         # the last token predicts nothing: it need not be run
         hidden = self._llama.hidden(theta, [text[:-1] for text in texts], at)
-        return _LogProbs.apply(hidden, self._llama.head, targets)
+        return llama.LogProbs.apply(hidden, self._llama.head, targets)
 
     def _verbs(self, theta, texts, at):
-        if self._llama is None:
-            return super()._verbs(theta, texts, at)
         ending = self.prompt.ending
+        if self._llama is None:
+            return prompts.verb_lifts(self._logits(theta, texts), at, ending)
         head = self._llama.head[[ending.liked, ending.disliked]].to(self._llama.wide)
         return self._llama.hidden(theta, texts, at).to(head.dtype) @ (head[0] - head[1])
 
     def _logits(self, theta, texts):
-        return prompts.logits(self.backbone, self.prompt, theta, texts)
+        return prompts.logits(self.backbone, self.prompt, self._of_all(theta), texts)
 
 
 class PrefixLikelihood(Likelihood):
@@ -338,8 +328,11 @@ class PrefixLikelihood(Likelihood):
         """Tokens that go through the LM: the passage and what bridges it to the prefix."""
         return len(passage.tokens) + len(self.prefix.bridge)
 
-    def _logits(self, theta, texts):
-        return self.prefix.logits(theta, texts)
+    def _tokens(self, theta, texts, at, targets):
+        return self.prefix.log_probs(self.prefix.run(self._of_all(theta), texts), at, targets)
+
+    def _verbs(self, theta, texts, at):
+        return self.prefix.verb_lifts(self.prefix.run(self._of_all(theta), texts), at)
 
 
 @torch.no_grad()
@@ -664,31 +657,3 @@ def _compiled(stage: Callable, n_varying: int) -> Callable:
         return fused(*arguments)
 
     return run
-
-
-class _LogProbs(torch.autograd.Function):
-    """Log-probabilities of targets by hidden states, with no more than a chunk of logits at once.
-
-    The gradient is made with the value, while a chunk's probabilities are there.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head, targets):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        values = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = llama.HEAD_ROWS[hidden.device.type]
-        for chunk in torch.arange(len(hidden), device=hidden.device).split(rows):
-            values[chunk], slope = llama.head_log_probs(
-                hidden[chunk], head, targets[chunk], gradient is not None
-            )
-            if gradient is not None:
-                gradient[chunk] = slope.to(gradient.dtype)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return values
-
-    @staticmethod
-    def backward(ctx, d_values):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * d_values[:, None]).to(gradient.dtype), None, None

@@ -37,7 +37,7 @@ __all__ = [
     "FoldedLlama",
     "Layer",
     "LlamaScorer",
-    "Prefix",
+    "SharedPrefix",
     "head_log_probs",
     "supports",
 ]
@@ -63,7 +63,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class SharedPrefix:
     """What all texts share under one prompt.
 
     Attributes
@@ -167,11 +167,13 @@ class LlamaScorer(FoldedLlama):
     backbone : Backbone
         For which :func:`supports` is true.
     prompt : Prompt
-    prefix : Prefix, optional
+    prefix : SharedPrefix, optional
         From an earlier run; computed if not given.
     """
 
-    def __init__(self, backbone: Backbone, prompt: Prompt, prefix: Prefix | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, prompt: Prompt, prefix: SharedPrefix | None = None
+    ) -> None:
         super().__init__(backbone)
         self.prompt = prompt
         self.prefix = prefix or self._prefix(prompt.theta0(backbone))
@@ -187,7 +189,7 @@ class LlamaScorer(FoldedLlama):
     # --- the prefix ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prefix(self, theta: torch.Tensor) -> Prefix:
+    def _prefix(self, theta: torch.Tensor) -> SharedPrefix:
         """Forward pass over the prefix, with the forward-mode Jacobian at the soft tokens.
 
         ``tangent[f, i]`` is ∂x/∂θ_f[i] at the position of θ_f; it meets no other position's,
@@ -256,7 +258,7 @@ class LlamaScorer(FoldedLlama):
         # F, d, layers * 2 * kv_heads * head_dim
         pairs = torch.stack(jacobian, 2).flatten(2)
         columns = torch.cat([pairs, d_hidden], 2).transpose(1, 2).contiguous()
-        return Prefix(torch.stack(keys), torch.stack(values), normed[-1], columns)
+        return SharedPrefix(torch.stack(keys), torch.stack(values), normed[-1], columns)
 
     # --- a batch of texts ------------------------------------------------------------------
 
@@ -491,6 +493,34 @@ def head_log_probs(
     log_norm = largest - most.log() + torch.log1p(most * torch.expm1(rounding))
     value = (hidden.to(wide) * wanted).sum(-1) - log_norm
     return value, wanted - (probs.to(head.dtype) @ head).to(wide) if gradient else None
+
+
+class LogProbs(torch.autograd.Function):
+    """Log-probabilities of targets by hidden states, with no more than a chunk of logits at once.
+
+    The gradient is made with the value, while a chunk's probabilities are there.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        values = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = HEAD_ROWS[hidden.device.type]
+        for chunk in torch.arange(len(hidden), device=hidden.device).split(rows):
+            values[chunk], slope = head_log_probs(
+                hidden[chunk], head, targets[chunk], gradient is not None
+            )
+            if gradient is not None:
+                gradient[chunk] = slope.to(gradient.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    def backward(ctx, d_values):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * d_values[:, None]).to(gradient.dtype), None, None
 
 
 def _fold(layer: torch.nn.Module, wide: torch.dtype) -> Layer:

@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from recbole_uip.lm import llama
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelError
 from recbole_uip.lm.prompt import Prompt
@@ -184,6 +186,8 @@ class Prefix:
         moved = moved.index_select(2, self._soft)
         self.shape = moved.shape[0], moved.shape[1], moved.shape[3]
         self.theta0 = moved.permute(2, 0, 1, 3).flatten(1)
+        known = llama.supports(backbone, 0)
+        self._head = backbone.model.get_output_embeddings().weight if known else None
         self._check()
 
     def states(self, theta: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -203,8 +207,12 @@ class Prefix:
             found.append((keys.expand(n, -1, -1, -1), values))
         return found
 
-    def logits(self, theta: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """As :func:`recbole_uip.lm.prompt.logits`; theta (n, F, D), a set for each text."""
+    def run(self, theta: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """What the LM makes of texts, from the bridge on: hidden states or logits, (n, T + 1, ..).
+
+        Of an LM whose head is a plain product they are hidden states, and logits are made of those
+        alone that are asked for. Differentiable in ``theta`` (n, F, D), a set for each text.
+        """
         device, n_prefix = self.backbone.device, len(self.prompt)
         rows = [torch.tensor([*self.bridge, *text]) for text in texts]
         ids = pad_sequence(rows, batch_first=True)
@@ -214,14 +222,53 @@ class Prefix:
             cache.update(keys, values, index)
         # padded on the right, so no token of a text sees a padding token, whatever the mask says;
         # and all are to see something, or softmax would be 0/0
-        logits = self.backbone.model(
+        model = self.backbone.model if self._head is None else self.backbone.model.model
+        output = model(
             input_ids=ids.to(device),
             attention_mask=torch.ones(n, n_prefix + longest, device=device),
             position_ids=torch.arange(n_prefix, n_prefix + longest, device=device).expand(n, -1),
             past_key_values=cache,
             use_cache=True,
-        ).logits
+        )
+        return output.logits if self._head is None else output.last_hidden_state
+
+    def logits(self, run: torch.Tensor) -> torch.Tensor:
+        """Of all tokens of a run, as :func:`recbole_uip.lm.prompt.logits`."""
+        logits = run if self._head is None else functional.linear(run, self._head)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def log_probs(
+        self, run: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor
+    ) -> torch.Tensor:
+        """As :func:`recbole_uip.lm.prompt.log_probs`."""
+        if self._head is None:
+            return prompts.log_probs(self.logits(run), at, targets)
+        return llama.LogProbs.apply(run[at], self._head, targets)
+
+    def verb_lifts(self, run: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """As :func:`recbole_uip.lm.prompt.verb_lifts`."""
+        ending = self.prompt.ending
+        if self._head is None:
+            return prompts.verb_lifts(self.logits(run), at, ending)
+        wide = torch.promote_types(run.dtype, torch.float32)
+        liked, disliked = self._head[[ending.liked, ending.disliked]].to(wide)
+        return run[at].to(wide) @ (liked - disliked)
+
+    def likelihoods(
+        self, run: torch.Tensor, texts: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-likelihood of each text, and its feedback logit if the prompt has an ending, (n,).
+
+        The run is of the texts with the endings' common tokens after each.
+        """
+        at = prompts.places([len(text) for text in texts])
+        targets = torch.tensor([token for text in texts for token in text], device=run.device)
+        found = self.log_probs(run, at, targets)
+        log_likelihood = found.new_zeros(len(texts)).index_add(0, at[0].to(run.device), found)
+        if self.prompt.ending is None:
+            return log_likelihood, None
+        last = torch.tensor([len(text) + len(self.prompt.ending.common) for text in texts])
+        return log_likelihood, self.verb_lifts(run, (torch.arange(len(texts)), last))
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -229,7 +276,7 @@ class Prefix:
         theta = self.prompt.theta0(self.backbone)
         expected = prompts.logits(self.backbone, self.prompt, theta, [[*self.bridge, *text]])
         expected = expected[0, 1:].log_softmax(-1)
-        found = self.logits(self.theta0[None], [text])[0].log_softmax(-1)
+        found = self.logits(self.run(self.theta0[None], [text]))[0].log_softmax(-1)
         error = float((found - expected).abs().mean())
         if not error < most_error(self.backbone.dtype):
             raise ModelError(
@@ -282,12 +329,12 @@ class PrefixScorer(Prefix):
         """Scores of texts, whose endings are part of ``full``."""
         # one copy of the values per text, so that one backward pass gives each its own gradient
         theta = self.theta0.expand(len(texts), -1, -1).clone().requires_grad_()
-        logits = self.logits(theta, full)
+        log_likelihood, logit = self.likelihoods(self.run(theta, full), texts)
         found = {}
         if not all(self.of_feedback):
-            value = prompts.sum_log_probs(logits, texts).sum()
-            (found[False],) = torch.autograd.grad(value, theta, retain_graph=any(self.of_feedback))
+            (found[False],) = torch.autograd.grad(
+                log_likelihood.sum(), theta, retain_graph=any(self.of_feedback)
+            )
         if any(self.of_feedback):
-            value = prompts.verb_difference(logits, self.prompt.ending, full).sum()
-            (found[True],) = torch.autograd.grad(value, theta)
+            (found[True],) = torch.autograd.grad(logit.sum(), theta)
         return torch.cat([found[kind][:, f] for f, kind in enumerate(self.of_feedback)], 1)

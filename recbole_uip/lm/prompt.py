@@ -36,11 +36,14 @@ __all__ = [
     "inputs",
     "lead_ids",
     "log_likelihood",
+    "log_probs",
     "logits",
+    "places",
     "sum_log_probs",
     "text_ids",
     "tokenize",
     "verb_difference",
+    "verb_lifts",
 ]
 
 logger = logging.getLogger(__name__)
@@ -349,22 +352,39 @@ def feedback_logit(
 
 def sum_log_probs(logits: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Sum of the log-probabilities of the texts' tokens; logits as from :func:`logits`."""
-    lengths = [len(text) for text in texts]
-    device = logits.device
-    rows = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor(lengths)).to(device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    targets = torch.tensor([token for text in texts for token in text], device=device)
-    log_probs = logits[rows, positions].log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return log_probs.new_zeros(len(texts)).index_add(0, rows, log_probs)
+    at = places([len(text) for text in texts])
+    targets = torch.tensor([token for text in texts for token in text], device=logits.device)
+    found = log_probs(logits, at, targets)
+    return found.new_zeros(len(texts)).index_add(0, at[0].to(logits.device), found)
 
 
 def verb_difference(
     logits: torch.Tensor, ending: Ending, texts: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Difference of the verbs' logits after each text (common ending included)."""
-    last = torch.tensor([len(text) for text in texts], device=logits.device)
-    rows = torch.arange(len(texts), device=logits.device)
-    return logits[rows, last, ending.liked] - logits[rows, last, ending.disliked]
+    last = torch.tensor([len(text) for text in texts])
+    return verb_lifts(logits, (torch.arange(len(texts)), last), ending)
+
+
+def places(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text, and number in it, of each token of texts of these lengths, on the CPU."""
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return rows, torch.cat([torch.arange(length) for length in lengths])
+
+
+def log_probs(
+    logits: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities of the tokens ``targets`` at (text, number), each of shape (m,)."""
+    return logits[at].log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def verb_lifts(
+    logits: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], ending: Ending
+) -> torch.Tensor:
+    """Differences of the verbs' logits at (text, number), shape (m,)."""
+    rows, numbers = at
+    return logits[rows, numbers, ending.liked] - logits[rows, numbers, ending.disliked]
 
 
 def lead_ids(backbone: Backbone) -> list[int]:

@@ -382,7 +382,9 @@ def _runner(
         return run, 2 * len(prompt), len(prompt)
     kept = store.read_file("prefix")
     if kept is not None:
-        prefix = llama.Prefix(**{name: torch.from_numpy(array) for name, array in kept.items()})
+        prefix = llama.SharedPrefix(
+            **{name: torch.from_numpy(array) for name, array in kept.items()}
+        )
         return llama.LlamaScorer(backbone, prompt, prefix).score, 0, 0
     scorer = llama.LlamaScorer(backbone, prompt)
     _check_against_model(scorer, backbone)

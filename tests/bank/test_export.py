@@ -632,10 +632,10 @@ def test_peft_holds_a_prefix_and_its_mask(prefixed, tmp_path):
     adapted = peft.PeftModel.from_pretrained(make_model(), str(folder))
     for row in prompts.text_ids(backbone, texts[:3]):
         text = torch.tensor([[*prefix.bridge, *row]])
-        ours = prefix.logits(theta.float()[None], [row])
+        ours = prefix.logits(prefix.run(theta.float()[None], [row]))
         theirs = adapted(input_ids=text, attention_mask=torch.ones_like(text)).logits
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
-    still = prefix.logits(prefix.theta0[None], [row])
+    still = prefix.logits(prefix.run(prefix.theta0[None], [row]))
     assert (ours - still).abs().max() > 1e-2  # the code says something
     tokens = adapted.generate(
         input_ids=text, attention_mask=torch.ones_like(text), min_new_tokens=3, max_new_tokens=3

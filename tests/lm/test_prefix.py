@@ -167,14 +167,15 @@ def test_endings_that_no_facet_is_judged_by_do_not_matter(settings, tmp_path):
 
 def test_an_lm_that_forgets_its_prefix_is_refused(settings, tmp_path, monkeypatch):
     backbone = load(settings, tmp_path, resolve(settings, tmp_path))
-    forward = type(backbone.model).forward
+    decoder = type(backbone.model.model)
+    forward = decoder.forward
 
     def forgetful(self, *args, past_key_values=None, **kwargs):
         if kwargs.get("input_ids") is not None:
             kwargs["attention_mask"], past_key_values = None, None
         return forward(self, *args, past_key_values=past_key_values, **kwargs)
 
-    monkeypatch.setattr(type(backbone.model), "forward", forgetful)
+    monkeypatch.setattr(decoder, "forward", forgetful)
     with pytest.raises(ModelError, match="source: prefix cannot be used"):
         PrefixScorer(backbone, prompts.build(backbone, FACETS, ENDINGS), OF_FEEDBACK)
 

@@ -92,7 +92,7 @@ def test_prefix_scores_are_the_slope_of_the_likelihood(backbone):
     with torch.no_grad():
         up, down = (
             prompts.sum_log_probs(
-                scorer.logits(scorer.theta0 + sign * step * slopes[:, None], ids), ids
+                scorer.logits(scorer.run(scorer.theta0 + sign * step * slopes[:, None], ids)), ids
             )
             for sign in (1, -1)
         )

@@ -36,8 +36,8 @@ LENGTHS = ((1, 10), (11, 25), (26, 10**9))  # behaviours of a profile, for the c
 _NOTES = [
     "E-step: uip_gradient.steps steps for all users, one round, with the choice of the learning "
     "rate; wall time, the LM loaded and scores cached. Floor: its FLOPs at the measured ceiling.",
-    "FLOPs: 2 per weight and token forward, 2 backward (weights get no gradient, and layers before "
-    "those in which soft tokens are moved none either); the head at "
+    "FLOPs: 2 per weight and token forward, 2 backward (weights get no gradient; layers before "
+    "those in which soft tokens are moved are run once for each text, forward); the head at "
     "predicted text tokens. Ceiling: the best torch product of the LM's layer shapes, same type "
     "and threads.",
 ]
@@ -54,7 +54,11 @@ _RELINEARIZED = (
 
 
 def tuning_flops(
-    weights: Matrices, run_tokens: int, predicted_tokens: int, moved: float = 1.0
+    weights: Matrices,
+    run_tokens: int,
+    predicted_tokens: int,
+    moved: float = 1.0,
+    trunk_tokens: int = 0,
 ) -> float:
     """FLOPs of products with weights for likelihoods and their gradients in soft tokens.
 
@@ -62,13 +66,15 @@ def tuning_flops(
     ----------
     weights : Matrices
     run_tokens : int
-        Tokens through the layers, soft ones included; 2 FLOPs a weight, and 2 on the way back.
+        Tokens through the layers in which soft tokens are moved; 4 FLOPs a weight, there and back.
     predicted_tokens : int
         Tokens at which the head makes logits, there and back.
     moved : float
-        Share of the layers that gradients go back through.
+        Share of these layers.
+    trunk_tokens : int
+        Tokens through the layers before, forward and once for each passage.
     """
-    layers = 2 * weights.layer_weights * run_tokens * (1.0 + moved)
+    layers = weights.layer_weights * (4 * moved * run_tokens + 2 * (1.0 - moved) * trunk_tokens)
     return layers + 4 * weights.head_weights * predicted_tokens
 
 
@@ -194,7 +200,7 @@ class _Spent:
         self.seconds += seconds
         self.lm_tokens += counted.tokens
         moved = counted.group.likelihood.moved
-        self.flops += tuning_flops(shapes, counted.run, counted.predicted, moved)
+        self.flops += tuning_flops(shapes, counted.run, counted.predicted, moved, counted.trunk)
 
     def figures(self, users: int, fastest: float) -> list[Figure]:
         counts = {"users": users, "lm_tokens": self.lm_tokens, "flops": self.flops}

@@ -38,8 +38,10 @@ class Counted:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        #: LM tokens; of these, the ones that go through the layers; and those that are predicted.
-        self.tokens = self.run = self.predicted = 0
+        #: LM tokens; of these, the ones that go through the layers; those that are predicted; and
+        #: those of passages that were not met before.
+        self.tokens = self.run = self.predicted = self.trunk = 0
+        self._met: set[Passage] = set()
         self._lock = threading.Lock()
 
     def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -51,6 +53,9 @@ class Counted:
             self.tokens += both
             self.run += both - texts  # a text's last token predicts nothing
             self.predicted += tokens if texts else 0
+            fresh = set(passages) - self._met
+            self._met |= fresh
+            self.trunk += sum(map(self.group.likelihood.n_tokens, fresh))
         return self.group(units, theta)
 
 

@@ -2,11 +2,13 @@
 
 :func:`score` is the way in: texts to log-likelihoods and score vectors, cached. The modules:
 ``backbone`` (find and load a frozen LM), ``prompt`` (facets, soft tokens, block mask, and the
-differentiable likelihood), ``scoring`` (batches and cache), ``llama`` (the fast path),
-``likelihood`` (behaviours under tuned soft tokens, and gradients in these), ``forward``
-(log-likelihoods of texts at any soft tokens, forward only), ``prefix`` (scores of soft tokens in
-the last layers), ``embedding`` (mean embeddings, the control for scores), ``vectors`` (batches
-and cache of these two), ``adapt`` (adapters to a catalogue's texts), ``store`` (scores on disk).
+differentiable likelihood), ``scoring`` (batches and cache), ``likelihood`` (behaviours under
+tuned soft tokens, and gradients in these), ``forward`` (log-likelihoods of texts at any soft
+tokens, forward only), ``prefix`` (soft tokens in the last layers, and their scores), ``llama`` (the
+fast path for scores), ``soft_llama`` and ``prefix_llama`` (that for tuned soft tokens, embeddings
+or in the last layers), ``llama_stages`` (what a layer does), ``embedding`` (mean embeddings, the
+control for scores), ``vectors`` (batches and cache of embeddings and prefix scores), ``adapt``
+(adapters to a catalogue's texts), ``store`` (scores on disk).
 Nothing here knows RecBole.
 """
 

@@ -11,33 +11,26 @@ are tuned, the others at θ⁰,
 with s_v = ±1 for liked and disliked and b_v an intercept. With b_v = logit p_i − f_i(θ⁰), p_i the
 item's like rate, the gradient at θ⁰ is (y − p_i) ∇f_i: the evidence of a contrast facet.
 
-Weights get no gradient, only soft tokens do. For LMs of Llama's layout (:mod:`llama`) names and
-lead of a prompt are run once for all, and behind their keys and values each passage: its soft
-tokens, then its own. Passages lie one after another, for products with weights need no padding; in
-attention as many share a row as fit, and the mask keeps them apart. Logits are made at predicted
-tokens alone, and never all at once. Other LMs, and soft tokens in the last layers, go through
-transformers' public API.
+Weights get no gradient, only soft tokens do. LMs of Llama's layout are run by :mod:`soft_llama`, or
+with soft tokens in the last layers by :mod:`prefix_llama`; logits are made at predicted tokens
+alone, and never all at once. Other LMs go through transformers' public API.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from recbole_uip.lm import llama
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone
 from recbole_uip.lm.prefix import Prefix
 from recbole_uip.lm.prompt import Ending, Prompt
+from recbole_uip.lm.soft_llama import SoftLlama
 
 __all__ = [
     "Likelihood",
@@ -48,9 +41,7 @@ __all__ = [
     "text_passage",
 ]
 
-TILE = 64  # a GPU multiplies matrices of multiples of this fast, others by fractions of its speed
 EMBEDDED = 4096  # tokens whose embeddings are looked at together
-LONGEST_PLAIN = 256  # keys of a row of attention, above which a GPU does not keep its scores
 
 
 @dataclass(frozen=True)
@@ -285,7 +276,7 @@ class SoftTokenLikelihood(Likelihood):
         super().__init__(backbone, prompt, facets, theta0, float(_mean_length(backbone)))
         self._llama = None
         if not general and llama.supports(backbone, self.n_positions or 0):
-            self._llama = _SoftLlama(backbone, prompt, theta0, self.facets, recompute)
+            self._llama = SoftLlama(backbone, prompt, theta0, self.facets, recompute)
 
     def n_tokens(self, passage: Passage) -> int:
         """Tokens that go through the LM: the passage and the soft tokens before it."""
@@ -341,319 +332,3 @@ def _mean_length(backbone: Backbone) -> torch.Tensor:
     embed = backbone.model.get_input_embeddings()
     tokens = torch.arange(len(embed.weight), device=embed.weight.device)
     return torch.cat([embed(part).float().norm(dim=1) for part in tokens.split(EMBEDDED)]).mean()
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Where the tokens of passages, which lie one after another, are in rows of attention.
-
-    Products with weights need no padding; attention has its rows of T places, each with as many
-    whole passages as fit.
-
-    Attributes
-    ----------
-    shape : (n, T)
-    place : Tensor of int64, shape (m,)
-        Of each token, among the n T places.
-    source : Tensor of int64, shape (n T,)
-        The token of each place; any token where there is none.
-    mask : Tensor of bool, shape (n, T, C + T)
-        Whom the token at each place sees: of the C constants of the prompt, then of its own row.
-    """
-
-    shape: tuple[int, int]
-    place: torch.Tensor
-    source: torch.Tensor
-    mask: torch.Tensor
-
-
-class _SoftLlama(llama.FoldedLlama):
-    """Hidden states behind prompts whose soft tokens differ, for LMs of Llama's layout."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        prompt: Prompt,
-        theta0: torch.Tensor,
-        facets: list[int],
-        recompute: bool,
-    ) -> None:
-        super().__init__(backbone)
-        self.recompute = recompute
-        self.on_gpu = self.device.type == "cuda"
-        # On a GPU what lies between the products moves more bytes than they do, unless it is fused.
-        self.compiled = self.on_gpu and bool(importlib.util.find_spec("triton"))
-        self.n_prefix = len(prompt)
-        self.positions = prompt.soft_positions[facets]
-        fixed = torch.ones(len(prompt), dtype=torch.bool)
-        fixed[self.positions] = False
-        constant = torch.nonzero(fixed).flatten()
-        mask = prompt.mask().to(self.device)
-        x = self.embedding[prompt.token_ids.clamp(min=0).to(self.device)].to(self.wide)
-        x = x.index_copy(0, prompt.soft_positions.to(self.device), theta0.to(x))
-        alone = torch.arange(len(constant), device=self.device)
-        packing = _Packing((1, len(constant)), alone, alone, mask[constant][:, constant][None])
-        none = self.embedding.new_empty(self.n_kv, 0, self.head_dim)
-        self.constant: list[tuple[torch.Tensor, torch.Tensor]] = []
-        with torch.no_grad():
-            # nothing before a soft token sees it, so what does not move is run once
-            nothing = [(none, none)] * len(self.layers)
-            hidden = self._run(x[constant], constant, nothing, packing, self.constant)
-        # the last facet's position predicts the first token
-        self.last = None if self.n_prefix - 1 in self.positions else hidden[-1:]
-        # what each soft token sees, and in the last row what a passage's own tokens see: everything
-        rows = [*self.positions.tolist(), self.n_prefix - 1]
-        self.sees_constant = mask[rows][:, constant]
-        self.sees_constant[-1] = True
-        self.sees_soft = functional.pad(mask[rows][:, self.positions], (0, 1))
-        self.sees_soft[-1] = True
-
-    def hidden(
-        self,
-        theta: torch.Tensor,
-        texts: Sequence[Sequence[int]],
-        at: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Normalised hidden states from which tokens are predicted.
-
-        Parameters
-        ----------
-        theta : Tensor, shape (n, G, d)
-        texts : n sequences of int
-        at : (rows, positions), Tensors of shape (m,), on the CPU
-            Text and number of each token that is predicted.
-
-        Returns
-        -------
-        Tensor, shape (m, d)
-        """
-        n, n_soft = theta.shape[:2]
-        # soft tokens, then the text, passage by passage
-        lengths = torch.tensor([len(text) for text in texts]) + n_soft
-        start = torch.cumsum(lengths, 0) - lengths
-        passage = torch.repeat_interleave(torch.arange(n), lengths)
-        column = torch.arange(len(passage)) - start[passage]
-        is_text = column >= n_soft
-        soft = self.positions[column.clamp(max=n_soft - 1)]
-        positions = torch.where(is_text, self.n_prefix + column - n_soft, soft)
-        order = torch.empty(len(passage), dtype=torch.int64)
-        order[~is_text] = torch.arange(n * n_soft)
-        order[is_text] = torch.arange(n * n_soft, len(passage))
-        ids = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
-        embedded = self.embedding[ids.to(self.device)].to(self.wide)
-        x = torch.cat([theta.to(self.wide).flatten(0, 1), embedded])[order.to(self.device)]
-        packing = self._pack(lengths, passage, column, n_soft)
-        run = self._run(x, positions, self.constant, packing)
-        rows, numbers = at
-        where = start[rows] + n_soft + numbers - 1
-        if self.last is not None:
-            where = torch.where(numbers == 0, len(run), where)
-            run = torch.cat([run, self.last])
-        return run[where.to(self.device)]
-
-    def _pack(
-        self, lengths: torch.Tensor, passage: torch.Tensor, column: torch.Tensor, n_soft: int
-    ) -> _Packing:
-        """Passages into rows of attention, in turn; a row ends where the next does not fit.
-
-        Of m tokens the passage and the number in it, soft tokens first.
-        """
-        longest = int(lengths.max())
-        if self.on_gpu:
-            # room for two, so that few places stay empty
-            n_constant = self.sees_constant.shape[1]
-            longest = TILE * math.ceil((n_constant + 2 * longest) / TILE) - n_constant
-        starts, end = [], 0
-        for length in lengths.tolist():
-            left = longest - end % longest
-            if length > left:
-                end += left
-            starts.append(end)
-            end += length
-        shape = math.ceil(end / longest), longest
-        place = torch.tensor(starts)[passage] + column
-        n_places = math.prod(shape)
-        source = torch.zeros(n_places, dtype=torch.int64).scatter(
-            0, place, torch.arange(len(place))
-        )
-        owner = torch.full((n_places,), -1).scatter(0, place, passage)
-        kind = torch.full((n_places,), n_soft).scatter(0, place, column.clamp(max=n_soft))
-        place, source, owner, kind = (each.to(self.device) for each in (place, source, owner, kind))
-        owner, kind = owner.view(shape), kind.view(shape)
-        own = (owner[:, :, None] == owner[:, None]) & self.sees_soft[
-            kind[:, :, None], kind[:, None]
-        ]
-        mask = torch.cat([self.sees_constant[kind], own.tril()], -1)
-        return _Packing(shape, place, source, mask)
-
-    def _run(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        past: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        packing: _Packing,
-        kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
-    ) -> torch.Tensor:
-        """Run tokens behind the keys and values ``past`` of each layer.
-
-        Parameters
-        ----------
-        x : Tensor, shape (m, d)
-        positions : Tensor, shape (m,)
-        past : list of (keys, values), each of shape (kv_heads, C, head_dim)
-        packing : _Packing
-        kept : list, optional
-            Gets the keys and values of the first row of attention, layer by layer.
-
-        Returns
-        -------
-        Tensor, like x, of the LM's type
-            Normalised hidden states.
-        """
-        cos, sin = (part[:, None] for part in self.rotation(positions, self.dtype))
-        left, right = sin.chunk(2, -1)
-        sin = torch.cat([-left, right], -1)
-        for layer, (keys, values) in zip(self.layers, past, strict=True):
-            arguments = layer, x, cos, sin, keys, values, packing
-            if self.recompute and torch.is_grad_enabled():
-                x, own_keys, own_values = checkpoint(self._layer, *arguments, use_reentrant=False)
-            else:
-                x, own_keys, own_values = self._layer(*arguments)
-            if kept is not None:
-                kept.append((own_keys.clone(), own_values.clone()))
-        return functional.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype)
-
-    def _layer(
-        self,
-        layer: llama.Layer,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        past_keys: torch.Tensor,
-        past_values: torch.Tensor,
-        packing: _Packing,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a layer gives, and keys and values of the first row, (kv_heads, T, head_dim)."""
-        fused = self.on_gpu and packing.mask.shape[2] > LONGEST_PLAIN
-        before, attend, after = _before_attention, _attend, _after_attention
-        if self.compiled and x.requires_grad and packing.shape[0] > 1:
-            # neither values alone nor a single row are worth a compilation of their own
-            before, after = _compiled(before, 3), _compiled(after, 2)
-            attend = attend if fused else _compiled(attend, 3)
-        rotated = self.n_heads + self.n_kv
-        turned, value = before(x, cos, sin, layer.qkv, layer.qkv_bias, rotated, self.eps)
-        turned, value = (
-            _Take.apply(part, packing.source, packing.place).unflatten(0, packing.shape)
-            for part in (turned, value)
-        )
-        mixed = attend(turned, value, packing.mask, past_keys, past_values, self.scaling, fused)
-        mixed = _Take.apply(mixed, packing.place, packing.source)
-        x = after(x, mixed, layer.out, layer.gate_up, layer.down, self.eps)
-        return x, turned[0, :, self.n_heads :].transpose(0, 1), value[0].transpose(0, 1)
-
-
-class _Take(torch.autograd.Function):
-    """Rows ``there`` of x; ``back`` are those of the result, for the gradient.
-
-    To and from padded rows, either is the inverse of the other but for padding, which no token
-    sees: what stands there, and what flows back from there, does not matter.
-    """
-
-    @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.save_for_backward(back)
-        return x.index_select(0, there)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (back,) = ctx.saved_tensors
-        return gradient.index_select(0, back), None, None
-
-
-def _before_attention(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    qkv: torch.Tensor,
-    bias: torch.Tensor | None,
-    n_rotated: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of a layer, rotated, (m, heads + kv_heads, head_dim), and its values."""
-    normed = functional.rms_norm(x, x.shape[-1:], None, eps).to(qkv.dtype)
-    heads = functional.linear(normed, qkv, bias).unflatten(-1, (-1, cos.shape[-1]))
-    turned, value = heads[:, :n_rotated], heads[:, n_rotated:]
-    swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return turned * cos + swapped * sin, value
-
-
-def _attend(
-    turned: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    past_keys: torch.Tensor,
-    past_values: torch.Tensor,
-    scaling: float,
-    fused: bool,
-) -> torch.Tensor:
-    """Attention of rows (n, T, heads, head_dim) to the past and themselves, (n T, d).
-
-    By plain products, the heads that share keys side by side: for short rows PyTorch's fused
-    attention takes half of the time of a whole pass, on CPU and GPU alike. ``fused``, by that
-    attention, keeps no scores.
-    """
-    query, keys, values = _by_kv_head(turned, value, past_keys, past_values)
-    n, length = turned.shape[:2]
-    if fused:
-        mask = mask.repeat(1, query.shape[2] // length, 1)[:, None]
-        mixed = functional.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
-    else:
-        scores = (query * scaling) @ keys.transpose(2, 3)
-        scores = scores.unflatten(2, (-1, length)).masked_fill(~mask[:, None, None], -torch.inf)
-        mixed = torch.softmax(scores, -1).flatten(2, 3) @ values
-    return mixed.view(n, -1, length, mixed.shape[-1]).transpose(1, 2).reshape(n * length, -1)
-
-
-def _by_kv_head(
-    turned: torch.Tensor, value: torch.Tensor, past_keys: torch.Tensor, past_values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries (n, kv_heads, group T, head_dim), keys and values (n, kv_heads, C + T, head_dim)."""
-    n, _, n_kv, size = value.shape
-    n_heads = turned.shape[2] - n_kv
-    query = turned[:, :, :n_heads].transpose(1, 2).reshape(n, n_kv, -1, size)
-    keys, values = (
-        torch.cat([past.expand(n, -1, -1, -1), own.transpose(1, 2)], 2)
-        for past, own in ((past_keys, turned[:, :, n_heads:]), (past_values, value))
-    )
-    return query, keys, values
-
-
-def _after_attention(
-    x: torch.Tensor,
-    mixed: torch.Tensor,
-    out: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    """What a layer gives, (m, d): its input, what attention adds to it, and what the MLP adds."""
-    x = x + functional.linear(mixed, out)
-    normed = functional.rms_norm(x, x.shape[-1:], None, eps).to(gate_up.dtype)
-    gate, up = functional.linear(normed, gate_up).chunk(2, -1)
-    return x + functional.linear(functional.silu(gate) * up, down)
-
-
-@functools.cache
-def _compiled(stage: Callable, n_varying: int) -> Callable:
-    """The stage with all between its products fused.
-
-    Its first ``n_varying`` arguments may be of any number of tokens, or of rows of attention.
-    """
-    fused = torch.compile(stage, dynamic=False)
-
-    def run(*arguments: Any) -> Any:
-        for varying in arguments[:n_varying]:
-            torch._dynamo.maybe_mark_dynamic(varying, 0)
-        return fused(*arguments)
-
-    return run

@@ -37,6 +37,7 @@ __all__ = [
     "FoldedLlama",
     "Layer",
     "LlamaScorer",
+    "LogProbs",
     "SharedPrefix",
     "head_log_probs",
     "supports",
@@ -157,6 +158,12 @@ class FoldedLlama:
         like = torch.zeros(1, dtype=dtype, device=self.device)
         cos, sin = self.rotary(like, positions[None].to(self.device))
         return cos[0], sin[0]
+
+    def turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for :mod:`llama_stages`, (n, 1, head_dim), the sines' left half negated."""
+        cos, sin = (part[:, None] for part in self.rotation(positions, self.dtype))
+        left, right = sin.chunk(2, -1)
+        return cos, torch.cat([-left, right], -1)
 
 
 class LlamaScorer(FoldedLlama):

@@ -14,6 +14,9 @@ predicts the text's first token. The prefix is run once. Weights are frozen and 
 moved layers is constant, so the backward pass ends at these: with P weights in the layers' matrix
 products and H in the head's, a token costs 2·(P + H) FLOPs forward and 2·(P/6 + H) backward.
 
+What a text is in the layers below is the same under any v, so where texts are met again these
+layers are run once (:mod:`recbole_uip.lm.prefix_llama`).
+
 A first layer that is moved is linear in v, for what attention weighs does not change; and the few
 that follow bend little. So scores say what the LM does far from v⁰, where those of embeddings do
 not (``recbole-uip likelihood``).
@@ -33,6 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from recbole_uip.lm import llama
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelError
+from recbole_uip.lm.prefix_llama import PrefixLlama
 from recbole_uip.lm.prompt import Prompt
 from recbole_uip.lm.scoring import check_mask, most_error
 from recbole_uip.lm.vectors import Reader, Vectors, holds_texts, read_texts
@@ -160,12 +164,16 @@ class Prefix:
         Share of the layers.
     bridge : list of int
         What stands between prefix and text.
+    keeps_trunks : bool
+        Whether texts will be met again (see :mod:`recbole_uip.lm.prefix_llama`).
 
     Raises
     ------
     ModelError
         If the LM says something else of texts behind a prefix than of prefix and texts in one.
     """
+
+    keeps_trunks = True
 
     def __init__(self, backbone: Backbone, prompt: Prompt) -> None:
         self.backbone, self.prompt = backbone, prompt
@@ -186,8 +194,10 @@ class Prefix:
         moved = moved.index_select(2, self._soft)
         self.shape = moved.shape[0], moved.shape[1], moved.shape[3]
         self.theta0 = moved.permute(2, 0, 1, 3).flatten(1)
-        known = llama.supports(backbone, 0)
-        self._head = backbone.model.get_output_embeddings().weight if known else None
+        config = backbone.model.config.get_text_config()
+        self._llama = None
+        if llama.supports(backbone, getattr(config, "max_position_embeddings", None) or 0):
+            self._llama = PrefixLlama(backbone, self.states(self.theta0[None]), self._first)
         self._check()
 
     def states(self, theta: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -210,48 +220,49 @@ class Prefix:
     def run(self, theta: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """What the LM makes of texts, from the bridge on: hidden states or logits, (n, T + 1, ..).
 
-        Of an LM whose head is a plain product they are hidden states, and logits are made of those
-        alone that are asked for. Differentiable in ``theta`` (n, F, D), a set for each text.
+        Of an LM of Llama's layout they are hidden states, and logits are made of those alone that
+        are asked for. Differentiable in ``theta`` (n, F, D), a set for each text.
         """
+        full = [[*self.bridge, *text] for text in texts]
+        if self._llama is not None:
+            values = [own for _, own in self.states(theta)[self._first :]]
+            return self._llama.hidden(full, values, self.keeps_trunks)
         device, n_prefix = self.backbone.device, len(self.prompt)
-        rows = [torch.tensor([*self.bridge, *text]) for text in texts]
-        ids = pad_sequence(rows, batch_first=True)
+        ids = pad_sequence([torch.tensor(row) for row in full], batch_first=True)
         n, longest = ids.shape
         cache = _empty_cache()
         for index, (keys, values) in enumerate(self.states(theta)):
             cache.update(keys, values, index)
         # padded on the right, so no token of a text sees a padding token, whatever the mask says;
         # and all are to see something, or softmax would be 0/0
-        model = self.backbone.model if self._head is None else self.backbone.model.model
-        output = model(
+        return self.backbone.model(
             input_ids=ids.to(device),
             attention_mask=torch.ones(n, n_prefix + longest, device=device),
             position_ids=torch.arange(n_prefix, n_prefix + longest, device=device).expand(n, -1),
             past_key_values=cache,
             use_cache=True,
-        )
-        return output.logits if self._head is None else output.last_hidden_state
+        ).logits
 
     def logits(self, run: torch.Tensor) -> torch.Tensor:
         """Of all tokens of a run, as :func:`recbole_uip.lm.prompt.logits`."""
-        logits = run if self._head is None else functional.linear(run, self._head)
+        logits = run if self._llama is None else functional.linear(run, self._llama.head)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def log_probs(
         self, run: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor
     ) -> torch.Tensor:
         """As :func:`recbole_uip.lm.prompt.log_probs`."""
-        if self._head is None:
+        if self._llama is None:
             return prompts.log_probs(self.logits(run), at, targets)
-        return llama.LogProbs.apply(run[at], self._head, targets)
+        return llama.LogProbs.apply(run[at], self._llama.head, targets)
 
     def verb_lifts(self, run: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """As :func:`recbole_uip.lm.prompt.verb_lifts`."""
         ending = self.prompt.ending
-        if self._head is None:
+        if self._llama is None:
             return prompts.verb_lifts(self.logits(run), at, ending)
         wide = torch.promote_types(run.dtype, torch.float32)
-        liked, disliked = self._head[[ending.liked, ending.disliked]].to(wide)
+        liked, disliked = self._llama.head[[ending.liked, ending.disliked]].to(wide)
         return run[at].to(wide) @ (liked - disliked)
 
     def likelihoods(
@@ -295,6 +306,8 @@ class PrefixScorer(Prefix):
         As for :class:`Prefix`.
     of_feedback : sequence of F bool
     """
+
+    keeps_trunks = False
 
     def __init__(self, backbone: Backbone, prompt: Prompt, of_feedback: Sequence[bool]) -> None:
         super().__init__(backbone, prompt)

@@ -126,7 +126,7 @@ def test_recomputing_changes_nothing(backbone, prompt, ids, theta):
 @pytest.mark.parametrize("longest_plain", [16, 256])
 def test_gpu_rows_say_the_same(backbone, prompt, ids, theta, longest_plain, monkeypatch):
     """What a GPU runs, on the CPU: packed texts, masks and grouped heads, fused and plain."""
-    monkeypatch.setattr("recbole_uip.lm.likelihood.LONGEST_PLAIN", longest_plain)
+    monkeypatch.setattr("recbole_uip.lm.soft_llama.LONGEST_PLAIN", longest_plain)
     for passages in (
         [text_passage([text]) for text in ids],
         [text_passage(ids[:4]), text_passage(ids[2:])],

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recbole_uip.lm import prefix, vectors
+from recbole_uip.lm import llama, prefix, prefix_llama, vectors
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelError, load, resolve
 from recbole_uip.lm.forward import prefix_likelihoods
 from recbole_uip.lm.likelihood import PrefixLikelihood, feedback_passage, text_passage
-from recbole_uip.lm.prefix import PrefixScorer, score_prefix
+from recbole_uip.lm.prefix import Prefix, PrefixScorer, score_prefix
 from recbole_uip.settings import LMSettings
 
 from .conftest import ENDINGS, TEXTS, WORDS, make_tokenizer
@@ -167,15 +167,15 @@ def test_endings_that_no_facet_is_judged_by_do_not_matter(settings, tmp_path):
 
 def test_an_lm_that_forgets_its_prefix_is_refused(settings, tmp_path, monkeypatch):
     backbone = load(settings, tmp_path, resolve(settings, tmp_path))
-    decoder = type(backbone.model.model)
-    forward = decoder.forward
+    forward = type(backbone.model).forward
+    monkeypatch.setattr(llama, "supports", lambda *_: False)
 
     def forgetful(self, *args, past_key_values=None, **kwargs):
         if kwargs.get("input_ids") is not None:
             kwargs["attention_mask"], past_key_values = None, None
         return forward(self, *args, past_key_values=past_key_values, **kwargs)
 
-    monkeypatch.setattr(decoder, "forward", forgetful)
+    monkeypatch.setattr(type(backbone.model), "forward", forgetful)
     with pytest.raises(ModelError, match="source: prefix cannot be used"):
         PrefixScorer(backbone, prompts.build(backbone, FACETS, ENDINGS), OF_FEEDBACK)
 
@@ -210,6 +210,53 @@ def test_likelihoods_are_those_of_the_model(scorer, ids):
     value, gradient = tuned.value_and_gradient(answers, theta)
     np.testing.assert_allclose(value, np.log(0.5), atol=1e-5)
     np.testing.assert_allclose(gradient[:, 1], 0.5 * scores[:, 1], rtol=1e-4, atol=1e-6)
+
+
+def near(scorer, n):
+    """Soft tokens near θ⁰, a set for each of n texts."""
+    noise = torch.randn(n, *scorer.theta0.shape, generator=torch.Generator().manual_seed(1))
+    return scorer.theta0 + 0.3 * noise.to(scorer.theta0)
+
+
+def test_the_general_way_says_the_same(scorer, ids, monkeypatch):
+    monkeypatch.setattr(llama, "supports", lambda *_: False)
+    general = PrefixScorer(scorer.backbone, scorer.prompt, OF_FEEDBACK)
+    theta = near(scorer, len(ids))
+    full = [[*row, *scorer.prompt.ending.common] for row in ids]
+    for way in (scorer, general):
+        run = way.run(theta, full)
+        assert run.shape[-1] == (32 if way is scorer else len(WORDS) + 1)
+    # padding aside: behind a text's end either says what it likes
+    for ours, theirs in zip(
+        scorer.likelihoods(scorer.run(theta, full), ids),
+        general.likelihoods(general.run(theta, full), ids),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scorer.score(ids), general.score(ids), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("room", [1 << 30, 0, 3000])
+def test_trunks_that_are_kept_change_nothing(backbone64, ids, room, monkeypatch):
+    monkeypatch.setattr(prefix_llama, "KEPT_BYTES", room)
+    kept = Prefix(backbone64, prompts.build(backbone64, FACETS, ENDINGS))
+    theta = near(kept, len(ids))
+    alone = torch.stack([kept.run(theta[[n]], [row])[0, len(row)] for n, row in enumerate(ids)])
+    run = 0
+
+    def counted(function):
+        def count(layer, x, *rest):
+            nonlocal run
+            run += len(x) * (layer is kept._llama.layers[0])
+            return function(layer, x, *rest)
+
+        return count
+
+    monkeypatch.setattr(kept._llama, "_layer", counted(kept._llama._layer))
+    last = torch.tensor([len(row) for row in ids])
+    together = kept.run(theta, ids)[torch.arange(len(ids)), last]
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    assert run == 0 if room > 3000 else 0 < run <= len(ids)
 
 
 def test_values_longer_than_any_name_has_are_scaled_back(scorer, ids):

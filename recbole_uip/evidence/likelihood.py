@@ -159,7 +159,7 @@ class _Speaker:
                 missing[key[2]].append(key[3])
         for code, texts in tqdm(missing.items(), desc=field.name, leave=False, delay=2):
             move = soft_moves(self.model, field.name, code, step, field.scores)
-            theta = (self.theta0 + torch.from_numpy(move)).to(self.theta0)
+            theta = self.theta0 + torch.from_numpy(move).to(self.theta0)
             ids = prompts.text_ids(self.backbone, texts)
             likelihoods, logits, spent = self._ask(theta, ids)
             self.lm_tokens += spent

@@ -183,7 +183,7 @@ class Likelihood:
         theta = theta * (self.max_norm / norm).clamp(max=1.0)
         texts = [list(passage.tokens) for passage in passages]
         if passages[0].verbs:
-            rows, numbers = prompts.places([len(passage.verbs) for passage in passages])
+            rows, _ = prompts.places([len(passage.verbs) for passage in passages])
             numbers = torch.tensor([verb for passage in passages for verb in passage.verbs])
             lift = self._verbs(theta, texts, (rows, numbers))
             signs, intercepts = (

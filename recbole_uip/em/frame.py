@@ -100,6 +100,16 @@ class Frame:
         """Number of coordinates R."""
         return sum(self.ranks)
 
+    @property
+    def room(self) -> list[float]:
+        """How far each facet's soft token may go along a coordinate, in units of it; the mean.
+
+        Where it is far below 1, first orders say how users differ in what the LM hardly varies in,
+        and steps within reach say little of that.
+        """
+        lengths = [np.linalg.norm(maps, axis=1) for maps in self.maps]
+        return [float(np.mean(self.reach / np.maximum(each, 1e-30))) for each in lengths]
+
     def within(self, where: np.ndarray, fold: np.ndarray) -> np.ndarray:
         """Coordinates (n, R), each facet's drawn back until its soft token is within ``reach``."""
         where = where.copy()

@@ -233,7 +233,8 @@ def _course(posterior: GradientPosterior, group: Group) -> str:
     curve = posterior.curves_[-1]
     fall = float(-np.minimum(np.diff(curve), 0).sum())
     return (
-        f"{names_of(group)}: learning rate {posterior.learning_rate_:g}, curvature "
+        f"{names_of(group)}: room {', '.join(f'{room:.2g}' for room in group.frame.room)} units, "
+        f"learning rate {posterior.learning_rate_:g}, curvature "
         f"{', '.join(f'{c:.3g}' for c in posterior.curvature_)}; mean log posterior "
         f"{curve[0]:.2f} to {curve[-1]:.2f} in {len(curve) - 1} steps, falls on the way "
         f"{fall:.2g} in all"

@@ -253,6 +253,14 @@ def test_soft_tokens_stay_within_reach(rng):
     for part in frame.slices:
         ratio = drawn[:, part] / where[:, part]
         np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-4)
+    # along one coordinate a soft token may go as far as there is room
+    alone = np.zeros((1, 2 * RANK), np.float32)
+    alone[0, 0] = 1e6
+    furthest = np.concatenate([maps[0] for maps in frame.maps], axis=1)
+    expected = frame.reach / np.linalg.norm(furthest, axis=0)
+    assert frame.within(alone, fold[:1])[0, 0] == pytest.approx(expected[0], rel=1e-4)
+    for room, part in zip(frame.room, frame.slices, strict=True):
+        assert room == pytest.approx(expected[part].mean(), rel=0.05)
 
 
 def test_codes_are_the_kinds(rng):

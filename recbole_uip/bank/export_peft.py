@@ -21,11 +21,11 @@ which share one frame. All facets' soft tokens move, for scores were taken in al
 
 What it is not: the rows of P for feedback scores, so what a code says about *liking* an item
 with its text given, do not enter (``soft_tokens(..., scores="feedback")`` takes those instead).
-And the first order holds for short moves alone. With SmolLM2-135M (float32) on ml-100k and ``source:
-lm`` (``recbole-uip likelihood --dataset=ml-100k --users=40``), a code of ``interests`` moves the soft
-tokens by 1.07 times their length at s = 1; what the first order predicts of held-out behaviours
-and true changes of log p(text) correlate 1.00 at s = .001, .93 at .01, .32 at .03, .15 at .1 and
-.08 at 1. Look at lengths before you choose s.
+And the first order holds for short moves alone. With SmolLM2-135M (float32), ml-100k and ``source:
+lm`` (``recbole-uip likelihood --users=40``), a code of ``interests`` moves soft tokens by
+1.07 times their length at s = 1; what the first order predicts of held-out behaviours and true
+changes of log p(text) correlate 1.00 at s = .001, .93 at .01, .32 at .03, .15 at .1 and .08 at 1.
+Look at lengths before you choose s.
 
 PEFT knows no block mask: later facets' names and soft tokens attend to earlier facets, which
 they did not when the items were scored. With a single facet both are the same.
@@ -33,9 +33,9 @@ they did not when the items were scored. With a single facet both are the same.
 Of a facet with ``source: prefix`` the same holds in the LM's last layers: theta are the values of
 soft tokens there, each facet's soft token follows the scores of that facet's own kind, and PEFT's
 prefix tuning holds keys and values of the whole prompt, block mask and all. There the first order
-reaches further (``--users=150``): correlations are 1.00 at s = .03, .97 at .1, .69 at .3 and -.08 at
-1 for ``interests``, whose code moves soft tokens by 5 times their length at s = 1, and .93 at 1 for
-the feedback of ``taste``.
+reaches further (``--users=150``): correlations are 1.00 at s = .03, .97 at .1, .69 at .3 and -.08
+at 1 for ``interests``, whose code moves soft tokens by 5 times their length at s = 1, and .93 at 1
+for the feedback of ``taste``.
 """
 
 from __future__ import annotations

@@ -61,6 +61,9 @@ from recbole_uip.work import n_processes
 
 __all__ = ["Group", "groups"]
 
+# Of whitened directions, the units that a soft token can go along them; users differ by less.
+ROOM = 1.0
+
 
 @dataclass
 class Group:
@@ -135,16 +138,19 @@ def _make_group(
     behaviours = observed.behaviours
     numbers = [texts.facets.index(facet) for facet in facets]
     scores = (texts.feedback if feedback else texts.text)[:, numbers]
+    likelihood = texts.likelihood(numbers, settings.gradient.recompute)
     counts, maps, variances = [], [], []
     for f, facet in enumerate(facets):
         try:
             counts.append(weights.event_counts(facet.weight, behaviours.liked, len(behaviours)))
-            facet_maps, variance = _facet_maps(facet, scores[:, f], texts, observed, settings)
+            reach = likelihood.max_norm
+            facet_maps, variance = _facet_maps(
+                facet, scores[:, f], reach, texts, observed, settings
+            )
         except DataError as error:
             raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
         maps.append(facet_maps)
         variances.append(variance)
-    likelihood = texts.likelihood(numbers, settings.gradient.recompute)
     frame = Frame(likelihood.theta0, tuple(maps), tuple(variances), likelihood.max_norm)
     evidence = np.stack(counts, axis=1) * texts.known[behaviours.item, None]
     pieces, active, first = _pieces(behaviours, settings, observed.history, snapshots, evidence)
@@ -258,6 +264,7 @@ class _Texts:
 def _facet_maps(
     facet: FacetSettings,
     scores: np.ndarray,
+    reach: float,
     texts: _Texts,
     observed: Observations,
     settings: UIPSettings,
@@ -265,12 +272,14 @@ def _facet_maps(
     """The facet's map M for each fold (n_folds, d, rank), and prior variances (rank,).
 
     In its frame a facet moves in the directions in which users differ, as the closed form has
-    them; or else in the token's own, all scaled alike.
+    them; or else in the token's own, all scaled alike. But where items hardly differ in what the
+    LM says, a unit of evidence is a move far out of the LM's ``reach``: of the whitened directions
+    those are taken that have :data:`ROOM` units within it, and at least as many as the rank.
 
     The closed form's vectors g - ḡ are centred, and the gradients of a likelihood are not: along
     ḡ, all texts become likelier alike, or all are liked. So each direction is given as much of
-    u = C⁻¹ ḡ as takes it out, M - u (ḡᵀ M) / (ḡᵀ u): of all that do, it adds the least to centred
-    scores, whose covariance is C.
+    u = D Dᵀ ḡ, with D the whitened directions, as takes it out, M - u (ḡᵀ M) / (ḡᵀ u): of all that
+    do, it adds the least to centred scores.
     """
     if settings.gradient.space == "token":
         share = texts.counts / texts.counts.sum()
@@ -279,17 +288,15 @@ def _facet_maps(
         maps = np.repeat(scale * np.eye(width, dtype=np.float32)[None], settings.folds, axis=0)
         return maps, np.ones(width)
     whitening = em_basis.whiten(scores, texts.counts)
-    spread = np.zeros((len(texts.place), whitening.vectors.shape[1]))
-    spread[texts.known] = whitening.vectors
+    directions, mean = whitening.directions(), whitening.mean.astype(np.float64)
+    room = reach / np.linalg.norm(directions, axis=0)
+    directions = directions[:, : max(facet.rank, int((room >= ROOM).sum()))]
+    spread = np.zeros((len(texts.place), directions.shape[1]))
+    spread[texts.known] = whitening.vectors[:, : directions.shape[1]]
     fitted = Facet(dataclasses.replace(facet, match=None), seed=settings.seed)
     basis = fitted.fit_basis([spread] * settings.folds, observed)
-    directions, mean = whitening.directions(), whitening.mean.astype(np.float64)
     maps = np.stack([directions @ turned for turned in basis.directions])
-    share = (texts.counts / texts.counts.sum())[:, None]
-    centred = scores - mean
-    covariance = centred.T @ (share * centred)
-    ridge = em_basis.EMPTY_SHARE * np.trace(covariance)
-    common = np.linalg.solve(covariance + ridge * np.eye(len(mean)), mean)
+    common = directions @ (mean @ directions)
     if along := mean @ common:
         maps = maps - common[:, None] * (mean @ maps)[:, None] / along
     return maps.astype(np.float32), basis.variance

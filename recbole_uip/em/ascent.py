@@ -23,9 +23,8 @@ from recbole_uip.em.codebook import component_log_densities
 from recbole_uip.em.frame import Expansion, Frame, Units, secant_sums, spread_sums, sums_by_owner
 from recbole_uip.settings import GradientSettings
 
-__all__ = ["LEARNING_RATES", "SHARED", "EStep", "Likelihood", "Prior", "State", "ascend"]
+__all__ = ["SHARED", "EStep", "Likelihood", "Prior", "State", "ascend"]
 
-LEARNING_RATES = (0.01, 0.03, 0.1)  # of which ``learning_rate: auto`` takes one
 BETAS = (0.9, 0.99)  # few steps: the second moment cannot look back over a thousand of them
 _OWN = ("where", "value", "curve", "secant", "spread", "lm_tokens")
 _SUMS = tuple(each.name for each in dataclasses.fields(Expansion))

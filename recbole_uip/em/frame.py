@@ -20,6 +20,9 @@ import scipy.sparse
 __all__ = ["Expansion", "Frame", "Units", "secant_sums", "spread_sums", "sums_by_owner"]
 
 
+RATE_SHARES = (0.075, 0.225, 0.75)
+
+
 @dataclass(frozen=True)
 class Units:
     """What profiles did, in pieces that the likelihood reads whole.
@@ -109,6 +112,15 @@ class Frame:
         """
         lengths = [np.linalg.norm(maps, axis=1) for maps in self.maps]
         return [float(np.mean(self.reach / np.maximum(each, 1e-30))) for each in lengths]
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Those of which ``auto`` takes one: shares of the entries of a token as long as ``reach``.
+
+        The root mean square of these is 1 where the reach has no end.
+        """
+        entry = self.reach / np.sqrt(self.theta0.shape[1]) if np.isfinite(self.reach) else 1.0
+        return [share * float(entry) for share in RATE_SHARES]
 
     def within(self, where: np.ndarray, fold: np.ndarray) -> np.ndarray:
         """Coordinates (n, R), each facet's drawn back until its soft token is within ``reach``."""

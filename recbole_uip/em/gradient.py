@@ -33,7 +33,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
-from recbole_uip.em.ascent import LEARNING_RATES, SHARED, EStep, Likelihood, Prior, State, ascend
+from recbole_uip.em.ascent import SHARED, EStep, Likelihood, Prior, State, ascend
 from recbole_uip.em.frame import Frame, Units
 from recbole_uip.em.residual import ResidualCodebook
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
@@ -276,24 +276,24 @@ class GradientPosterior:
     def _choose_rate(self, profiles: np.ndarray) -> float:
         """The learning rate by which the first batches of ``profiles`` climb highest."""
         batches, priors = self._batches(profiles)[:BATCHES], self.priors()
+        rates = self.frame.learning_rates
         if not batches:
-            return LEARNING_RATES[1]
+            return rates[1]
 
         def climb(index: int) -> dict[str, np.ndarray]:
-            rate, batch = LEARNING_RATES[index % len(LEARNING_RATES)], index // len(LEARNING_RATES)
-            chosen = batches[batch]
+            rate, chosen = rates[index % len(rates)], batches[index // len(rates)]
             return ascend(
                 State.start(self._units, chosen), self._units, chosen, self._fold[chosen],
                 self.frame, priors, self._likelihood, self.settings, rate, (self.seed, 1),
             ).arrays  # fmt: skip
 
-        n = len(batches) * len(LEARNING_RATES)
+        n = len(batches) * len(rates)
         results = self._run("rate", climb, n, ("curve", "lm_tokens"))
         self.tokens_ += sum(int(result["lm_tokens"]) for result in results)
         reached = np.reshape([result["curve"][-1] for result in results], (len(batches), -1))
         # A climb that diverged, or whose values are not all known, is NaN.
         reached = np.nan_to_num(reached.sum(axis=0), nan=-np.inf)
-        return LEARNING_RATES[int(np.argmax(reached))]
+        return rates[int(np.argmax(reached))]
 
     def _moments(self, results: list[EStep]) -> tuple[np.ndarray, np.ndarray]:
         """c and v of each facet's behaviours, shape (G,) each."""

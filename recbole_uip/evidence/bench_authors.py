@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_uip.em.ascent import LEARNING_RATES, State, ascend
+from recbole_uip.em.ascent import State, ascend
 from recbole_uip.evidence.task import Task
 from recbole_uip.evidence.tuning_slice import Slice, posterior_of
 from recbole_uip.lm.likelihood import Passage, SoftTokenLikelihood, text_passage
@@ -61,7 +61,7 @@ def against_authors(task: Task, slice_: Slice, peers: int) -> dict[str, Any]:
     kept = [row for row in range(len(owner)) if owner[row] < peers]
     passages, owner, active = [passages[row] for row in kept], owner[kept], active[kept]
     started = time.perf_counter()
-    rate = posterior.settings.learning_rate or LEARNING_RATES[1]
+    rate = posterior.settings.learning_rate or group.frame.learning_rates[1]
     result = ascend(
         state, group.units, chosen, group.fold[chosen], group.frame, posterior.priors(), group,
         posterior.settings, rate, (settings.seed, 1),

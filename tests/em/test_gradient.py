@@ -321,7 +321,11 @@ def test_the_learning_rate_is_chosen_by_what_is_reached(rng):
     posterior = GradientPosterior(FACETS, frame, GradientSettings(rounds=1), CodebookSettings())
     everyone = np.ones(40, dtype=bool)
     posterior.fit(units, np.zeros(40, dtype=int), everyone, np.arange(40) < 8, likelihood)
-    assert posterior.learning_rate_ == 0.1  # far optima: the longest steps come closest
+    assert posterior.learning_rate_ == frame.learning_rates[-1]  # far optima: long steps
+    # shares of a soft token's own entries, of d = theta0.shape[1] numbers
+    near = dataclasses.replace(frame, reach=2.0)
+    expected = np.array(frame.learning_rates) * 2.0 / np.sqrt(frame.theta0.shape[1])
+    np.testing.assert_allclose(near.learning_rates, expected)
 
 
 def test_profiles_without_evidence_have_no_code(rng):

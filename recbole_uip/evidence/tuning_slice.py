@@ -39,9 +39,9 @@ class Counted:
     def __init__(self, group: Group) -> None:
         self.group = group
         #: LM tokens; of these, the ones that go through the layers; those that are predicted; and
-        #: those of passages that were not met before.
+        #: those of texts that were not met before.
         self.tokens = self.run = self.predicted = self.trunk = 0
-        self._met: set[Passage] = set()
+        self._met: set[tuple[int, ...]] = set()
         self._lock = threading.Lock()
 
     def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,9 +53,9 @@ class Counted:
             self.tokens += both
             self.run += both - texts  # a text's last token predicts nothing
             self.predicted += tokens if texts else 0
-            fresh = set(passages) - self._met
-            self._met |= fresh
-            self.trunk += sum(map(self.group.likelihood.n_tokens, fresh))
+            fresh = {each.tokens: each for each in passages if each.tokens not in self._met}
+            self._met.update(fresh)
+            self.trunk += sum(map(self.group.likelihood.n_tokens, fresh.values()))
         return self.group(units, theta)
 
 

@@ -245,7 +245,7 @@ def test_scores_recomputed_at_codewords(world, texts, make, likelihood):
 
 
 @pytest.mark.parametrize("taste", ["lm", "prefix"])
-def test_soft_tokens_in_the_last_layers(world, texts, make, gradient, taste):
+def test_soft_tokens_in_the_last_layers(world, texts, make, gradient, taste, tmp_path):
     """They are tuned, with embeddings beside them or alone; rows know what they may know."""
     facets = {
         "interests": {**FACETS["interests"], "source": "prefix"},
@@ -261,6 +261,8 @@ def test_soft_tokens_in_the_last_layers(world, texts, make, gradient, taste):
     likelihoods = [type(group.likelihood) for group in _groups(behaviours, texts, settings)]
     expected = [PrefixLikelihood, SoftTokenLikelihood if taste == "lm" else PrefixLikelihood]
     assert likelihoods == expected
+    again = make(tmp_path / "again", uip_gradient=gradient, uip_facets=facets)
+    assert_same(numbers(profiles), numbers(run(behaviours, texts, again)))
     changed = np.flatnonzero(~behaviours.train)[::5]
     after = run(flipped(behaviours, changed), texts, settings)
     first = np.full(behaviours.n_users, np.inf)

@@ -73,18 +73,21 @@ class PrefixLlama(llama.FoldedLlama):
         """What texts are before layer ``first``, (n, T, d)."""
         known = {text: self._trunks.get(text) for text in map(tuple, texts)}
         missing = [text for text, trunk in known.items() if trunk is None]
-        if missing:
-            ids = pad_sequence([torch.tensor(text) for text in missing], batch_first=True)
+        # What is kept must not depend on the company that a text was first met in, not by a bit:
+        # then runs that were killed, or share their work, end with the same numbers.
+        parts = [[text] for text in missing] if keep else [missing] * bool(missing)
+        for part in parts:
+            ids = pad_sequence([torch.tensor(text) for text in part], batch_first=True)
             x = self.embedding[ids.to(self.device)].to(self.wide)
             for layer, (keys, values) in zip(
                 self.layers[: self.first], self.states[: self.first], strict=True
             ):
                 x = self._layer(layer, x, keys, values)
-            for text, trunk in zip(missing, x, strict=True):
+            for text, trunk in zip(part, x, strict=True):
                 known[text] = trunk[: len(text)]
-                if keep and (size := known[text].nbytes) <= self._room:
-                    self._trunks[text] = known[text].clone()
-                    self._room -= size
+                if keep and trunk.nbytes <= self._room:
+                    self._trunks[text] = trunk
+                    self._room -= trunk.nbytes
         return pad_sequence([known[text] for text in map(tuple, texts)], batch_first=True)
 
     def _layer(

@@ -259,6 +259,16 @@ def test_trunks_that_are_kept_change_nothing(backbone64, ids, room, monkeypatch)
     assert run == 0 if room > 3000 else 0 < run <= len(ids)
 
 
+def test_a_trunk_is_the_same_in_any_company(backbone, ids):
+    """To the bit: or a run that was killed would end otherwise than one that was not."""
+    prompt = prompts.build(backbone, FACETS, ENDINGS)
+    first, second = (Prefix(backbone, prompt)._llama for _ in range(2))
+    together = first._trunk(ids, True)
+    for row, text in reversed(list(enumerate(ids))):
+        alone = second._trunk([text], True)[0]
+        torch.testing.assert_close(together[row, : len(text)], alone, rtol=0, atol=0)
+
+
 def test_values_longer_than_any_name_has_are_scaled_back(scorer, ids):
     tuned = PrefixLikelihood(scorer, [0])
     assert tuned.max_norm == pytest.approx(1.001 * float(scorer.theta0.norm(dim=1).max()))

@@ -18,6 +18,7 @@ alone, and never all at once. Other LMs go through transformers' public API.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,19 +183,17 @@ class Likelihood:
         norm = theta.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(theta.dtype).tiny)
         theta = theta * (self.max_norm / norm).clamp(max=1.0)
         texts = [list(passage.tokens) for passage in passages]
-        if passages[0].verbs:
-            rows, _ = prompts.places([len(passage.verbs) for passage in passages])
-            numbers = torch.tensor([verb for passage in passages for verb in passage.verbs])
-            lift = self._verbs(theta, texts, (rows, numbers))
-            signs, intercepts = (
-                torch.tensor([x for passage in passages for x in side(passage)]).to(lift)
-                for side in (lambda p: p.signs, lambda p: p.intercepts)
-            )
-            values = functional.logsigmoid(signs * (lift + intercepts))
-        else:
-            rows, numbers = prompts.places([len(text) for text in texts])
-            targets = torch.tensor([token for text in texts for token in text])
-            values = self._tokens(theta, texts, (rows, numbers), targets.to(self.backbone.device))
+        if not passages[0].verbs:
+            say = functools.partial(self._tokens, theta, texts)
+            return prompts.sum_tokens(texts, self.backbone.device, say)
+        rows, _ = prompts.places([len(passage.verbs) for passage in passages])
+        numbers = torch.tensor([verb for passage in passages for verb in passage.verbs])
+        lift = self._verbs(theta, texts, (rows, numbers))
+        signs, intercepts = (
+            torch.tensor([x for passage in passages for x in side(passage)]).to(lift)
+            for side in (lambda p: p.signs, lambda p: p.intercepts)
+        )
+        values = functional.logsigmoid(signs * (lift + intercepts))
         return values.new_zeros(len(texts)).index_add(0, rows.to(values.device), values)
 
     def value_and_gradient(
@@ -293,8 +292,7 @@ class SoftTokenLikelihood(Likelihood):
         ending = self.prompt.ending
         if self._llama is None:
             return prompts.verb_lifts(self._logits(theta, texts), at, ending)
-        head = self._llama.head[[ending.liked, ending.disliked]].to(self._llama.wide)
-        return self._llama.hidden(theta, texts, at).to(head.dtype) @ (head[0] - head[1])
+        return llama.verb_lifts(self._llama.hidden(theta, texts, at), self._llama.head, ending)
 
     def _logits(self, theta, texts):
         return prompts.logits(self.backbone, self.prompt, self._of_all(theta), texts)

@@ -30,7 +30,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from recbole_uip.lm.backbone import Backbone
-from recbole_uip.lm.prompt import Prompt
+from recbole_uip.lm.prompt import Ending, Prompt
 
 __all__ = [
     "HEAD_ROWS",
@@ -41,6 +41,7 @@ __all__ = [
     "SharedPrefix",
     "head_log_probs",
     "supports",
+    "verb_lifts",
 ]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -500,6 +501,13 @@ def head_log_probs(
     log_norm = largest - most.log() + torch.log1p(most * torch.expm1(rounding))
     value = (hidden.to(wide) * wanted).sum(-1) - log_norm
     return value, wanted - (probs.to(head.dtype) @ head).to(wide) if gradient else None
+
+
+def verb_lifts(hidden: torch.Tensor, head: torch.Tensor, ending: Ending) -> torch.Tensor:
+    """Differences of the verbs' logits by hidden states (m, d); of at least float32, shape (m,)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    liked, disliked = head[[ending.liked, ending.disliked]].to(wide)
+    return hidden.to(wide) @ (liked - disliked)
 
 
 class LogProbs(torch.autograd.Function):

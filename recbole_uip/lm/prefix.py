@@ -24,6 +24,7 @@ not (``recbole-uip likelihood``).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -261,9 +262,7 @@ class Prefix:
         ending = self.prompt.ending
         if self._llama is None:
             return prompts.verb_lifts(self.logits(run), at, ending)
-        wide = torch.promote_types(run.dtype, torch.float32)
-        liked, disliked = self._llama.head[[ending.liked, ending.disliked]].to(wide)
-        return run[at].to(wide) @ (liked - disliked)
+        return llama.verb_lifts(run[at], self._llama.head, ending)
 
     def likelihoods(
         self, run: torch.Tensor, texts: Sequence[Sequence[int]]
@@ -272,10 +271,8 @@ class Prefix:
 
         The run is of the texts with the endings' common tokens after each.
         """
-        at = prompts.places([len(text) for text in texts])
-        targets = torch.tensor([token for text in texts for token in text], device=run.device)
-        found = self.log_probs(run, at, targets)
-        log_likelihood = found.new_zeros(len(texts)).index_add(0, at[0].to(run.device), found)
+        say = functools.partial(self.log_probs, run)
+        log_likelihood = prompts.sum_tokens(texts, run.device, say)
         if self.prompt.ending is None:
             return log_likelihood, None
         last = torch.tensor([len(text) + len(self.prompt.ending.common) for text in texts])

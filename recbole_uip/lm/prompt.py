@@ -11,10 +11,11 @@ prompt-tuning adapter.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ __all__ = [
     "logits",
     "places",
     "sum_log_probs",
+    "sum_tokens",
     "text_ids",
     "tokenize",
     "verb_difference",
@@ -352,10 +354,7 @@ def feedback_logit(
 
 def sum_log_probs(logits: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Sum of the log-probabilities of the texts' tokens; logits as from :func:`logits`."""
-    at = places([len(text) for text in texts])
-    targets = torch.tensor([token for text in texts for token in text], device=logits.device)
-    found = log_probs(logits, at, targets)
-    return found.new_zeros(len(texts)).index_add(0, at[0].to(logits.device), found)
+    return sum_tokens(texts, logits.device, functools.partial(log_probs, logits))
 
 
 def verb_difference(
@@ -364,6 +363,17 @@ def verb_difference(
     """Difference of the verbs' logits after each text (common ending included)."""
     last = torch.tensor([len(text) for text in texts])
     return verb_lifts(logits, (torch.arange(len(texts)), last), ending)
+
+
+def sum_tokens(
+    texts: Sequence[Sequence[int]],
+    device: torch.device,
+    say: Callable[[tuple[torch.Tensor, torch.Tensor], torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Sums over the texts' tokens of what ``say`` gives of (text, number) and token, shape (n,)."""
+    at = places([len(text) for text in texts])
+    found = say(at, torch.tensor([token for text in texts for token in text], device=device))
+    return found.new_zeros(len(texts)).index_add(0, at[0].to(device), found)
 
 
 def places(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

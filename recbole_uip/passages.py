@@ -223,14 +223,13 @@ class _Texts:
         rows, counts = rated_texts(item_texts, behaviours.item[behaviours.train], source)
         texts = [item_texts[row] for row in rows]
         facets = tuple(facet for facet in settings.tuned_facets if facet.source == source)
-        names = [facet.prompt for facet in facets]
         given = _on_own_device(settings), settings.cache
-        of_feedback = [facet.by_feedback(endings) for facet in facets]
         if source == "prefix":
-            # its prompt is that of the closed form, whose scores are cached
-            endings = endings if any(of_feedback) else None
+            # the prompt of the closed form, whose scores are cached
+            names, of_feedback, endings = settings.prefix_prompt(endings)
             found = lm.score_prefix(texts, names, of_feedback, endings, *given)
         else:
+            names = settings.prompts
             found = lm.score(texts, names, endings, *given)
         cost.update(lm_tokens=found.lm_tokens, lm_seconds=found.seconds)
         backbone = lm.load(*given)

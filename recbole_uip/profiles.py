@@ -507,11 +507,9 @@ def lm_vectors(
         scored = lm.score(texts, settings.prompts, endings, settings.lm, settings.cache)
         return raw_scores(scored), scored
     if source == "prefix":
-        facets = settings.prefix_facets
-        # Each by the likelihood of what it is evidence of.
-        of_feedback = [facet.by_feedback(endings) for facet in facets]
-        prompts = [facet.prompt for facet in facets]
-        found = lm.score_prefix(texts, prompts, of_feedback, endings, settings.lm, settings.cache)
+        # Each facet by the likelihood of what it is evidence of.
+        prompt = settings.prefix_prompt(endings)
+        found = lm.score_prefix(texts, *prompt, settings.lm, settings.cache)
     else:
         found = lm.embed(texts, settings.lm, settings.cache)
     return found.vectors, found

@@ -521,6 +521,24 @@ class UIPSettings:
         """Facets that the LM scores with respect to a prefix."""
         return tuple(facet for facet in self.facets if facet.source == "prefix")
 
+    def prefix_prompt(
+        self, endings: tuple[str, str] | None
+    ) -> tuple[list[str], list[bool], tuple[str, str] | None]:
+        """What the LM is given of these facets, where it has ``endings``.
+
+        Returns
+        -------
+        names : list of str
+            In words.
+        of_feedback : list of bool
+            Whether the LM judges each by feedback.
+        endings : (liked, disliked) or None
+            None where none is.
+        """
+        of_feedback = [facet.by_feedback(endings) for facet in self.prefix_facets]
+        names = [facet.prompt for facet in self.prefix_facets]
+        return names, of_feedback, endings if any(of_feedback) else None
+
     @property
     def text_facets(self) -> list[str]:
         """Names of the facets that read the items' texts."""

@@ -147,7 +147,7 @@ def soft_moves(
             raise missing
         moves = (directions[chosen].astype(np.float64) @ codeword).reshape(n_facets, -1)
     else:
-        of_feedback = np.array([each.by_feedback(model.endings) for each in settings.prefix_facets])
+        of_feedback = np.array(settings.prefix_prompt(model.endings)[1])
         if scores == "feedback" and not of_feedback.any():
             raise missing
         moves = (directions.astype(np.float64) @ codeword).reshape(len(of_feedback), -1)
@@ -269,7 +269,8 @@ def _prefix_tuning(
 
     from recbole_uip import lm
 
-    prefix = lm.Prefix(backbone, lm.build(backbone, *model.prefix_prompt))
+    names, _, endings = model.settings.prefix_prompt(model.endings)
+    prefix = lm.Prefix(backbone, lm.build(backbone, names, endings))
     moved = prefix.theta0.float() + torch.from_numpy(moves).to(backbone.device, torch.float32)
     # PEFT has them virtual token by virtual token, and a layer's keys before its values
     states = [each[0] for pair in prefix.states(moved[None]) for each in pair]

@@ -171,13 +171,6 @@ class ProfileModel:
         """Feedback endings, where there is feedback."""
         return None if self.implicit else self.settings.endings
 
-    @property
-    def prefix_prompt(self) -> tuple[list[str], tuple[str, str] | None]:
-        """Names of the facets in the prompt of a prefix, and its endings if it has any."""
-        facets = self.settings.prefix_facets
-        of_feedback = any(facet.by_feedback(self.endings) for facet in facets)
-        return [facet.prompt for facet in facets], self.endings if of_feedback else None
-
     def all_tables(self) -> dict[str, np.ndarray]:
         """Every array, by name."""
         return {**self.encoder.arrays(), **self.tables}

@@ -387,9 +387,10 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     rate = Figure("flops", f"  of {flops / 1e9:,.1f} GFLOP", flops / seconds, "FLOP/s", fastest)
 
     logger.info("scoring them in the last layers")
-    of_feedback = [facet.by_feedback(task.endings) for facet in settings.prompted_facets]
+    prompt = settings.with_soft_tokens("prefix").prefix_prompt(task.endings)
+    of_feedback = prompt[1]
     started = time.perf_counter()
-    found = lm.score_prefix(texts, task.prompts, of_feedback, task.endings, settings.lm, cache)
+    found = lm.score_prefix(texts, *prompt, settings.lm, cache)
     seconds = time.perf_counter() - started
     flops = prefix_flops(
         weights,
@@ -430,10 +431,9 @@ def _holds_scores(task: Task) -> bool:
     given, held = (settings.lm, settings.cache), True
     if settings.prompts:
         held = lm.holds_scores(texts, settings.prompts, task.endings, *given)
-    if facets := settings.prefix_facets:
-        of_feedback = [facet.by_feedback(task.endings) for facet in facets]
-        names = [facet.prompt for facet in facets]
-        held = held and lm.holds_prefix_scores(texts, names, of_feedback, task.endings, *given)
+    if settings.prefix_facets:
+        prompt = settings.prefix_prompt(task.endings)
+        held = held and lm.holds_prefix_scores(texts, *prompt, *given)
     return held
 
 

@@ -123,11 +123,10 @@ class _Speaker:
         # by kind of score, in the type that the profiles were made of
         self._scores: dict[str, np.ndarray | None]
         if source == "prefix":
-            names, endings = model.prefix_prompt
+            names, of_feedback, endings = task.settings.prefix_prompt(task.endings)
             prefix = lm.Prefix(self.backbone, prompts.build(self.backbone, names, endings))
             self.theta0 = prefix.theta0
             self._ask = functools.partial(lm.prefix_likelihoods, prefix)
-            of_feedback = [each.by_feedback(endings) for each in task.settings.prefix_facets]
             found = lm.score_prefix(task.distinct, names, of_feedback, endings, lm_settings, cache)
             self._scores = dict.fromkeys(("text", "feedback"), found.vectors)
         else:

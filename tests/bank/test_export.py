@@ -601,7 +601,8 @@ def test_a_code_in_the_last_layers_raises_what_it_lifts(prefixed, facet, scores)
     model, texts = prefixed
     settings = model.settings
     backbone = lm.load(settings.lm, settings.cache)
-    prefix = lm.Prefix(backbone, lm.build(backbone, *model.prefix_prompt))
+    names, _, endings = model.settings.prefix_prompt(model.endings)
+    prefix = lm.Prefix(backbone, lm.build(backbone, names, endings))
     ids = prompts.text_ids(backbone, texts)
     move = soft_moves(model, facet, 2, scores=scores)
     other = int(scores == "text")  # the facet of the other kind
@@ -614,7 +615,6 @@ def test_a_code_in_the_last_layers_raises_what_it_lifts(prefixed, facet, scores)
     )
     kind = int(scores == "feedback")
     rise = (up[kind] - down[kind]).numpy() / (2 * step)
-    names, endings = model.prefix_prompt
     found = lm.score_prefix(texts, names, [False, True], endings, settings.lm, settings.cache)
     lift = found.vectors @ move.ravel()
     np.testing.assert_allclose(rise, lift, rtol=0.05, atol=0.02 * np.abs(lift).max())
@@ -627,7 +627,8 @@ def test_peft_holds_a_prefix_and_its_mask(prefixed, tmp_path):
     config = peft.PeftConfig.from_pretrained(str(folder))
     assert isinstance(config, peft.PrefixTuningConfig)
     backbone = lm.load(model.settings.lm, model.settings.cache)
-    prefix = lm.Prefix(backbone, lm.build(backbone, *model.prefix_prompt))
+    names, _, endings = model.settings.prefix_prompt(model.endings)
+    prefix = lm.Prefix(backbone, lm.build(backbone, names, endings))
     theta = prefix.theta0 + torch.from_numpy(soft_moves(model, "taste", 3, 0.5, None))
     adapted = peft.PeftModel.from_pretrained(make_model(), str(folder))
     for row in prompts.text_ids(backbone, texts[:3]):

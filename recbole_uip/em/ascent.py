@@ -20,7 +20,15 @@ import numpy as np
 import scipy.special
 
 from recbole_uip.em.codebook import component_log_densities
-from recbole_uip.em.frame import Expansion, Frame, Units, secant_sums, spread_sums, sums_by_owner
+from recbole_uip.em.frame import (
+    Expansion,
+    Frame,
+    Units,
+    curvature_of,
+    secant_sums,
+    spread_sums,
+    sums_by_owner,
+)
 from recbole_uip.settings import GradientSettings
 
 __all__ = ["SHARED", "EStep", "Likelihood", "Prior", "State", "ascend"]
@@ -114,8 +122,8 @@ class EStep:
     value : ndarray of float64, shape (n,)
         Log-likelihood of a profile's behaviours, each of its last visit.
     curve : ndarray of float64, shape (steps + 1,)
-        Sum of the log posteriors before and after each step; NaN while a behaviour's value is not
-        known.
+        Sum of the log posteriors before and after each step, see :func:`ascend`; NaN while a
+        behaviour's value is not known.
     secant : ndarray of float64, shape (G, 2)
         Sums of curvature and of its weights, see :func:`secant_sums`.
     spread : ndarray of float64, shape (G, 4)
@@ -187,7 +195,13 @@ def ascend(
     learning_rate: float,
     seed: Sequence[int],
 ) -> EStep:
-    """The E-step of a batch of profiles: ``settings.steps`` steps of Adam.
+    r"""The E-step of a batch of profiles: ``settings.steps`` steps of Adam.
+
+    Where a step has led, the log posterior is known from behaviours that were visited elsewhere,
+    most of them at a distance. So the curve, by which steps are judged, has of each its Taylor
+    series from there, :math:`\ell_i + \langle g_i, a - a_i \rangle - \tfrac{c}{2} |a - a_i|^2`,
+    with the curvature c that was measured on the way. Without, what behaviours gained by a step
+    would only count when their turn comes, and what the prior took at once.
 
     Parameters
     ----------
@@ -220,8 +234,9 @@ def ascend(
     adam = _Adam(frame.steps(learning_rate), settings.steps)
     again, first = np.zeros((2, len(frame.maps), 2))
     lm_tokens = 0
-    log_posterior, pull = _log_posterior(where, np.bincount(owner, state.value, n), frame, priors)
-    curve = [log_posterior.sum()]
+    sums = Expansion.of(frame, active, state.gradient, state.visited, owner, n)
+    log_prior, pull = _log_prior(where, frame, priors)
+    course = [(where, np.bincount(owner, state.value, n) + log_prior, sums)]
     for rows in _turns(profiles, counts, taken, settings.steps, seed):
         here, row_fold, row_active = where[owner[rows]], fold[owner[rows]], active[rows]
         values, gradients = likelihood(mine[rows], frame.tokens(here, row_fold, row_active))
@@ -234,24 +249,26 @@ def ascend(
         again += secant_sums(frame, row_active, moved * own, change)
         first += secant_sums(frame, row_active, moved * ~own, change)
         # SAGA: the last gradients of all, and the change of a few scaled to all
-        estimate = sums_by_owner(state.gradient, owner, n)
-        estimate += scale[:, None] * sums_by_owner(change, owner[rows], n)
+        estimate = sums.gradient + scale[:, None] * sums_by_owner(change, owner[rows], n)
+        sums -= Expansion.of(
+            frame, row_active, state.gradient[rows], state.visited[rows], owner[rows], n
+        )
+        sums += Expansion.of(frame, row_active, new, here, owner[rows], n)
         state.gradient[rows], state.value[rows], state.visited[rows] = new, values, here
         state.own[rows] = True
         where = frame.within((where + adam.move(estimate + pull)).astype(np.float32), fold)
-        log_posterior, pull = _log_posterior(
-            where, np.bincount(owner, state.value, n), frame, priors
-        )
-        curve.append(log_posterior.sum())
-    last = active, state.gradient, state.visited, owner, n
+        log_prior, pull = _log_prior(where, frame, priors)
+        course.append((where, np.bincount(owner, state.value, n) + log_prior, sums))
+    secant = np.where(again[:, 1:] > 0, again, first)
+    evidence, curvature = sums_by_owner(active, owner, n), curvature_of(secant)
     return EStep(
         where,
         np.bincount(owner, state.value, n),
-        np.array(curve),
-        np.where(again[:, 1:] > 0, again, first),
-        spread_sums(frame, *last),
+        np.array([_log_posterior(*each, frame, evidence, curvature).sum() for each in course]),
+        secant,
+        spread_sums(frame, active, state.gradient, state.visited, owner, n),
         np.array(lm_tokens),
-        Expansion.of(frame, *last),
+        sums,
         dataclasses.replace(state, where=where),
     )
 
@@ -279,12 +296,27 @@ def _turns(
         )
 
 
-def _log_posterior(
-    where: np.ndarray, value: np.ndarray, frame: Frame, priors: Sequence[Prior] | None
+def _log_prior(
+    where: np.ndarray, frame: Frame, priors: Sequence[Prior] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log posteriors (n,) by log-likelihoods ``value``, and the priors' gradients (n, R)."""
-    pull = np.zeros_like(where)
+    """The priors' log densities (n,) and gradients (n, R) at coordinates (n, R)."""
+    value, pull = np.zeros(len(where)), np.zeros_like(where)
     for part, prior in zip(frame.slices, priors or (), strict=False):
         log_prior, pull[:, part] = prior.value_and_gradient(where[:, part])
-        value = value + log_prior
+        value += log_prior
     return value, pull
+
+
+def _log_posterior(
+    where: np.ndarray,
+    value: np.ndarray,
+    sums: Expansion,
+    frame: Frame,
+    evidence: np.ndarray,
+    curvature: np.ndarray,
+) -> np.ndarray:
+    """Log posteriors (n,) at coordinates (n, R), of values (n,) from where behaviours were."""
+    return value + sum(
+        sums.rise(f, part, evidence[:, f], curvature[f], where[:, part])
+        for f, part in enumerate(frame.slices)
+    )

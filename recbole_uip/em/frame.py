@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
-__all__ = ["Expansion", "Frame", "Units", "secant_sums", "spread_sums", "sums_by_owner"]
+__all__ = [
+    "Expansion", "Frame", "Units", "curvature_of", "secant_sums", "spread_sums", "sums_by_owner",
+]  # fmt: skip
 
 
 RATE_SHARES = (0.075, 0.225, 0.75)
@@ -191,6 +193,17 @@ def secant_sums(
     return sums
 
 
+def curvature_of(secant: np.ndarray) -> np.ndarray:
+    """c of each facet by sums (G, 2) of :func:`secant_sums`; where nothing moved it is 1.
+
+    At least 1, the Fisher information at θ⁰.
+    """
+    curvature = np.ones(len(secant))
+    moved = secant[:, 1] > 0
+    curvature[moved] = secant[moved, 0] / secant[moved, 1]
+    return np.maximum(curvature, 1.0)
+
+
 def spread_sums(
     frame: Frame,
     active: np.ndarray,
@@ -272,6 +285,15 @@ class Expansion:
         )
         parts = gradient, weight * visited, linear, square
         return cls(*(sums_by_owner(each, owner, n) for each in parts))
+
+    def __add__(self, other: Expansion) -> Expansion:
+        return Expansion(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def __sub__(self, other: Expansion) -> Expansion:
+        return Expansion(*(a - b for a, b in zip(self, other, strict=True)))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(vars(self).values())
 
     def offset(self, part: slice, count: np.ndarray, curvature: float) -> np.ndarray:
         """Where the likelihood of ``count`` behaviours each is highest, shape (n, rank)."""

@@ -34,7 +34,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip.em.ascent import SHARED, EStep, Likelihood, Prior, State, ascend
-from recbole_uip.em.frame import Frame, Units
+from recbole_uip.em.frame import Frame, Units, curvature_of
 from recbole_uip.em.residual import ResidualCodebook
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
 
@@ -43,6 +43,8 @@ __all__ = ["GradientPosterior", "Run", "in_turn"]
 #: Batches are as even as they can be and their number, if there are several, a multiple of this
 #: one, so that a few workers that share them end together.
 BATCHES = 4
+#: Profiles, at most, that learning rates are tried on.
+TRIED = 16
 
 Run = Callable[[str, Callable[[int], dict[str, np.ndarray]], int, Sequence[str]], list[dict]]
 
@@ -274,8 +276,9 @@ class GradientPosterior:
         return priors
 
     def _choose_rate(self, profiles: np.ndarray) -> float:
-        """The learning rate by which the first batches of ``profiles`` climb highest."""
-        batches, priors = self._batches(profiles)[:BATCHES], self.priors()
+        """The learning rate by which a few of ``profiles`` climb highest, less what they fall."""
+        tried = np.random.default_rng(self.seed).permutation(profiles)[:TRIED]
+        batches, priors = self._batches(tried), self.priors()
         rates = self.frame.learning_rates
         if not batches:
             return rates[1]
@@ -290,19 +293,18 @@ class GradientPosterior:
         n = len(batches) * len(rates)
         results = self._run("rate", climb, n, ("curve", "lm_tokens"))
         self.tokens_ += sum(int(result["lm_tokens"]) for result in results)
-        reached = np.reshape([result["curve"][-1] for result in results], (len(batches), -1))
-        # A climb that diverged, or whose values are not all known, is NaN.
-        reached = np.nan_to_num(reached.sum(axis=0), nan=-np.inf)
-        return rates[int(np.argmax(reached))]
+        curves = np.reshape([result["curve"] for result in results], (len(batches), len(rates), -1))
+        curves = curves.sum(axis=0)
+        # Steps that overshoot are too long, even if they end a little higher. A climb that
+        # diverged, or whose values are not all known, is NaN.
+        reached = curves[:, -1] + np.minimum(np.diff(curves, axis=1), 0).sum(axis=1)
+        return rates[int(np.argmax(np.nan_to_num(reached, nan=-np.inf)))]
 
     def _moments(self, results: list[EStep]) -> tuple[np.ndarray, np.ndarray]:
         """c and v of each facet's behaviours, shape (G,) each."""
         zero = np.zeros((len(self.facets), 2))
         secant = np.sum([zero, *(each.secant for each in results)], axis=0)
-        moved = secant[:, 1] > 0
-        curvature = np.ones(len(self.facets))
-        curvature[moved] = secant[moved, 0] / secant[moved, 1]
-        curvature = np.maximum(curvature, 1.0)
+        curvature = curvature_of(secant)
         zero = np.zeros((len(self.facets), 4))
         g, cross, a, freedom = np.sum([zero, *(each.spread for each in results)], axis=0).T
         squares = g + curvature * (2.0 * cross + curvature * a)

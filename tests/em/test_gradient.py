@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip.em.ascent import Prior, State, ascend
 from recbole_uip.em.frame import Frame, Units
-from recbole_uip.em.gradient import GradientPosterior
+from recbole_uip.em.gradient import GradientPosterior, in_turn
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
 
 WIDTH, RANK = 6, 3
@@ -176,6 +176,25 @@ def test_the_mode_is_found(rng, batch):
     assert result.lm_tokens == 5 * 20 * 150 * batch
 
 
+@pytest.mark.parametrize("curvature", [1.0, 4.0])
+def test_the_curve_ends_at_the_log_posterior_there(rng, curvature):
+    """Though most behaviours were last visited elsewhere, or not at all."""
+    frame, units, likelihood, _ = make_world(rng, n=20, per_profile=30, curvature=curvature)
+    prior = Prior(np.array([0.4, 0.6]), rng.normal(size=(2, RANK)), np.full(RANK, 0.5))
+    chosen, fold = np.arange(20), np.zeros(20, dtype=int)
+    result = ascend(
+        State.start(units, chosen), units, chosen, fold, frame, [prior, prior], likelihood,
+        GradientSettings(steps=8, batch=2), 0.2, (0,),
+    )  # fmt: skip
+    for curve, where in ((result.curve[0], 0 * result.where), (result.curve[-1], result.where)):
+        theta = frame.tokens(where[units.owner], fold[units.owner], units.active)
+        value, _ = likelihood(np.arange(len(units.value)), theta)
+        of_prior = sum(prior.value_and_gradient(where[:, part])[0].sum() for part in frame.slices)
+        np.testing.assert_allclose(curve, value.sum() + of_prior, rtol=1e-5)
+    stale = result.value.sum()
+    assert abs(stale - value.sum()) > 0.05 * abs(value.sum())
+
+
 def test_offsets_are_those_of_the_closed_form(rng):
     """Where scores are linear, gradient steps and one Newton step from θ⁰ say the same."""
     posterior, units, likelihood, _ = fitted(rng, rounds=1, steps=30, batch=12)
@@ -326,6 +345,22 @@ def test_the_learning_rate_is_chosen_by_what_is_reached(rng):
     near = dataclasses.replace(frame, reach=2.0)
     expected = np.array(frame.learning_rates) * 2.0 / np.sqrt(frame.theta0.shape[1])
     np.testing.assert_allclose(near.learning_rates, expected)
+
+
+def test_a_learning_rate_whose_steps_overshoot_is_not_chosen(rng):
+    """Even where it ends the highest."""
+    frame, units, likelihood, _ = make_world(rng, n=40)
+    courses = [[0.0, 1.0, 2.0], [0.0, 3.0, 4.0], [0.0, -5.0, 5.0]]
+
+    def run(phase, function, n, shared):
+        if phase != "rate":
+            return in_turn(phase, function, n)
+        return [{"curve": np.array(curve), "lm_tokens": 0} for curve in courses * (n // 3)]
+
+    posterior = GradientPosterior(FACETS, frame, GradientSettings(rounds=1), CodebookSettings())
+    everyone = np.ones(40, dtype=bool)
+    posterior.fit(units, np.zeros(40, int), everyone, np.arange(40) < 8, likelihood, run)
+    assert posterior.learning_rate_ == frame.learning_rates[1]
 
 
 def test_profiles_without_evidence_have_no_code(rng):

@@ -36,10 +36,10 @@ LENGTHS = ((1, 10), (11, 25), (26, 10**9))  # behaviours of a profile, for the c
 _NOTES = [
     "E-step: uip_gradient.steps steps for all users, one round, with the choice of the learning "
     "rate; wall time, the LM loaded and scores cached. Floor: its FLOPs at the measured ceiling.",
-    "FLOPs: 2 per weight and token forward, 2 backward (weights get no gradient; layers before "
-    "those in which soft tokens are moved are run once for each text, forward); the head at "
-    "predicted text tokens. Ceiling: the best torch product of the LM's layer shapes, same type "
-    "and threads.",
+    "FLOPs: 2 per weight and token forward, 2 backward (weights get no gradient), of the layers in "
+    "which soft tokens are moved; through those before a text goes once, which is not counted. The "
+    "head at predicted text tokens. Ceiling: the best torch product of the LM's layer shapes, same "
+    "type and threads.",
 ]
 
 
@@ -58,7 +58,6 @@ def tuning_flops(
     run_tokens: int,
     predicted_tokens: int,
     moved: float = 1.0,
-    trunk_tokens: int = 0,
 ) -> float:
     """FLOPs of products with weights for likelihoods and their gradients in soft tokens.
 
@@ -70,11 +69,9 @@ def tuning_flops(
     predicted_tokens : int
         Tokens at which the head makes logits, there and back.
     moved : float
-        Share of these layers.
-    trunk_tokens : int
-        Tokens through the layers before, forward and once for each passage.
+        Share of these layers. Through those before a text goes once, and that is not counted.
     """
-    layers = weights.layer_weights * (4 * moved * run_tokens + 2 * (1.0 - moved) * trunk_tokens)
+    layers = 4 * moved * weights.layer_weights * run_tokens
     return layers + 4 * weights.head_weights * predicted_tokens
 
 
@@ -200,7 +197,7 @@ class _Spent:
         self.seconds += seconds
         self.lm_tokens += counted.tokens
         moved = counted.group.likelihood.moved
-        self.flops += tuning_flops(shapes, counted.run, counted.predicted, moved, counted.trunk)
+        self.flops += tuning_flops(shapes, counted.run, counted.predicted, moved)
 
     def figures(self, users: int, fastest: float) -> list[Figure]:
         counts = {"users": users, "lm_tokens": self.lm_tokens, "flops": self.flops}

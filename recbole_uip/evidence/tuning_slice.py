@@ -38,10 +38,8 @@ class Counted:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        #: LM tokens; of these, the ones that go through the layers; those that are predicted; and
-        #: those of texts that were not met before.
-        self.tokens = self.run = self.predicted = self.trunk = 0
-        self._met: set[tuple[int, ...]] = set()
+        #: LM tokens; of these, the ones that go through the layers; and those that are predicted.
+        self.tokens = self.run = self.predicted = 0
         self._lock = threading.Lock()
 
     def __call__(self, units: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,9 +51,6 @@ class Counted:
             self.tokens += both
             self.run += both - texts  # a text's last token predicts nothing
             self.predicted += tokens if texts else 0
-            fresh = {each.tokens: each for each in passages if each.tokens not in self._met}
-            self._met.update(fresh)
-            self.trunk += sum(map(self.group.likelihood.n_tokens, fresh.values()))
         return self.group(units, theta)
 
 

@@ -64,11 +64,15 @@ def likelihoods(
 def prefix_likelihoods(
     prefix: Prefix, theta: torch.Tensor, texts: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """The same of soft tokens in the LM's last layers; theta (F, D)."""
+    """The same of soft tokens in the LM's last layers; theta (F, D).
+
+    The prefix keeps what it can use of these texts again, with the endings and without.
+    """
 
     def say(
         texts: list[list[int]], full: list[list[int]]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        prefix.keep(full, len(full[0]) - len(texts[0]))
         return prefix.likelihoods(prefix.run(theta.expand(len(full), -1, -1), full), texts)
 
     return _in_batches(prefix.backbone, prefix.prompt, say, texts, 0, len(prefix.bridge))

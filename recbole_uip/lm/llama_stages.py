@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-__all__ = ["after_attention", "attend", "before_attention"]
+__all__ = ["Take", "after_attention", "attend", "before_attention"]
 
 
 def before_attention(
@@ -82,3 +82,21 @@ def after_attention(
     normed = functional.rms_norm(x, x.shape[-1:], None, eps).to(gate_up.dtype)
     gate, up = functional.linear(normed, gate_up).chunk(2, -1)
     return x + functional.linear(functional.silu(gate) * up, down)
+
+
+class Take(torch.autograd.Function):
+    """Rows ``there`` of x; ``back`` are those of the result, for the gradient.
+
+    To and from padded rows, either is the inverse of the other but for padding, which no token
+    sees: what stands there, and what flows back from there, does not matter.
+    """
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(0, back), None, None

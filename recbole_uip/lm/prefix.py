@@ -218,6 +218,14 @@ class Prefix:
             found.append((keys.expand(n, -1, -1, -1), values))
         return found
 
+    def keep(self, texts: Sequence[Sequence[int]], n_last: int) -> None:
+        """Run now, in one batch, what of texts does not depend on soft tokens, for later runs.
+
+        Of the texts as they are, and less their last ``n_last`` tokens.
+        """
+        if self._llama is not None:
+            self._llama.keep([[*self.bridge, *text] for text in texts], n_last)
+
     def run(self, theta: torch.Tensor, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """What the LM makes of texts, from the bridge on: hidden states or logits, (n, T + 1, ..).
 

@@ -2,20 +2,25 @@
 
 Where soft tokens are moved in the last layers alone, what a text is before these depends on the
 text and on nothing else: its *trunk*. It is run once, and kept while there is room, so that of a
-text that is met under many soft tokens only the last layers are run again.
+text that is met under many soft tokens only the last layers are run again. What is kept must not
+depend on the company that a text happened to be met in, not by a bit: then runs that were killed,
+or share their work, end with the same numbers. So a catalogue's trunks are made together
+(:meth:`PrefixLlama.keep`) in the same batches each time, and any other text's alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from recbole_uip.lm import llama
 from recbole_uip.lm.backbone import Backbone
-from recbole_uip.lm.llama_stages import after_attention, attend, before_attention
+from recbole_uip.lm.llama_stages import Take, after_attention, attend, before_attention
+from recbole_uip.lm.prompt import places
 
 __all__ = ["PrefixLlama"]
 
@@ -61,53 +66,114 @@ class PrefixLlama(llama.FoldedLlama):
         keep : bool
             Whether the texts will be met again.
         """
-        x = self._trunk(texts, keep)
-        for layer, (keys, _), own in zip(
-            self.layers[self.first :], self.states[self.first :], values, strict=True
-        ):
-            x = self._layer(layer, x, keys, own)
-        return functional.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype)
+        rows = _Rows.of([len(text) for text in texts], self.device)
+        x = self._run(torch.cat(self._trunk(texts, keep)), rows, values)
+        x = functional.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype)
+        return Take.apply(x, rows.source, rows.place).unflatten(0, rows.shape)
 
     @torch.no_grad()
-    def _trunk(self, texts: Sequence[Sequence[int]], keep: bool) -> torch.Tensor:
-        """What texts are before layer ``first``, (n, T, d)."""
-        known = {text: self._trunks.get(text) for text in map(tuple, texts)}
-        missing = [text for text, trunk in known.items() if trunk is None]
-        # What is kept must not depend on the company that a text was first met in, not by a bit:
-        # then runs that were killed, or share their work, end with the same numbers.
-        parts = [[text] for text in missing] if keep else [missing] * bool(missing)
-        for part in parts:
-            ids = pad_sequence([torch.tensor(text) for text in part], batch_first=True)
-            x = self.embedding[ids.to(self.device)].to(self.wide)
-            for layer, (keys, values) in zip(
-                self.layers[: self.first], self.states[: self.first], strict=True
-            ):
-                x = self._layer(layer, x, keys, values)
-            for text, trunk in zip(part, x, strict=True):
-                known[text] = trunk[: len(text)]
-                if keep and trunk.nbytes <= self._room:
-                    self._trunks[text] = trunk
-                    self._room -= trunk.nbytes
-        return pad_sequence([known[text] for text in map(tuple, texts)], batch_first=True)
+    def keep(self, texts: Sequence[Sequence[int]], n_last: int = 0) -> None:
+        """Run a batch's trunks if there is room to keep them, unless all are kept.
+
+        Less their last ``n_last`` tokens texts are kept as well, and take no room.
+        """
+        texts = [tuple(text) for text in texts]
+        fresh = {text for text in texts if text not in self._trunks}
+        size = sum(map(len, fresh)) * self.embedding.shape[1] * self.wide.itemsize
+        if not fresh or size > self._room:
+            return
+        self._room -= size
+        for text, trunk in zip(texts, self._run_trunks(texts), strict=True):
+            if text not in self._trunks:
+                self._trunks[text] = trunk.clone()  # or all the batch would be held
+            shorter = len(text) - n_last
+            self._trunks.setdefault(text[:shorter], self._trunks[text][:shorter])
+
+    @torch.no_grad()
+    def _trunk(self, texts: Sequence[Sequence[int]], keep: bool) -> list[torch.Tensor]:
+        """What each text is before layer ``first``, (T, d)."""
+        texts = [tuple(text) for text in texts]
+        if keep:
+            for text in texts:
+                self.keep([text])
+        known = {text: self._trunks[text] for text in texts if text in self._trunks}
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        for part in [[text] for text in missing] if keep else [missing] * bool(missing):
+            known.update(zip(part, self._run_trunks(part), strict=True))
+        return [known[text] for text in texts]
+
+    def _run_trunks(self, texts: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+        """The trunk (T, d) of each text, all run together."""
+        lengths = [len(text) for text in texts]
+        ids = torch.tensor([token for text in texts for token in text])
+        x = self.embedding[ids.to(self.device)].to(self.wide)
+        return self._run(x, _Rows.of(lengths, self.device)).split(lengths)
+
+    def _run(
+        self, x: torch.Tensor, rows: _Rows, values: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Run tokens (m, d) through the last layers behind ``values``, or else through the first.
+
+        Products with weights are of the tokens there are, and attention of padded rows.
+        """
+        own = [each for _, each in self.states[: self.first]] if values is None else values
+        part = slice(self.first) if values is None else slice(self.first, None)
+        cos, sin = self.turns(self.n_prefix + rows.column)
+        # padded on the right, so no token of a text sees a padding token
+        n, longest = rows.shape
+        mask = torch.ones(longest, self.n_prefix + longest, dtype=torch.bool, device=x.device)
+        mask = mask.tril(self.n_prefix).expand(n, -1, -1)
+        for layer, (keys, _), value in zip(self.layers[part], self.states[part], own, strict=True):
+            x = self._layer(layer, x, cos, sin, keys, value, mask, rows)
+        return x
 
     def _layer(
-        self, layer: llama.Layer, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        layer: llama.Layer,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        past_keys: torch.Tensor,
+        past_values: torch.Tensor,
+        mask: torch.Tensor,
+        rows: _Rows,
     ) -> torch.Tensor:
-        """What a layer gives of x (n, T, d) behind keys and values (n or 1, kv_heads, P, ..)."""
-        shape = x.shape[:2]
-        positions = torch.arange(self.n_prefix, self.n_prefix + shape[1])
-        cos, sin = (part.repeat(shape[0], 1, 1) for part in self.turns(positions))
-        # padded on the right, so no token of a text sees a padding token
-        mask = torch.ones(shape[1], self.n_prefix + shape[1], dtype=torch.bool, device=x.device)
-        mask = mask.tril(self.n_prefix).expand(shape[0], -1, -1)
+        """What a layer gives of tokens (m, d) behind keys and values (n or 1, kv_heads, P, ..)."""
         rotated = self.n_heads + self.n_kv
         turned, value = (
-            part.unflatten(0, shape)
-            for part in before_attention(
-                x.flatten(0, 1), cos, sin, layer.qkv, layer.qkv_bias, rotated, self.eps
-            )
+            Take.apply(part, rows.source, rows.place).unflatten(0, rows.shape)
+            for part in before_attention(x, cos, sin, layer.qkv, layer.qkv_bias, rotated, self.eps)
         )
-        mixed = attend(turned, value, mask, keys, values, self.scaling, False)
-        return after_attention(
-            x.flatten(0, 1), mixed, layer.out, layer.gate_up, layer.down, self.eps
-        ).unflatten(0, shape)
+        mixed = attend(turned, value, mask, past_keys, past_values, self.scaling, False)
+        mixed = mixed.index_select(0, rows.place)  # nothing flows back to padding, which sees all
+        return after_attention(x, mixed, layer.out, layer.gate_up, layer.down, self.eps)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the tokens of texts are in rows that are padded on the right.
+
+    Attributes
+    ----------
+    shape : (n, T)
+    column : Tensor, shape (m,)
+        Number of each token in its text, on the CPU.
+    place : Tensor, shape (m,)
+        Of each token among the n T places.
+    source : Tensor, shape (n T,)
+        The token at each place; any where there is none.
+    """
+
+    shape: tuple[int, int]
+    column: torch.Tensor
+    place: torch.Tensor
+    source: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> _Rows:
+        shape = len(lengths), max(lengths)
+        row, column = places(lengths)
+        place = row * shape[1] + column
+        source = torch.zeros(math.prod(shape), dtype=torch.int64)
+        source[place] = torch.arange(len(place))
+        return cls(shape, column, place.to(device), source.to(device))

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recbole_uip.lm import llama
 from recbole_uip.lm.backbone import Backbone
-from recbole_uip.lm.llama_stages import after_attention, attend, before_attention
+from recbole_uip.lm.llama_stages import Take, after_attention, attend, before_attention
 from recbole_uip.lm.prompt import Prompt
 
 __all__ = ["SoftLlama"]
@@ -227,31 +227,13 @@ class SoftLlama(llama.FoldedLlama):
         rotated = self.n_heads + self.n_kv
         turned, value = before(x, cos, sin, layer.qkv, layer.qkv_bias, rotated, self.eps)
         turned, value = (
-            _Take.apply(part, packing.source, packing.place).unflatten(0, packing.shape)
+            Take.apply(part, packing.source, packing.place).unflatten(0, packing.shape)
             for part in (turned, value)
         )
         mixed = mix(turned, value, packing.mask, past_keys, past_values, self.scaling, fused)
-        mixed = _Take.apply(mixed, packing.place, packing.source)
+        mixed = Take.apply(mixed, packing.place, packing.source)
         x = after(x, mixed, layer.out, layer.gate_up, layer.down, self.eps)
         return x, turned[0, :, self.n_heads :].transpose(0, 1), value[0].transpose(0, 1)
-
-
-class _Take(torch.autograd.Function):
-    """Rows ``there`` of x; ``back`` are those of the result, for the gradient.
-
-    To and from padded rows, either is the inverse of the other but for padding, which no token
-    sees: what stands there, and what flows back from there, does not matter.
-    """
-
-    @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.save_for_backward(back)
-        return x.index_select(0, there)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (back,) = ctx.saved_tensors
-        return gradient.index_select(0, back), None, None
 
 
 @functools.cache

@@ -256,7 +256,20 @@ def test_trunks_that_are_kept_change_nothing(backbone64, ids, room, monkeypatch)
     last = torch.tensor([len(row) for row in ids])
     together = kept.run(theta, ids)[torch.arange(len(ids)), last]
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
-    assert run == 0 if room > 3000 else 0 < run <= len(ids)
+    every = sum(len(row) + len(kept.bridge) for row in ids)
+    assert run == 0 if room > 3000 else run == every if room == 0 else 0 < run < every
+
+
+def test_trunks_of_a_catalogue_are_run_once_with_endings_and_without(backbone64, ids, monkeypatch):
+    prefix = Prefix(backbone64, prompts.build(backbone64, FACETS, ENDINGS))
+    common = prefix.prompt.ending.common
+    full = [[*row, *common] for row in ids]
+    expected = [prefix._llama._trunk([[*prefix.bridge, *row]], False)[0] for row in [*ids, *full]]
+    prefix.keep(full, len(common))
+    monkeypatch.setattr(prefix._llama, "_run_trunks", None)
+    for row, trunk in zip([*ids, *full], expected, strict=True):
+        found = prefix._llama._trunk([[*prefix.bridge, *row]], True)[0]
+        torch.testing.assert_close(found, trunk, rtol=1e-10, atol=1e-10)
 
 
 def test_a_trunk_is_the_same_in_any_company(backbone, ids):
@@ -266,7 +279,7 @@ def test_a_trunk_is_the_same_in_any_company(backbone, ids):
     together = first._trunk(ids, True)
     for row, text in reversed(list(enumerate(ids))):
         alone = second._trunk([text], True)[0]
-        torch.testing.assert_close(together[row, : len(text)], alone, rtol=0, atol=0)
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=0)
 
 
 def test_values_longer_than_any_name_has_are_scaled_back(scorer, ids):

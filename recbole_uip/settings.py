@@ -113,7 +113,7 @@ class FacetSettings:
     """
 
     name: str
-    source: str = "lm"
+    source: str = "prefix"
     weight: str = "contrast"
     prompt: str = ""
     codes: int = 32

@@ -19,7 +19,7 @@ def parse(**keys):
 
 def test_facets_are_parsed():
     interests, taste, leniency = parse().facets
-    assert interests.prompt == "interests" and interests.source == "lm"
+    assert interests.prompt == "interests" and interests.source == "prefix"
     assert taste.match.half_life == (20.0, math.inf) and taste.match.bins == 32
     assert leniency.half_life == (5.0, math.inf) and leniency.prompt == ""
 

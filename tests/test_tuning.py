@@ -30,8 +30,8 @@ from .em.conftest import make_world
 from .lm.conftest import WORDS, save_lm
 
 FACETS = {
-    "interests": {"weight": "positive", "codes": 3, "rank": 2},
-    "taste": {"weight": "contrast", "codes": 2, "rank": 2, "levels": 2},
+    "interests": {"source": "lm", "weight": "positive", "codes": 3, "rank": 2},
+    "taste": {"source": "lm", "weight": "contrast", "codes": 2, "rank": 2, "levels": 2},
     "leniency": {"source": "constant", "bins": 4},
 }
 GRADIENT = {"steps": 3, "rounds": 2, "snapshots": [4], "learning_rate": 0.05, "held_out": 0.2}

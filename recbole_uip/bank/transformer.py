@@ -88,7 +88,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         transformed see the whole history, so fitted rows are :meth:`fit_transform`'s alone.
     items : pandas.DataFrame or pyarrow.Table, optional
         One row an item, with the column ``item`` and those that ``item_text`` names. Only facets
-        with ``source: lm``, ``embedding`` or ``words`` read it, and need it.
+        with ``source: prefix``, ``lm``, ``embedding`` or ``words`` read it, and need it.
     item_text : str, optional
         Column of ``items`` that holds the text, or a template such as ``"{title} ({genre})"``.
     endings : tuple of two str, mapping or None

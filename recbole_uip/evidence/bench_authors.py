@@ -49,7 +49,7 @@ def against_authors(task: Task, slice_: Slice, peers: int) -> dict[str, Any]:
     user's behaviours are by the user's own tokens than by those of the next user.
     """
     facets = tuple(
-        FacetSettings(each, weight="all", prompt=each, codes=2) for each in AUTHORS_FACETS
+        FacetSettings(each, "lm", "all", prompt=each, codes=2) for each in AUTHORS_FACETS
     )
     settings = dataclasses.replace(task.settings, facets=facets, likelihood="item")
     ours = dataclasses.replace(task, settings=settings)

@@ -521,7 +521,13 @@ def lm_encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
     save_lm(folder / "tiny")
     items = pd.DataFrame({"item_id": np.arange(len(TEXTS)), "title": TEXTS, "year": 1995})
-    taste = {"weight": "contrast", "codes": 3, "rank": 2, "match": {"rank": 2, "bins": 6}}
+    taste = {
+        "source": "lm",
+        "weight": "contrast",
+        "codes": 3,
+        "rank": 2,
+        "match": {"rank": 2, "bins": 6},
+    }
     return ProfileEncoder(
         {"taste": taste},
         items=items,

@@ -183,6 +183,104 @@ class _Adam:
         return rate * first / (np.sqrt(second) + 1e-12)
 
 
+class _Climb:
+    """A batch of n profiles on their way up: where they are, and what of their m units is known.
+
+    Parameters are those of :func:`ascend`.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        units: Units,
+        profiles: np.ndarray,
+        fold: np.ndarray,
+        frame: Frame,
+        priors: Sequence[Prior] | None,
+    ) -> None:
+        self.frame, self.priors, self.fold = frame, priors, fold
+        self.n = len(profiles)
+        self.counts = np.diff(units.first)[profiles]
+        self.owner = np.repeat(np.arange(self.n), self.counts)
+        self.mine = units.of(profiles)
+        self.cost, self.active = units.cost[self.mine], units.active[self.mine]
+        self.state = State(**{name: array.copy() for name, array in vars(state).items()})
+        self.where = self.state.where
+        self.sums = self._expansion(np.arange(len(self.owner)))
+        self.again, self.first = np.zeros((2, len(frame.maps), 2))
+        self.lm_tokens = 0
+        self.course: list[tuple[np.ndarray, np.ndarray, Expansion]] = []
+        self._arrive(self.where)
+
+    def visit(self, rows: np.ndarray, likelihood: Likelihood) -> np.ndarray:
+        """The gradient (n, R) of the log posterior, of which units ``rows`` are looked at anew."""
+        frame, state, owner, active = self.frame, self.state, self.owner[rows], self.active[rows]
+        here, fold = self.where[owner], self.fold[owner]
+        values, gradients = likelihood(self.mine[rows], frame.tokens(here, fold, active))
+        new = frame.pull(gradients, fold, active)
+        self.lm_tokens += int(self.cost[rows].sum())
+        change = new - state.gradient[rows]
+        # Cached scores differ from our own by rounding, which no short move should be blamed for:
+        # they count where no behaviour is visited twice.
+        moved, own = here - state.visited[rows], state.own[rows, None]
+        self.again += secant_sums(frame, active, moved * own, change)
+        self.first += secant_sums(frame, active, moved * ~own, change)
+        # SAGA: the last gradients of all, and the change of a few scaled to all
+        scale = self.counts / np.maximum(np.bincount(owner, minlength=self.n), 1)
+        estimate = self.sums.gradient + scale[:, None] * sums_by_owner(change, owner, self.n)
+        before = self._expansion(rows)
+        state.gradient[rows], state.value[rows], state.visited[rows] = new, values, here
+        state.own[rows] = True
+        self.sums += self._expansion(rows) - before
+        return estimate + self.pull
+
+    def move(self, step: np.ndarray) -> None:
+        """Go by ``step`` (n, R), no further than is allowed."""
+        self._arrive(self.frame.within((self.where + step).astype(np.float32), self.fold))
+
+    def result(self) -> EStep:
+        """What it came to."""
+        frame, state = self.frame, self.state
+        secant = np.where(self.again[:, 1:] > 0, self.again, self.first)
+        return EStep(
+            self.where,
+            np.bincount(self.owner, state.value, self.n),
+            self._curve(curvature_of(secant)),
+            secant,
+            spread_sums(frame, self.active, state.gradient, state.visited, self.owner, self.n),
+            np.array(self.lm_tokens),
+            self.sums,
+            dataclasses.replace(state, where=self.where),
+        )
+
+    def _expansion(self, rows: np.ndarray) -> Expansion:
+        """Sums over the units ``rows``, as they were last visited."""
+        state = self.state
+        return Expansion.of(
+            self.frame, self.active[rows], state.gradient[rows], state.visited[rows],
+            self.owner[rows], self.n,
+        )  # fmt: skip
+
+    def _arrive(self, where: np.ndarray) -> None:
+        self.where = where
+        value = np.bincount(self.owner, self.state.value, self.n)
+        self.pull = np.zeros_like(where)
+        for part, prior in zip(self.frame.slices, self.priors or (), strict=False):
+            log_prior, self.pull[:, part] = prior.value_and_gradient(where[:, part])
+            value += log_prior
+        self.course.append((where, value, self.sums))
+
+    def _curve(self, curvature: np.ndarray) -> np.ndarray:
+        """Sums of the log posteriors along the way, by Taylor series of curvature c (G,)."""
+        evidence = sums_by_owner(self.active, self.owner, self.n)
+        curve = np.zeros(len(self.course))
+        for step, (where, value, sums) in enumerate(self.course):
+            for f, part in enumerate(self.frame.slices):
+                value = value + sums.rise(f, part, evidence[:, f], curvature[f], where[:, part])
+            curve[step] = value.sum()
+        return curve
+
+
 def ascend(
     state: State,
     units: Units,
@@ -224,53 +322,12 @@ def ascend(
     -------
     EStep
     """
-    n, mine, counts = len(profiles), units.of(profiles), np.diff(units.first)[profiles]
-    owner = np.repeat(np.arange(n), counts)
-    active = units.active[mine]
-    state = State(**{name: array.copy() for name, array in vars(state).items()})
-    where = state.where
-    taken = np.minimum(settings.batch, counts)
-    scale = (counts / np.maximum(taken, 1)).astype(np.float32)
+    climb = _Climb(state, units, profiles, fold, frame, priors)
+    taken = np.minimum(settings.batch, climb.counts)
     adam = _Adam(frame.steps(learning_rate), settings.steps)
-    again, first = np.zeros((2, len(frame.maps), 2))
-    lm_tokens = 0
-    sums = Expansion.of(frame, active, state.gradient, state.visited, owner, n)
-    log_prior, pull = _log_prior(where, frame, priors)
-    course = [(where, np.bincount(owner, state.value, n) + log_prior, sums)]
-    for rows in _turns(profiles, counts, taken, settings.steps, seed):
-        here, row_fold, row_active = where[owner[rows]], fold[owner[rows]], active[rows]
-        values, gradients = likelihood(mine[rows], frame.tokens(here, row_fold, row_active))
-        new = frame.pull(gradients, row_fold, row_active)
-        lm_tokens += int(units.cost[mine[rows]].sum())
-        change = new - state.gradient[rows]
-        # Cached scores differ from our own by rounding, which no short move should be blamed for:
-        # they count where no behaviour is visited twice.
-        moved, own = here - state.visited[rows], state.own[rows, None]
-        again += secant_sums(frame, row_active, moved * own, change)
-        first += secant_sums(frame, row_active, moved * ~own, change)
-        # SAGA: the last gradients of all, and the change of a few scaled to all
-        estimate = sums.gradient + scale[:, None] * sums_by_owner(change, owner[rows], n)
-        sums -= Expansion.of(
-            frame, row_active, state.gradient[rows], state.visited[rows], owner[rows], n
-        )
-        sums += Expansion.of(frame, row_active, new, here, owner[rows], n)
-        state.gradient[rows], state.value[rows], state.visited[rows] = new, values, here
-        state.own[rows] = True
-        where = frame.within((where + adam.move(estimate + pull)).astype(np.float32), fold)
-        log_prior, pull = _log_prior(where, frame, priors)
-        course.append((where, np.bincount(owner, state.value, n) + log_prior, sums))
-    secant = np.where(again[:, 1:] > 0, again, first)
-    evidence, curvature = sums_by_owner(active, owner, n), curvature_of(secant)
-    return EStep(
-        where,
-        np.bincount(owner, state.value, n),
-        np.array([_log_posterior(*each, frame, evidence, curvature).sum() for each in course]),
-        secant,
-        spread_sums(frame, active, state.gradient, state.visited, owner, n),
-        np.array(lm_tokens),
-        sums,
-        dataclasses.replace(state, where=where),
-    )
+    for rows in _turns(profiles, climb.counts, taken, settings.steps, seed):
+        climb.move(adam.move(climb.visit(rows, likelihood)))
+    return climb.result()
 
 
 def _turns(
@@ -294,29 +351,3 @@ def _turns(
                 for order, few in zip(orders, taken, strict=True)
             ]
         )
-
-
-def _log_prior(
-    where: np.ndarray, frame: Frame, priors: Sequence[Prior] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The priors' log densities (n,) and gradients (n, R) at coordinates (n, R)."""
-    value, pull = np.zeros(len(where)), np.zeros_like(where)
-    for part, prior in zip(frame.slices, priors or (), strict=False):
-        log_prior, pull[:, part] = prior.value_and_gradient(where[:, part])
-        value += log_prior
-    return value, pull
-
-
-def _log_posterior(
-    where: np.ndarray,
-    value: np.ndarray,
-    sums: Expansion,
-    frame: Frame,
-    evidence: np.ndarray,
-    curvature: np.ndarray,
-) -> np.ndarray:
-    """Log posteriors (n,) at coordinates (n, R), of values (n,) from where behaviours were."""
-    return value + sum(
-        sums.rise(f, part, evidence[:, f], curvature[f], where[:, part])
-        for f, part in enumerate(frame.slices)
-    )

@@ -24,6 +24,7 @@ __all__ = [
     "GradientSettings",
     "LMSettings",
     "MatchSettings",
+    "NoItemTextError",
     "SettingsError",
     "UIPSettings",
     "default_cache_dir",
@@ -49,6 +50,10 @@ RATE_FOLDS = 4
 
 class SettingsError(ValueError):
     """A setting that cannot be used; the message names the key, the value and the way out."""
+
+
+class NoItemTextError(SettingsError):
+    """A facet reads the items' texts, and ``uip_item_text`` does not say what these are."""
 
 
 @dataclass(frozen=True)
@@ -431,7 +436,7 @@ class UIPSettings:
     def _check(self) -> None:
         self._check_fields()
         if self.text_facets and self.item_text is None:
-            raise SettingsError(
+            raise NoItemTextError(
                 f"uip_item_text is not set, and the facets {self.text_facets} read the items' "
                 'texts: set it to a template of item fields such as "{movie_title} ({genre})" (for '
                 "recbole-uip bank build, with --items), or take facets with source: collaborative "

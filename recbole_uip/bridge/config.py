@@ -26,7 +26,8 @@ from recbole.utils import EvaluatorType, ModelType, get_model
 import recbole_uip
 from recbole_uip.bridge import compat
 from recbole_uip.bridge.refusals import recbole_refusals
-from recbole_uip.settings import SettingsError, UIPSettings
+from recbole_uip.settings import NoItemTextError, SettingsError, UIPSettings
+from recbole_uip.texts import atomic_header
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -331,14 +332,29 @@ class UIPConfig(Config):
         """The ``uip_*`` keys, parsed."""
         try:
             return UIPSettings.from_dict(self.final_config_dict)
+        except NoItemTextError as error:
+            self._check_dataset(error)
+            raise SettingsError(f"{error}{self._item_columns()}") from error
         except SettingsError as error:
-            if os.path.isdir(self["data_path"]):
-                raise
-            # A misspelt name has no properties/dataset/<name>.yaml, and so lacks settings too.
+            self._check_dataset(error)
+            raise
+
+    def _check_dataset(self, error: SettingsError) -> None:
+        """A misspelt name has no properties/dataset/<name>.yaml, and so lacks settings too."""
+        if not os.path.isdir(self["data_path"]):
             raise SettingsError(
                 f"dataset {self['dataset']!r} (there is no folder {self['data_path']}; is the name "
                 f"right?): {error}"
             ) from error
+
+    def _item_columns(self) -> str:
+        """What a template of an item's text can be made of, in words; nothing without a file."""
+        path = Path(self["data_path"], f"{self['dataset']}.item")
+        try:
+            columns = atomic_header(path, self["field_separator"], self["encoding"])
+        except (OSError, UnicodeError, LookupError):
+            return ""
+        return f"; {path} has {', '.join(columns)}"
 
     def compatibility_settings(self) -> None:
         """Stand-ins in RecBole's modules, where RecBole would patch numpy for the whole process."""

@@ -327,6 +327,13 @@ def run(atomic, output, model="FM", **settings):
     return run_recbole_uip(model, atomic.name, config={**config, **settings})
 
 
+def test_items_without_a_template_of_their_text_are_answered_with_their_columns(tmp_path):
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "shop.item").write_text("item_id:token\tname:token_seq\tprice:float\n")
+    with pytest.raises(SettingsError, match="uip_item_text is not set.*has .*name:token_seq, pri"):
+        run_recbole_uip("FM", "shop", config={"data_path": str(tmp_path)})
+
+
 def test_a_dataset_that_is_not_there_is_named_before_what_its_settings_lack(tmp_path):
     with pytest.raises(SettingsError, match="dataset 'nosuch' .there is no folder.*uip_item_text"):
         run_recbole_uip("FM", "nosuch", config={"data_path": str(tmp_path)})

@@ -67,7 +67,9 @@ class PrefixLlama(llama.FoldedLlama):
             Whether the texts will be met again.
         """
         rows = _Rows.of([len(text) for text in texts], self.device)
-        x = self._run(torch.cat(self._trunk(texts, keep)), rows, values)
+        last = zip(self.layers[self.first :], self.states[self.first :], values, strict=True)
+        x = torch.cat(self._trunk(texts, keep))
+        x = self._run(x, rows, [(layer, keys, own) for layer, (keys, _), own in last])
         x = functional.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype)
         return Take.apply(x, rows.source, rows.place).unflatten(0, rows.shape)
 
@@ -107,24 +109,27 @@ class PrefixLlama(llama.FoldedLlama):
         lengths = [len(text) for text in texts]
         ids = torch.tensor([token for text in texts for token in text])
         x = self.embedding[ids.to(self.device)].to(self.wide)
-        return self._run(x, _Rows.of(lengths, self.device)).split(lengths)
+        first = zip(self.layers[: self.first], self.states[: self.first], strict=True)
+        x = self._run(x, _Rows.of(lengths, self.device), [(layer, *past) for layer, past in first])
+        return x.split(lengths)
 
     def _run(
-        self, x: torch.Tensor, rows: _Rows, values: Sequence[torch.Tensor] | None = None
+        self,
+        x: torch.Tensor,
+        rows: _Rows,
+        layers: Sequence[tuple[llama.Layer, torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
-        """Run tokens (m, d) through the last layers behind ``values``, or else through the first.
+        """Run tokens (m, d) through layers, each behind keys and values.
 
         Products with weights are of the tokens there are, and attention of padded rows.
         """
-        own = [each for _, each in self.states[: self.first]] if values is None else values
-        part = slice(self.first) if values is None else slice(self.first, None)
         cos, sin = self.turns(self.n_prefix + rows.column)
         # padded on the right, so no token of a text sees a padding token
         n, longest = rows.shape
         mask = torch.ones(longest, self.n_prefix + longest, dtype=torch.bool, device=x.device)
         mask = mask.tril(self.n_prefix).expand(n, -1, -1)
-        for layer, (keys, _), value in zip(self.layers[part], self.states[part], own, strict=True):
-            x = self._layer(layer, x, cos, sin, keys, value, mask, rows)
+        for layer, keys, values in layers:
+            x = self._layer(layer, x, cos, sin, keys, values, mask, rows)
         return x
 
     def _layer(

@@ -295,9 +295,9 @@ class GradientPosterior:
         self.tokens_ += sum(int(result["lm_tokens"]) for result in results)
         curves = np.reshape([result["curve"] for result in results], (len(batches), len(rates), -1))
         curves = curves.sum(axis=0)
-        # Steps that overshoot are too long, even if they end a little higher. A climb that
-        # diverged, or whose values are not all known, is NaN.
-        reached = curves[:, -1] + np.minimum(np.diff(curves, axis=1), 0).sum(axis=1)
+        # Steps that overshoot are too long, even if they end a little higher. Before its values are
+        # known a climb is NaN, and to the end if it diverged.
+        reached = curves[:, -1] + np.fmin(np.diff(curves, axis=1), 0).sum(axis=1)
         return rates[int(np.argmax(np.nan_to_num(reached, nan=-np.inf)))]
 
     def _moments(self, results: list[EStep]) -> tuple[np.ndarray, np.ndarray]:

@@ -228,7 +228,7 @@ def _warm_up(group: Group) -> float:
 def _course(posterior: GradientPosterior, group: Group) -> str:
     """How the E-step of a group went, in words."""
     curve = posterior.curves_[-1]
-    fall = float(-np.minimum(np.diff(curve), 0).sum())
+    fall = float(-np.fmin(np.diff(curve), 0).sum())
     return (
         f"{names_of(group)}: room {', '.join(f'{room:.2g}' for room in group.frame.room)} units, "
         f"learning rate {posterior.learning_rate_:g}, curvature "

@@ -87,8 +87,8 @@ def after_attention(
 class Take(torch.autograd.Function):
     """Rows ``there`` of x; ``back`` are those of the result, for the gradient.
 
-    To and from padded rows, either is the inverse of the other but for padding, which no token
-    sees: what stands there, and what flows back from there, does not matter.
+    To and from padded rows, either is the inverse of the other but for padding. What stands there
+    does not matter, for no token sees it; nor does what flows back from there, if it sees none.
     """
 
     @staticmethod

@@ -347,10 +347,11 @@ def test_the_learning_rate_is_chosen_by_what_is_reached(rng):
     np.testing.assert_allclose(near.learning_rates, expected)
 
 
-def test_a_learning_rate_whose_steps_overshoot_is_not_chosen(rng):
-    """Even where it ends the highest."""
+@pytest.mark.parametrize("start", [-1.0, np.nan])
+def test_a_learning_rate_whose_steps_overshoot_is_not_chosen(rng, start):
+    """Even where it ends the highest; whether or not the likelihood at θ⁰ is known."""
     frame, units, likelihood, _ = make_world(rng, n=40)
-    courses = [[0.0, 1.0, 2.0], [0.0, 3.0, 4.0], [0.0, -5.0, 5.0]]
+    courses = [[start, 0.0, 1.0, 2.0], [start, 0.0, 3.0, 4.0], [start, 0.0, -5.0, 5.0]]
 
     def run(phase, function, n, shared):
         if phase != "rate":

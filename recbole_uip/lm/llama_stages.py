@@ -5,10 +5,12 @@ Differentiable; the weights are those of :class:`recbole_uip.lm.llama.Layer`, no
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
-__all__ = ["Take", "after_attention", "attend", "before_attention"]
+__all__ = ["Packing", "Take", "after_attention", "attend", "before_attention"]
 
 
 def before_attention(
@@ -82,6 +84,30 @@ def after_attention(
     normed = functional.rms_norm(x, x.shape[-1:], None, eps).to(gate_up.dtype)
     gate, up = functional.linear(normed, gate_up).chunk(2, -1)
     return x + functional.linear(functional.silu(gate) * up, down)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of passages, which lie one after another, are in rows of attention.
+
+    Products with weights need no padding; attention has its rows of T places, each with one or
+    more whole passages.
+
+    Attributes
+    ----------
+    shape : (n, T)
+    place : Tensor of int64, shape (m,)
+        Of each token, among the n T places.
+    source : Tensor of int64, shape (n T,)
+        The token of each place; any token where there is none.
+    mask : Tensor of bool, shape (n, T, C + T)
+        Whom the token at each place sees: of the C tokens of the past, then of its own row.
+    """
+
+    shape: tuple[int, int]
+    place: torch.Tensor
+    source: torch.Tensor
+    mask: torch.Tensor
 
 
 class Take(torch.autograd.Function):

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from recbole_uip.lm import llama
 from recbole_uip.lm.backbone import Backbone
-from recbole_uip.lm.llama_stages import Take, after_attention, attend, before_attention
+from recbole_uip.lm.llama_stages import Packing, Take, after_attention, attend, before_attention
 from recbole_uip.lm.prompt import places
 
 __all__ = ["PrefixLlama"]
@@ -66,12 +65,12 @@ class PrefixLlama(llama.FoldedLlama):
         keep : bool
             Whether the texts will be met again.
         """
-        rows = _Rows.of([len(text) for text in texts], self.device)
+        packing, column = self._pack([len(text) for text in texts])
         last = zip(self.layers[self.first :], self.states[self.first :], values, strict=True)
         x = torch.cat(self._trunk(texts, keep))
-        x = self._run(x, rows, [(layer, keys, own) for layer, (keys, _), own in last])
+        x = self._run(x, packing, column, [(layer, keys, own) for layer, (keys, _), own in last])
         x = functional.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype)
-        return Take.apply(x, rows.source, rows.place).unflatten(0, rows.shape)
+        return Take.apply(x, packing.source, packing.place).unflatten(0, packing.shape)
 
     @torch.no_grad()
     def keep(self, texts: Sequence[Sequence[int]], n_last: int = 0) -> None:
@@ -110,26 +109,32 @@ class PrefixLlama(llama.FoldedLlama):
         ids = torch.tensor([token for text in texts for token in text])
         x = self.embedding[ids.to(self.device)].to(self.wide)
         first = zip(self.layers[: self.first], self.states[: self.first], strict=True)
-        x = self._run(x, _Rows.of(lengths, self.device), [(layer, *past) for layer, past in first])
-        return x.split(lengths)
+        layers = [(layer, *past) for layer, past in first]
+        return self._run(x, *self._pack(lengths), layers).split(lengths)
+
+    def _pack(self, lengths: Sequence[int]) -> tuple[Packing, torch.Tensor]:
+        """Texts in a row of attention each, and the number of each token in its text, (m,)."""
+        shape = n, longest = len(lengths), max(lengths)
+        row, column = places(lengths)
+        place = row * longest + column
+        source = torch.zeros(math.prod(shape), dtype=torch.int64)
+        source[place] = torch.arange(len(place))
+        # padded on the right, so no token of a text sees a padding token
+        mask = torch.ones(longest, self.n_prefix + longest, dtype=torch.bool, device=self.device)
+        mask = mask.tril(self.n_prefix).expand(n, -1, -1)
+        return Packing(shape, place.to(self.device), source.to(self.device), mask), column
 
     def _run(
         self,
         x: torch.Tensor,
-        rows: _Rows,
+        packing: Packing,
+        column: torch.Tensor,
         layers: Sequence[tuple[llama.Layer, torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
-        """Run tokens (m, d) through layers, each behind keys and values.
-
-        Products with weights are of the tokens there are, and attention of padded rows.
-        """
-        cos, sin = self.turns(self.n_prefix + rows.column)
-        # padded on the right, so no token of a text sees a padding token
-        n, longest = rows.shape
-        mask = torch.ones(longest, self.n_prefix + longest, dtype=torch.bool, device=x.device)
-        mask = mask.tril(self.n_prefix).expand(n, -1, -1)
+        """Run tokens (m, d) through layers, each behind keys and values."""
+        cos, sin = self.turns(self.n_prefix + column)
         for layer, keys, values in layers:
-            x = self._layer(layer, x, cos, sin, keys, values, mask, rows)
+            x = self._layer(layer, x, cos, sin, keys, values, packing)
         return x
 
     def _layer(
@@ -140,45 +145,15 @@ class PrefixLlama(llama.FoldedLlama):
         sin: torch.Tensor,
         past_keys: torch.Tensor,
         past_values: torch.Tensor,
-        mask: torch.Tensor,
-        rows: _Rows,
+        packing: Packing,
     ) -> torch.Tensor:
         """What a layer gives of tokens (m, d) behind keys and values (n or 1, kv_heads, P, ..)."""
         rotated = self.n_heads + self.n_kv
         turned, value = (
-            Take.apply(part, rows.source, rows.place).unflatten(0, rows.shape)
+            Take.apply(part, packing.source, packing.place).unflatten(0, packing.shape)
             for part in before_attention(x, cos, sin, layer.qkv, layer.qkv_bias, rotated, self.eps)
         )
-        mixed = attend(turned, value, mask, past_keys, past_values, self.scaling, False)
-        mixed = mixed.index_select(0, rows.place)  # nothing flows back to padding, which sees all
+        mixed = attend(turned, value, packing.mask, past_keys, past_values, self.scaling, False)
+        # nothing flows back to padding, which sees all
+        mixed = mixed.index_select(0, packing.place)
         return after_attention(x, mixed, layer.out, layer.gate_up, layer.down, self.eps)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Where the tokens of texts are in rows that are padded on the right.
-
-    Attributes
-    ----------
-    shape : (n, T)
-    column : Tensor, shape (m,)
-        Number of each token in its text, on the CPU.
-    place : Tensor, shape (m,)
-        Of each token among the n T places.
-    source : Tensor, shape (n T,)
-        The token at each place; any where there is none.
-    """
-
-    shape: tuple[int, int]
-    column: torch.Tensor
-    place: torch.Tensor
-    source: torch.Tensor
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> _Rows:
-        shape = len(lengths), max(lengths)
-        row, column = places(lengths)
-        place = row * shape[1] + column
-        source = torch.zeros(math.prod(shape), dtype=torch.int64)
-        source[place] = torch.arange(len(place))
-        return cls(shape, column, place.to(device), source.to(device))

@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,37 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from recbole_uip.lm import llama
 from recbole_uip.lm.backbone import Backbone
-from recbole_uip.lm.llama_stages import Take, after_attention, attend, before_attention
+from recbole_uip.lm.llama_stages import Packing, Take, after_attention, attend, before_attention
 from recbole_uip.lm.prompt import Prompt
 
 __all__ = ["SoftLlama"]
 
 TILE = 64  # a GPU multiplies matrices of multiples of this fast, others by fractions of its speed
 LONGEST_PLAIN = 256  # keys of a row of attention, above which a GPU does not keep its scores
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Where the tokens of passages, which lie one after another, are in rows of attention.
-
-    Products with weights need no padding; attention has its rows of T places, each with as many
-    whole passages as fit.
-
-    Attributes
-    ----------
-    shape : (n, T)
-    place : Tensor of int64, shape (m,)
-        Of each token, among the n T places.
-    source : Tensor of int64, shape (n T,)
-        The token of each place; any token where there is none.
-    mask : Tensor of bool, shape (n, T, C + T)
-        Whom the token at each place sees: of the C constants of the prompt, then of its own row.
-    """
-
-    shape: tuple[int, int]
-    place: torch.Tensor
-    source: torch.Tensor
-    mask: torch.Tensor
 
 
 class SoftLlama(llama.FoldedLlama):
@@ -78,7 +53,7 @@ class SoftLlama(llama.FoldedLlama):
         x = self.embedding[prompt.token_ids.clamp(min=0).to(self.device)].to(self.wide)
         x = x.index_copy(0, prompt.soft_positions.to(self.device), theta0.to(x))
         alone = torch.arange(len(constant), device=self.device)
-        packing = _Packing((1, len(constant)), alone, alone, mask[constant][:, constant][None])
+        packing = Packing((1, len(constant)), alone, alone, mask[constant][:, constant][None])
         none = self.embedding.new_empty(self.n_kv, 0, self.head_dim)
         self.constant: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.no_grad():
@@ -139,7 +114,7 @@ class SoftLlama(llama.FoldedLlama):
 
     def _pack(
         self, lengths: torch.Tensor, passage: torch.Tensor, column: torch.Tensor, n_soft: int
-    ) -> _Packing:
+    ) -> Packing:
         """Passages into rows of attention, in turn; a row ends where the next does not fit.
 
         Of m tokens the passage and the number in it, soft tokens first.
@@ -170,14 +145,14 @@ class SoftLlama(llama.FoldedLlama):
             kind[:, :, None], kind[:, None]
         ]
         mask = torch.cat([self.sees_constant[kind], own.tril()], -1)
-        return _Packing(shape, place, source, mask)
+        return Packing(shape, place, source, mask)
 
     def _run(
         self,
         x: torch.Tensor,
         positions: torch.Tensor,
         past: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        packing: _Packing,
+        packing: Packing,
         kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Run tokens behind the keys and values ``past`` of each layer.
@@ -187,7 +162,7 @@ class SoftLlama(llama.FoldedLlama):
         x : Tensor, shape (m, d)
         positions : Tensor, shape (m,)
         past : list of (keys, values), each of shape (kv_heads, C, head_dim)
-        packing : _Packing
+        packing : Packing
         kept : list, optional
             Gets the keys and values of the first row of attention, layer by layer.
 
@@ -215,7 +190,7 @@ class SoftLlama(llama.FoldedLlama):
         sin: torch.Tensor,
         past_keys: torch.Tensor,
         past_values: torch.Tensor,
-        packing: _Packing,
+        packing: Packing,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a layer gives, and keys and values of the first row, (kv_heads, T, head_dim)."""
         fused = self.on_gpu and packing.mask.shape[2] > LONGEST_PLAIN

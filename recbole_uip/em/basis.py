@@ -165,8 +165,8 @@ def fit(
     """
     if not evidence.weight.any():
         raise DataError(
-            "no training event is evidence by the facet's weight: there is none of its kind "
-            "(liked, disliked)"
+            "no training event is evidence by the facet's weight, for none is of its kind (liked, "
+            "disliked): leave the facet out, or set threshold so that both kinds occur"
         )
     if not whitened.any(axis=1)[item[evidence.weight != 0]].any():
         raise DataError(

@@ -23,7 +23,7 @@ import torch
 
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, load
-from recbole_uip.lm.scoring import check_lengths, check_texts
+from recbole_uip.lm.scoring import check_lengths, distinct_texts
 from recbole_uip.settings import LMSettings, SettingsError
 
 __all__ = ["Adaptation", "adapt"]
@@ -114,8 +114,7 @@ def adapt(
 
     folder = Path(folder).expanduser()
     _check(folder, settings, method, size, epochs)
-    check_texts(texts)
-    texts = list(dict.fromkeys(texts))
+    texts, _ = distinct_texts(texts)
     if len(texts) < FEWEST:
         raise SettingsError(
             f"there are {len(texts)} distinct item texts, and an adapter needs at least {FEWEST}: "

@@ -41,7 +41,15 @@ from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.settings import LMSettings, SettingsError
 from recbole_uip.work import even_batches, in_parallel
 
-__all__ = ["Scores", "check_lengths", "check_texts", "holds_scores", "put_through", "score"]
+__all__ = [
+    "Scores",
+    "check_lengths",
+    "distinct_texts",
+    "holds_scores",
+    "open_store",
+    "put_through",
+    "score",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -122,11 +130,8 @@ def score(
         If a text is empty, or the prompt cannot be built.
     """
     started = time.perf_counter()
-    texts, facets = list(texts), list(facets)
-    check_texts(texts)
-    distinct = list(dict.fromkeys(texts))
-    order = {text: row for row, text in enumerate(distinct)}
-    rows = np.fromiter((order[text] for text in texts), dtype=np.int64, count=len(texts))
+    facets = list(facets)
+    distinct, row_of = distinct_texts(texts)
 
     source, store = _open_scores(facets, endings, settings, cache)
     keys = [digest(text) for text in distinct]
@@ -150,8 +155,7 @@ def score(
             columns[name][missing] = values
         store.compact()
 
-    identity = len(distinct) == len(texts)
-    out = {name: values if identity else values[rows] for name, values in columns.items()}
+    out = {name: values[row_of] for name, values in columns.items()}
     shape = (0, len(facets), theta0.shape[1])
     return Scores(
         log_likelihood=out.get("log_likelihood", np.zeros(0, np.float32)),
@@ -324,18 +328,25 @@ def _open_scores(
     return source, open_store(folder, settings, source.fingerprint, dtype, about)
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Refuse a text that is empty.
+def distinct_texts(texts: Sequence[str]) -> tuple[list[str], np.ndarray | slice]:
+    """Each text once, in the order of their first, and which of these every text is.
+
+    The latter is an index of rows: a slice, which copies nothing, where no text comes twice.
 
     Raises
     ------
     SettingsError
+        If a text is empty.
     """
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise SettingsError(
                 f"texts[{row}]={text!r} is empty: leave out items that have no text"
             )
+    order = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    if len(order) == len(texts):
+        return list(order), slice(None)
+    return list(order), np.array([order[text] for text in texts])
 
 
 def check_lengths(

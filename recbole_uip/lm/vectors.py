@@ -15,7 +15,7 @@ import torch
 
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelSource, load, resolve, resolve_dtype
-from recbole_uip.lm.scoring import check_lengths, check_texts, open_store, put_through
+from recbole_uip.lm.scoring import check_lengths, distinct_texts, open_store, put_through
 from recbole_uip.lm.store import ScoreStore, digest
 from recbole_uip.settings import LMSettings
 
@@ -100,10 +100,7 @@ def read_texts(
         If a text is empty.
     """
     started = time.perf_counter()
-    texts = list(texts)
-    check_texts(texts)
-    distinct = list(dict.fromkeys(texts))
-    order = {text: row for row, text in enumerate(distinct)}
+    distinct, row_of = distinct_texts(texts)
 
     source, store = _open_vectors(kind, about, settings, cache)
     columns, found = store.read([digest(text) for text in distinct])
@@ -119,9 +116,7 @@ def read_texts(
             chosen = [distinct[row] for row in missing]
             vectors[missing], lm_tokens = _read_missing(chosen, kind, reader, backbone, store)
             store.compact()
-    if len(distinct) < len(texts):
-        vectors = vectors[[order[text] for text in texts]]
-    return Vectors(vectors, lm_tokens, time.perf_counter() - started, source.fingerprint)
+    return Vectors(vectors[row_of], lm_tokens, time.perf_counter() - started, source.fingerprint)
 
 
 def holds_texts(

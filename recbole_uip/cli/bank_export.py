@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def _add_atomic(forms: argparse._SubParsersAction) -> None:
     )
     _add_run(atomic)
     atomic.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="folder of the run's dataset"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run's dataset (default: where the run found it)",
     )
     atomic.add_argument("--name", required=True, help="name of the new dataset")
     atomic.add_argument(
@@ -130,12 +134,19 @@ def _atomic(namespace: Namespace, overrides: list[str], command: str) -> None:
     from recbole_uip.bank.export_atomic import atomic_files
 
     _refuse(overrides)
+    results = namespace.run / "results.json"
+    config = _config_of(results)
+    data = namespace.data or config.get("data_path")
+    if data is None:
+        raise SettingsError(
+            f"{results}, which says where the run's dataset is, is not there: give --data"
+        )
     path = atomic_files(
         namespace.run / "profiles.parquet",
-        namespace.data,
+        data,
         namespace.name,
         namespace.output,
-        _settings_of(namespace.run / "results.json"),
+        _settings_of(config),
     )
     print(f"wrote {path.parent}; train on it with config_file_list: [{path}]")
 
@@ -200,15 +211,19 @@ def _refuse(overrides: list[str]) -> None:
         )
 
 
-def _settings_of(path: Path) -> dict[str, Any]:
-    """The run's settings that matter to a reader of its data; none where it has no results."""
+def _config_of(path: Path) -> dict[str, Any]:
+    """What the run's first model was configured with; empty where the run has no results."""
     if not path.is_file():
         return {}
     try:
         models = json.loads(path.read_text(encoding="utf-8"))["models"]
-        config = next(iter(next(iter(models.values())).values()))["config"]
+        return dict(next(iter(next(iter(models.values())).values()))["config"])
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise SettingsError(f"{path} is no results.json of recbole-uip run ({error!r})") from error
+
+
+def _settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's settings that matter to a reader of its data."""
     settings = {key: config[key] for key in _ATOMIC_KEYS if config.get(key) is not None}
     if of_rows := (settings.get("load_col") or {}).get("inter"):
         # What labels were made of is not lost: the labels are there.

@@ -224,7 +224,10 @@ def test_the_command_takes_the_runs_settings(main_job, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     (run / "profiles.parquet").write_bytes(main_job.path.read_bytes())
+    with pytest.raises(SettingsError, match=r"results\.json.*is not there: give --data"):
+        command("export", "atomic", "--run", run, "--name", "n", "--output", tmp_path / "out")
     config = {
+        "data_path": str(data),
         "load_col": {"inter": ["user_id"], "item": ["item_id", "genre"]},
         "normalize_all": True,
         "numerical_features": ["price", "age"],
@@ -233,7 +236,8 @@ def test_the_command_takes_the_runs_settings(main_job, tmp_path, capsys):
         "eval_args": {"mode": {"valid": "labeled", "test": "labeled"}, "order": "TO"},
     }
     (run / "results.json").write_text(json.dumps({"models": {"FM": {"uip": {"config": config}}}}))
-    arguments = ["export", "atomic", "--run", run, "--data", data, "--name", "n"]
+    # The run says where its dataset is.
+    arguments = ["export", "atomic", "--run", run, "--name", "n"]
     command(*arguments, "--output", tmp_path / "out")
     written = yaml.safe_load((tmp_path / "out/n/n.yaml").read_text())
     assert written["load_col"]["item"] == ["item_id", "genre"]

@@ -76,16 +76,11 @@ def mean_states(
     -------
     Tensor of at least float32, shape (n, d)
     """
-    n_lead, longest = len(lead), max(map(len, texts))
-    ids = torch.zeros(len(texts), n_lead + longest, dtype=torch.long)
-    real = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : n_lead + len(text)] = torch.tensor([*lead, *text])
-        real[row, : n_lead + len(text)] = 1
-    device = backbone.device
+    ids, real = prompts.side_by_side([[*lead, *text] for text in texts])
+    device, n_lead = backbone.device, len(lead)
     # padded on the right, so no token of a text sees a padding token
     states = backbone.model.base_model(
-        input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False
+        input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False
     ).last_hidden_state
     states = states[:, n_lead:].to(torch.promote_types(states.dtype, torch.float32))
     counted = real[:, n_lead:, None].to(device, states.dtype)

@@ -110,12 +110,10 @@ def _continued(
     backbone: Backbone, prompt: Prompt, prefix, texts: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """Next-token logits from the prefix's last position on; as :func:`prompts.logits`."""
-    n, longest, n_prefix = len(texts), max(map(len, texts)), len(prompt)
+    ids, _ = prompts.side_by_side(texts)
+    (n, longest), n_prefix = ids.shape, len(prompt)
     cache = prefix.past_key_values
     cache.batch_repeat_interleave(n)
-    ids = torch.zeros(n, longest, dtype=torch.long)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(list(text))
     # Right padding: no real token sees a padding token, so the causal mask is enough.
     allowed = prompt.mask(longest)[n_prefix:]
     mask = torch.zeros(allowed.shape, dtype=backbone.dtype)

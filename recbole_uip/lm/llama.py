@@ -30,7 +30,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from recbole_uip.lm.backbone import Backbone
-from recbole_uip.lm.prompt import Ending, Prompt
+from recbole_uip.lm.prompt import Ending, Prompt, side_by_side
 
 __all__ = [
     "HEAD_ROWS",
@@ -287,7 +287,6 @@ class LlamaScorer(FoldedLlama):
         ending = self.prompt.ending
         # the last token of a text without ending predicts nothing: it need not be run
         run = [[*text, *ending.common] if ending else list(text[:-1]) for text in texts]
-        longest = max(map(len, run))
         first = torch.tensor([text[0] for text in texts], device=self.device)
         log_likelihood = self.first_log_probs[first]
         d_hidden = self.head[first].to(self.wide) - self._first_mean
@@ -303,10 +302,8 @@ class LlamaScorer(FoldedLlama):
         )
         grads[0, :, -1, -d_hidden.shape[1] :] = d_hidden
         result = {}
-        if longest:
-            ids = torch.zeros(len(run), longest, dtype=torch.long)
-            for row, tokens in enumerate(run):
-                ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        if any(run):
+            ids, _ = side_by_side(run)
             normed, scale, saved, rotation = self._forward(ids.to(self.device))
             d_normed = torch.zeros(n_kinds, *normed.shape, dtype=self.wide, device=self.device)
             log_likelihood = log_likelihood + self._text_loss(normed, texts, d_normed[0])

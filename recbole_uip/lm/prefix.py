@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from recbole_uip.lm import llama
 from recbole_uip.lm import prompt as prompts
@@ -237,7 +236,7 @@ class Prefix:
             values = [own for _, own in self.states(theta)[self._first :]]
             return self._llama.hidden(full, values, self.keeps_trunks)
         device, n_prefix = self.backbone.device, len(self.prompt)
-        ids = pad_sequence([torch.tensor(row) for row in full], batch_first=True)
+        ids, _ = prompts.side_by_side(full)
         n, longest = ids.shape
         cache = _empty_cache()
         for index, (keys, values) in enumerate(self.states(theta)):

@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from recbole_uip.lm.backbone import Backbone
 from recbole_uip.settings import SettingsError
@@ -40,6 +41,7 @@ __all__ = [
     "log_probs",
     "logits",
     "places",
+    "side_by_side",
     "sum_log_probs",
     "sum_tokens",
     "text_ids",
@@ -239,6 +241,25 @@ def content_key(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def side_by_side(texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of any lengths in the rows of one tensor, padded on the right.
+
+    Parameters
+    ----------
+    texts : n sequences of int
+        Token ids; T is the length of the longest.
+
+    Returns
+    -------
+    ids : Tensor of int64, shape (n, T)
+    real : Tensor of bool, shape (n, T)
+        False where padding stands.
+    """
+    ids = pad_sequence([torch.tensor(text, dtype=torch.long) for text in texts], batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
 def inputs(
     backbone: Backbone, prompt: Prompt, theta: torch.Tensor, texts: Sequence[Sequence[int]]
 ) -> dict[str, torch.Tensor]:
@@ -261,14 +282,9 @@ def inputs(
     """
     device = backbone.device
     n_texts, n_prefix = len(texts), len(prompt)
-    longest = max((len(text) for text in texts), default=0)
-    ids = torch.zeros(n_texts, n_prefix + longest, dtype=torch.long)
-    ids[:, :n_prefix] = prompt.token_ids.clamp(min=0)
-    real = torch.zeros(n_texts, n_prefix + longest, dtype=torch.bool)
-    real[:, :n_prefix] = True
-    for row, text in enumerate(texts):
-        ids[row, n_prefix : n_prefix + len(text)] = torch.tensor(list(text), dtype=torch.long)
-        real[row, n_prefix : n_prefix + len(text)] = True
+    before = prompt.token_ids.clamp(min=0).tolist()
+    ids, real = side_by_side([[*before, *text] for text in texts])
+    longest = ids.shape[1] - n_prefix
     embeds = backbone.model.get_input_embeddings()(ids.to(device))
     theta = theta.to(device=device, dtype=embeds.dtype).expand(n_texts, -1, -1)
     embeds = embeds.index_copy(1, prompt.soft_positions.to(device), theta)

@@ -279,12 +279,12 @@ def _in_parallel(
 ) -> dict[str, tuple[Facet, list[TextPrior]]]:
     """What ``fit`` makes of each facet, by name, in their order.
 
-    Each has one thread: small eigenproblems gain little by more.
+    Each has one thread: small eigenproblems gain little by more, and lose much beside other work.
     """
     workers = max(1, min(len(facets), joblib.cpu_count()))
     # Those that take longest come first, so that all threads end together.
     order = sorted(facets, key=lambda each: (each.source == "collaborative", each.n_directions))
-    with threadpool_limits(1 if workers > 1 else None), ThreadPoolExecutor(workers) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
         fitted = {facet.name: pool.submit(fit, facet) for facet in reversed(order)}
         names = tqdm([facet.name for facet in facets], desc="profiles", leave=False, delay=2)
         return {name: fitted[name].result() for name in names}

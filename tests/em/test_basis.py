@@ -130,6 +130,15 @@ def test_fisher_captures_less_of_how_users_differ():
     np.testing.assert_allclose(captured[1], captured[0], rtol=0.1)
 
 
+def test_blocks_of_users_add_up(world, monkeypatch):
+    assert world.behaviours.n_users < basis.USERS_A_BLOCK
+    whole, _ = fitted(world, 3)
+    monkeypatch.setattr(basis, "USERS_A_BLOCK", 7)
+    parts, _ = fitted(world, 3)
+    for name in ("vectors", "mean", "variance"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-8)
+
+
 def test_evidence_of_items_without_vectors_alone_is_refused(rng):
     vectors = np.r_[np.zeros((5, 3)), rng.normal(size=(20, 3))]
     user, item = np.repeat(np.arange(30), 4), rng.integers(0, 5, 120)

@@ -227,7 +227,7 @@ def test_the_command_takes_the_runs_settings(main_job, tmp_path, capsys):
     with pytest.raises(SettingsError, match=r"results\.json.*is not there: give --data"):
         command("export", "atomic", "--run", run, "--name", "n", "--output", tmp_path / "out")
     config = {
-        "data_path": str(data),
+        "data_path": str(tmp_path / "moved"),
         "load_col": {"inter": ["user_id"], "item": ["item_id", "genre"]},
         "normalize_all": True,
         "numerical_features": ["price", "age"],
@@ -236,9 +236,10 @@ def test_the_command_takes_the_runs_settings(main_job, tmp_path, capsys):
         "eval_args": {"mode": {"valid": "labeled", "test": "labeled"}, "order": "TO"},
     }
     (run / "results.json").write_text(json.dumps({"models": {"FM": {"uip": {"config": config}}}}))
-    # The run says where its dataset is.
-    arguments = ["export", "atomic", "--run", run, "--name", "n"]
-    command(*arguments, "--output", tmp_path / "out")
+    arguments = ["export", "atomic", "--run", run, "--name", "n", "--output", tmp_path / "out"]
+    with pytest.raises(BankError, match="moved' is no folder"):
+        command(*arguments)
+    command(*arguments, "--data", data)
     written = yaml.safe_load((tmp_path / "out/n/n.yaml").read_text())
     assert written["load_col"]["item"] == ["item_id", "genre"]
     assert "user" not in written["load_col"]
@@ -248,6 +249,11 @@ def test_the_command_takes_the_runs_settings(main_job, tmp_path, capsys):
     assert written["normalize_all"] is True and written["train_neg_sample_args"] is None
     assert written["eval_args"]["mode"] == {"valid": "labeled", "test": "labeled"}
     assert str(tmp_path / "out/n") in capsys.readouterr().out
+    # Without --data, where the run says that its dataset is.
+    data.rename(tmp_path / "moved")
+    command(*arguments[:-1], tmp_path / "again")
+    again = yaml.safe_load((tmp_path / "again/n/n.yaml").read_text())
+    assert again == {**written, "data_path": str(tmp_path / "again")}
 
 
 def test_a_byte_order_mark_comes_once(main_job, tmp_path, monkeypatch):

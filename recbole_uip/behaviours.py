@@ -74,6 +74,14 @@ class Behaviours:
             column = getattr(self, name)
             if column is not None and len(column) != n_rows:
                 raise ValueError(f"{name} has {len(column)} rows, but user has {n_rows}")
+        for name, size in (("user", self.n_users), ("item", self.n_items)):
+            column = getattr(self, name)
+            if n_rows and not (column.min() >= 0 and column.max() < size):
+                row = int(np.flatnonzero((column < 0) | (column >= size))[0])
+                raise ValueError(
+                    f"{name} is {column[row]} in row {row}: it must be from 0 to {size - 1}, "
+                    f"one below n_{name}s"
+                )
         if self.time is not None and not np.isfinite(self.time).all():
             row = int(np.flatnonzero(~np.isfinite(self.time))[0])
             raise ValueError(

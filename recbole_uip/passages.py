@@ -39,7 +39,7 @@ import numpy as np
 import scipy.special
 
 from recbole_uip import lm
-from recbole_uip.behaviours import Behaviours, DataError
+from recbole_uip.behaviours import Behaviours
 from recbole_uip.em import basis as em_basis
 from recbole_uip.em import kernels, weights
 from recbole_uip.em.facet import Facet, Observations
@@ -55,7 +55,7 @@ from recbole_uip.lm.likelihood import (
     feedback_passage,
     text_passage,
 )
-from recbole_uip.settings import FacetSettings, LMSettings, SettingsError, UIPSettings
+from recbole_uip.settings import FacetSettings, LMSettings, SettingsError, UIPSettings, refusals_of
 from recbole_uip.texts import rated_texts
 from recbole_uip.work import n_processes
 
@@ -141,14 +141,11 @@ def _make_group(
     likelihood = texts.likelihood(numbers, settings.gradient.recompute)
     counts, maps, variances = [], [], []
     for f, facet in enumerate(facets):
-        try:
+        with refusals_of(facet):
             counts.append(weights.event_counts(facet.weight, behaviours.liked, len(behaviours)))
-            reach = likelihood.max_norm
             facet_maps, variance = _facet_maps(
-                facet, scores[:, f], reach, texts, observed, settings
+                facet, scores[:, f], likelihood.max_norm, texts, observed, settings
             )
-        except DataError as error:
-            raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
         maps.append(facet_maps)
         variances.append(variance)
     frame = Frame(likelihood.theta0, tuple(maps), tuple(variances), likelihood.max_norm)

@@ -21,7 +21,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from recbole_uip.behaviours import Behaviours, DataError, in_seconds
+from recbole_uip.behaviours import Behaviours, in_seconds
 from recbole_uip.em import basis, collaborative, states, weights
 from recbole_uip.em.collaborative import TextPrior
 from recbole_uip.em.encoder import Encoder, FieldInfo
@@ -32,6 +32,7 @@ from recbole_uip.settings import (
     SettingsError,
     UIPSettings,
     default_time,
+    refusals_of,
 )
 from recbole_uip.texts import bag_of_words, rated_texts
 
@@ -182,7 +183,7 @@ def infer(
     SettingsError
         If a facet cannot be inferred from this data.
     ValueError
-        If a fold is out of range.
+        If there is not a fold for each user and a text for each item, or a fold is out of range.
     """
     started = time.perf_counter()
     if not behaviours.train.any():
@@ -195,8 +196,12 @@ def infer(
         raise SettingsError(f"uip_folds={settings.folds} is more than there are users: lower it")
     if fold is None:
         fold = collaborative.balanced_folds(behaviours.n_users, settings.user_folds, settings.seed)
-    if not (fold.min() >= 0 and fold.max() < settings.user_folds):
-        raise ValueError(f"fold must be from 0 to {settings.user_folds - 1}, got {fold.max()}")
+    _check_folds(fold, behaviours.n_users, settings.user_folds)
+    if item_texts is not None and len(item_texts) != behaviours.n_items:
+        raise ValueError(
+            f"there are {len(item_texts)} item_texts and {behaviours.n_items} items: give one for "
+            "each, None for an item without a text"
+        )
     observed = Observations(behaviours, history, fold, settings.folds)
     cost: Counter[str] = Counter()
     closed = [facet for facet in settings.facets if facet not in settings.tuned_facets]
@@ -209,7 +214,7 @@ def infer(
                 )
 
     def fit(facet: FacetSettings) -> tuple[Facet, list[TextPrior]]:
-        with _refusals(facet):
+        with refusals_of(facet):
             vectors, priors = _item_vectors(facet, observed, text_vectors, settings)
             own_texts = {source: text_vectors[source] for source in facet.texts}
             fitted = Facet(facet, settings.codebook, empty=settings.empty, seed=settings.seed)
@@ -304,17 +309,16 @@ def resolved(settings: UIPSettings, behaviours: Behaviours) -> UIPSettings:
 def _check_weights(behaviours: Behaviours, settings: UIPSettings) -> None:
     """Refuse weights that the data have no labels for, before the LM has read the catalogue."""
     for facet in settings.facets:
-        with _refusals(facet):
+        with refusals_of(facet):
             weights.event_counts(facet.weight, behaviours.liked, len(behaviours))
 
 
-@contextlib.contextmanager
-def _refusals(facet: FacetSettings) -> Iterator[None]:
-    """Have what the data cannot give a facet name the facet."""
-    try:
-        yield
-    except DataError as error:
-        raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
+def _check_folds(fold: np.ndarray, n_users: int, n_folds: int) -> None:
+    if fold.shape != (n_users,):
+        raise ValueError(f"fold has shape {fold.shape}, and there are {n_users} users")
+    wrong = fold[(fold < 0) | (fold >= n_folds)]
+    if len(wrong):
+        raise ValueError(f"fold must be from 0 to {n_folds - 1}, got {wrong[0]}")
 
 
 def _check_time(behaviours: Behaviours, settings: UIPSettings) -> None:

@@ -6,16 +6,19 @@ sense each raise :class:`SettingsError`, which names the key, the value and the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from recbole_uip.behaviours import DataError
 
 __all__ = [
     "ArmSettings",
@@ -30,6 +33,7 @@ __all__ = [
     "default_cache_dir",
     "default_time",
     "parse_duration",
+    "refusals_of",
 ]
 
 SOURCES = ("lm", "prefix", "embedding", "words", "collaborative", "constant")
@@ -198,7 +202,8 @@ class CodebookSettings:
     n_init, max_iter : int
         Restarts, and the most iterations of each.
     tol : float
-        Least gain of an iteration, in nats a sample.
+        Least gain of an iteration, in nats a sample; for ``kmeans`` the least move of codewords,
+        relative to the variance of the offsets.
     """
 
     method: str = "em"
@@ -592,13 +597,25 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "recbole_uip"
 
 
+@contextlib.contextmanager
+def refusals_of(facet: FacetSettings) -> Iterator[None]:
+    """Have what the data cannot give a facet name the facet."""
+    try:
+        yield
+    except DataError as error:
+        raise SettingsError(f"uip_facets.{facet.name}: {error}") from error
+
+
 def parse_duration(key: str, value: Any) -> float:
     """Seconds in ``value``: a number, alone or with one of the units s, m, h, d, w."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([smhdw]?)\s*", str(value))
     if match is None:
         raise SettingsError(f"{key}={value!r} is not a duration: write 0s, 30m, 1h, 1d or 1w")
     unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
-    return float(match[1]) * unit
+    seconds = float(match[1]) * unit
+    if math.isinf(seconds):
+        raise SettingsError(f"{key}={value!r} is too long")
+    return seconds
 
 
 def _nearest(word: str, words: tuple[str, ...]) -> str:
@@ -820,7 +837,8 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
             raise SettingsError(
                 f"{key}: match in a facet's name is kept for match fields: choose another name"
             )
-        facet = _parse_section(FacetSettings, key, section or {}, name=name)
+        section = {} if section is None else section
+        facet = _parse_section(FacetSettings, key, section, name=name)
         if facet.source in PROMPTED_SOURCES and not facet.prompt:
             facet = dataclasses.replace(facet, prompt=name.replace("_", " "))
         if facet.source not in PROMPTED_SOURCES and facet.prompt:
@@ -837,6 +855,7 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
                 f"{key}.directions=fisher has no meaning with source: constant, which has one "
                 "direction: leave it out"
             )
+        _check_is_read(key, facet)
         if facet.match and facet.weight != "contrast" and facet.match.posterior == "filter":
             raise SettingsError(
                 f"{key}.match.posterior=filter needs weight: contrast, but weight is "
@@ -852,6 +871,23 @@ def _parse_facets(value: Any) -> tuple[FacetSettings, ...]:
             raise SettingsError(f"{key} has codes: 0 and no match, so it gives no field")
         facets.append(facet)
     return tuple(facets)
+
+
+def _check_is_read(key: str, facet: FacetSettings) -> None:
+    """Refuse settings that are meant for the match field, which has its own.
+
+    A constant facet may have codes, so that an experiment can set those of all facets at once.
+    """
+    if facet.source == "constant":
+        return
+    unread = ["bins"] if facet.codes else ["bins", "half_life"]
+    for name in unread:
+        value = getattr(facet, name)
+        if value != getattr(FacetSettings, name):
+            raise SettingsError(
+                f"{key}.{name}={value!r} has no meaning with source: {facet.source} and codes: "
+                f"{facet.codes}: drop it, or set {key}.match.{name}"
+            )
 
 
 def _plain_facet(facet: FacetSettings) -> dict[str, Any]:
@@ -884,15 +920,17 @@ def _parse_arms(
         key = f"uip_arms.{name}"
         if not str(name).strip() or "/" in str(name):
             raise SettingsError(f"{key}: an arm's name is part of file names, and has no /")
-        if not isinstance(section or {}, Mapping):
+        section = {} if section is None else section
+        if not isinstance(section, Mapping):
             raise SettingsError(f"{key}={section!r} must be a mapping, such as {{facets: all}}")
-        section = dict(section or {})
+        section = dict(section)
         wanted = section.pop("facets", "all")
-        if not isinstance(wanted or (), (str, list, tuple)):
+        wanted = () if wanted is None else wanted
+        if not isinstance(wanted, (str, list, tuple)):
             raise SettingsError(f"{key}.facets={wanted!r} must be all, or a list of facets")
         if isinstance(wanted, str):
             wanted = names if wanted == "all" else (wanted,)
-        wanted = tuple(map(str, wanted or ()))
+        wanted = tuple(map(str, wanted))
         # Without profiles there is nothing that could stand in for the user ID.
         default_id = user_id if wanted else "keep"
         chosen = {

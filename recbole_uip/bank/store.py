@@ -41,7 +41,7 @@ from recbole_uip.settings import SettingsError
 
 __all__ = ["BankError", "Snapshot", "Writer", "check_replaceable", "digest_of", "read"]
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 LOCK = "writer.lock"
 ITEM, USER = "item", "user"

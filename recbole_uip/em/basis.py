@@ -1,11 +1,16 @@
 r"""Directions in which users differ, not in which items differ.
 
-Item vectors are whitened by their second moment over training events (the Fisher information
-of the scores, :math:`H = E[g g^\top]`). In that space the between-user covariance B of the
-weighted mean scores is estimated without bias from two halves of each user's events, whose
-noises are independent: :math:`B = E_u[\,y_u^A {y_u^B}^\top]`. Its leading eigenvectors are the
-basis, their eigenvalues the prior variances. (The control, ``directions: fisher``, takes the
-leading eigenvectors of H, and the variances that B has along them.)
+Item vectors are centred and whitened by their second moment over training events (the Fisher
+information of the scores, :math:`H = E[g g^\top]`). In that space the between-user covariance B of
+the weighted mean scores is estimated without bias from two halves of each user's events, whose
+noises are independent,
+
+.. math:: B = \frac{\sum_u w_u (y_u^A - \mu) (y_u^B - \mu)^\top}{\sum_u w_u},
+
+made symmetric, with w_u the number of events in the smaller half, up to :data:`MOST_WEIGHT`, and
+:math:`\mu` the mean of both halves. Its leading eigenvectors are the basis, their eigenvalues the
+prior variances. (The control, ``directions: fisher``, takes the leading eigenvectors of H, and the
+variances that B has along them.)
 """
 
 from __future__ import annotations
@@ -124,7 +129,9 @@ def whiten(vectors: np.ndarray, item_counts: np.ndarray, keep: int | None = None
         directions = left * root[:, None] / scale
         before, factors = inner, (centred.T,)
     order = np.argsort(-values)[: min(keep or dim, n_items, dim)]
-    order = order[values[order] > EMPTY_SHARE * max(values[order[0]], np.finfo(values.dtype).tiny)]
+    # What centring leaves of equal vectors is no direction either.
+    rounding = n_items * np.finfo(values.dtype).eps ** 2 * float(share @ (vectors**2).sum(axis=1))
+    order = order[values[order] > max(EMPTY_SHARE * values[order[0]], rounding)]
     last = directions[:, order] / np.sqrt(values[order])
     return Whitening((before @ last).astype(np.float64), mean, (*factors, last))
 
@@ -151,7 +158,7 @@ def fit(
         Training events, each user's in the order of time (so that alternate events make two
         comparable halves).
     evidence : Evidence
-        Of the same events.
+        Of the same events. One on an item whose vector is zero is none.
     n_users : int
     rank : int
         Number of directions, at most m. One whose estimated variance is not positive keeps a
@@ -171,11 +178,13 @@ def fit(
             "no training event is evidence by the facet's weight, for none is of its kind (liked, "
             "disliked): leave the facet out, or set threshold so that both kinds occur"
         )
-    if not whitened.any(axis=1)[item[evidence.weight != 0]].any():
+    told = whitened.any(axis=1)[item]
+    if not (told & (evidence.weight != 0)).any():
         raise DataError(
             "the items of its training events have no vectors (no texts, or none that differ): "
             "leave the facet out, or give them texts"
         )
+    evidence = Evidence(evidence.weight * told, evidence.count * told)
     first, second, user_weight = _halves(user, item, evidence, (n_users, len(whitened)))
     mean = (user_weight @ first + user_weight @ second) @ whitened / (2 * user_weight.sum())
     # Two groups of users, for choosing the number of directions; their sum is the estimate.

@@ -19,12 +19,14 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
+from threadpoolctl import threadpool_limits
 
 from recbole_uip.behaviours import DataError
 from recbole_uip.em.kernels import nearest_codes
 
 __all__ = [
     "Codebook",
+    "Level",
     "check_samples",
     "component_log_densities",
     "moments",
@@ -96,6 +98,10 @@ class Level(NamedTuple):
     log_weights: np.ndarray
     codewords: np.ndarray
     variance: np.ndarray
+
+    def pack(self) -> np.ndarray:
+        """All of it, flat, codewords direction by direction, as compiled code reads it."""
+        return np.concatenate([self.log_weights, self.codewords.T.ravel(), self.variance])
 
 
 def unpack(packed: np.ndarray, n_codes: int, rank: int) -> list[Level]:
@@ -196,11 +202,13 @@ class Codebook(BaseEstimator):
             )
         random_state = check_random_state(self.random_state)
         best = None
-        for _ in range(self.n_init if self.start is None else 1):
-            self._initialize(offsets, noise, random_state)
-            run = self._fit_single(offsets, noise)
-            if best is None or run["lower_bound_"] > best["lower_bound_"]:
-                best = run
+        # k-means adds its threads' sums as they end: by one thread, a seed has one result.
+        with threadpool_limits(1):
+            for _ in range(self.n_init if self.start is None else 1):
+                self._initialize(offsets, noise, random_state)
+                run = self._fit_single(offsets, noise)
+                if best is None or run["lower_bound_"] > best["lower_bound_"]:
+                    best = run
         for name, value in best.items():
             setattr(self, name, value)
         if not self.converged_:
@@ -227,13 +235,10 @@ class Codebook(BaseEstimator):
 
     @property
     def packed(self) -> np.ndarray:
-        """Log weights, codewords (direction by direction) and variance, flat, for compiled code.
-
-        :func:`unpack` takes them apart.
-        """
+        """The rule that gives an offset its code: a :class:`Level`, flat."""
         with np.errstate(divide="ignore"):
             log_weights = np.log(self.weights_)
-        return np.concatenate([log_weights, self.codewords_.T.ravel(), self.variance_])
+        return Level(log_weights, self.codewords_, self.variance_).pack()
 
     def predict_proba(self, offsets: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Responsibilities r_uk, shape (n, K); rows sum to one."""

@@ -44,7 +44,8 @@ class Observations:
         What each row may see.
     fold : ndarray of int64, shape (n_users,)
         Fold of each user: nothing that the user's rows meet of like rates and item vectors may
-        come from the user's own labels.
+        come from the user's own labels, but for the rotation of all items that turns the frame of
+        one fold to that of another.
     n_folds : int
         Folds of users by which item vectors are fitted; a user's is ``fold`` modulo this number.
         Like rates, which are cheap, take the finer ``fold`` itself and so leave fewer users out.
@@ -159,8 +160,8 @@ class Facet:
     codebooks_ : dict of str to ResidualCodebook
         By field name; None where no training row has any history.
     prior_scales_ : tuple of float
-        (lambda_0, factor of the basis's variances, factors of the texts') of the filter; only
-        with a match field that it makes.
+        (lambda_0, factor of the basis's variances, factors of the texts') of the filter, fitted at
+        the longest half-life and used at all; only with a match field that it makes.
     edges_ : dict of str to ndarray
         Inner bin edges, by field name.
     """
@@ -278,7 +279,8 @@ class Facet:
             raise DataError("the vectors of the items of the training rows do not differ")
         bases = []
         for fold, whitened in enumerate(vectors):
-            # What a user meets is shaped by the users of the other folds alone.
+            # What a user meets is shaped by the users of the other folds alone, up to the one
+            # rotation by which merge makes folds comparable.
             chosen = train[fold_of_event != fold] if len(vectors) > 1 else train
             evidence, _ = observed.evidence_of(self.settings.weight, chosen)
             bases.append(
@@ -316,10 +318,10 @@ class Facet:
 
     def _sample_rows(self, observed: Observations) -> np.ndarray:
         """Training rows of a random sample of users: states cost a pass over whole users."""
-        behaviours = observed.behaviours
-        users = np.unique(behaviours.user[behaviours.train])
-        users = np.random.default_rng(self.seed).permutation(users)[:SAMPLE_USERS]
-        return np.flatnonzero(behaviours.train & np.isin(behaviours.user, users))
+        # Users one after another, so that what is drawn of it does not hang on the order of rows.
+        train, user = observed.train_events, observed.behaviours.user
+        users = np.random.default_rng(self.seed).permutation(np.unique(user[train]))[:SAMPLE_USERS]
+        return train[np.isin(user[train], users)]
 
     def _known_values(
         self, kernel: RunningSums | TasteFilter, observed: Observations, rows: np.ndarray

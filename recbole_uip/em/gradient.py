@@ -34,6 +34,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from recbole_uip.em.ascent import SHARED, EStep, Likelihood, Prior, State, ascend
+from recbole_uip.em.codebook import Level, unpack
 from recbole_uip.em.frame import Frame, Units, curvature_of
 from recbole_uip.em.residual import ResidualCodebook
 from recbole_uip.settings import CodebookSettings, FacetSettings, GradientSettings
@@ -353,10 +354,9 @@ class GradientPosterior:
             return None
         starts = []
         for level in old.levels_:
-            log_weights, codewords, variance = np.split(
-                level.packed, [level.n_codes, -offset.shape[1]]
-            )
-            starts.append(np.concatenate([log_weights, scale * codewords, scale**2 * variance]))
+            (one,) = unpack(level.packed, level.n_codes, offset.shape[1])
+            moved = Level(one.log_weights, scale * one.codewords, scale**2 * one.variance)
+            starts.append(moved.pack())
         return starts
 
     def _bound(

@@ -6,12 +6,15 @@ prior, half-life). There are two kinds.
 
 :class:`RunningSums` holds, for the events e of one user,
 
-.. math:: S = \sum_e a^{k_e} w_e g_{i(e)}, \quad N = \sum_e a^{k_e} n_e, \quad
-          M = \sum_e a^{2 k_e} n_e^2,
+.. math:: S = \sum_e a^{k_e} w_e g_{i(e)}, \quad N = \sum_e a^{k_e} n_e,
 
 with w and n from :mod:`recbole_uip.em.weights`, k_e the number of the user's events since e,
 and a = 2^(-1/h) for a half-life of h events. The user's measured offset is y = S / N and its
-noise variance M / N^2, in units where one event has unit noise.
+noise variance 1 / N, in units where one event has unit noise. Without forgetting that is the
+sampling variance of a mean of N events. With it, it is the variance of a profile that drifts as a
+random walk whose Kalman gain is 1 - a: such a filter's variance settles at 1 - a, which is 1 / N of
+a long history, and grows while the user's events are no evidence. An event on an item whose vector
+is zero, of which nothing is known, is no evidence.
 
 :class:`TasteFilter` holds the posterior mean and variance of the random-slope model
 
@@ -65,6 +68,7 @@ __all__ = [
     "profile_values",
     "retention",
     "score_candidates",
+    "walk",
 ]
 
 SUMS, FILTER = 0, 1
@@ -75,6 +79,8 @@ POSITIVE, NEGATIVE, ALL = (WEIGHTS.index(name) for name in ("positive", "negativ
 
 _NO_VECTORS = np.empty(0, dtype=np.float32)
 
+# Compiled code is cached by the file that a function stands in: what inlines another function must
+# stand in the file of that one, or it would go on with its old arithmetic after a change.
 _compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 _inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 
@@ -86,7 +92,7 @@ def retention(half_life: float) -> float:
 
 @dataclass(frozen=True)
 class RunningSums:
-    """Kernel of the sums (S, N, M), of width rank + 2.
+    """Kernel of the sums (S, N), of width rank + 1.
 
     Attributes
     ----------
@@ -114,7 +120,7 @@ class RunningSums:
     @property
     def initial(self) -> np.ndarray:
         """State of a user without events: zeros."""
-        return np.zeros(self.rank + 2)
+        return np.zeros(self.rank + 1)
 
     @property
     def prior(self) -> np.ndarray:
@@ -317,6 +323,37 @@ def advance_many(states, rows, kernels, items, folds, liked):
         advance(states[rows[event]], kernels, items[event], folds[event], liked[event])
 
 
+@_compiled
+def walk(kernels, events, first, item, fold, liked, timeline, seen, start, states):
+    """Follow each timeline once, and write its state where a row asks for it.
+
+    Parameters
+    ----------
+    kernels : Kernels
+    events, first : ndarray of int64
+        As in :class:`recbole_uip.em.states.History`.
+    item, fold, liked : ndarray, shape (n_rows,)
+        As in :class:`recbole_uip.em.states.Events`.
+    timeline, seen : ndarray of int64, shape (n,)
+        Where states are asked for, sorted by timeline, then by ``seen``.
+    start : ndarray of float32, shape (n_timelines, width) or (1, width)
+        State that each timeline begins with, or that of all.
+    states : ndarray of float32, shape (n, width)
+        Output, written in place.
+    """
+    state = np.empty_like(kernels.initial)
+    done = 0
+    for row in range(len(timeline)):
+        if row == 0 or timeline[row] != timeline[row - 1]:
+            state[:] = start[timeline[row] if len(start) > 1 else 0]
+            done = 0
+        for position in range(done, seen[row]):
+            event = events[first[timeline[row]] + position]
+            advance(state, kernels, item[event], fold[event], liked[event])
+        done = seen[row]
+        states[row] = state
+
+
 @_inlined
 def _vector(kernels, k, item, fold):
     """Where the item's vector begins."""
@@ -331,8 +368,17 @@ def _row(kernels, fold):
 
 
 @_inlined
+def _is_told(kernels, row, rank):
+    """Whether anything is known of the item whose vector begins at ``row``."""
+    told = False
+    for d in range(rank):
+        told = told or kernels.vectors[row + d] != 0.0
+    return told
+
+
+@_inlined
 def _add(state, kernels, k, row, item, fold, liked):
-    """(S, N, M) <- (a S, a N, a^2 M) + (w g, n, n^2)."""
+    """(S, N) <- (a S, a N) + (w g, n)."""
     rank, at, keep = kernels.rank[k], kernels.start[k], kernels.keep[k]
     kind = kernels.weight[k]
     count = 1.0
@@ -340,16 +386,17 @@ def _add(state, kernels, k, row, item, fold, liked):
         count = liked
     elif kind == NEGATIVE:
         count = 1.0 - liked
+    if not _is_told(kernels, row, rank):
+        count = 0.0
     weight = count
     if kind not in (POSITIVE, NEGATIVE, ALL):
-        weight = liked - kernels.rate[_row(kernels, fold), item]
+        weight = count * (liked - kernels.rate[_row(kernels, fold), item])
     for d in range(rank):
         state[at + d] = keep * state[at + d] + weight * kernels.vectors[row + d]
     state[at + rank] = keep * state[at + rank] + count
-    state[at + rank + 1] = keep * keep * state[at + rank + 1] + count * count
     if state[at + rank] < FORGOTTEN:
-        # the squares would leave the range of float32 before the evidence does
-        for d in range(rank + 2):
+        # before the numbers leave the range of float32, and each at another event
+        for d in range(rank + 1):
             state[at + d] = 0.0
 
 
@@ -420,7 +467,7 @@ def _posterior(state, kernels, k, profile):
         return np.float64(state[at])
     count = np.float64(state[at + rank])
     prior = kernels.prior[k]
-    noise = state[at + rank + 1] / (count * count) if count > 0 else np.inf
+    noise = 1.0 / count if count > 0 else np.inf
     for d in range(rank):
         variance = kernels.priors[prior + rank + d]
         offset = state[at + d] / count if count > 0 else 0.0
@@ -593,7 +640,7 @@ def encode(states, seen, kernels, fields, out):
                 codes = out[row, column : fields.column[f + 1]]
                 _quantise(
                     scratch[:rank],
-                    state[at + rank + 1] / (count * count),
+                    1.0 / count,
                     fields.numbers,
                     fields.first[f],
                     fields.size[f],

@@ -38,7 +38,7 @@ class CodebookMixture(Codebook):
         As in :class:`Codebook`; k-means is where EM starts by default.
     min_share : float
         A code with less than this share of the mean usage is empty and re-seeded, at the
-        sample that the mixture explains worst, in ten iterations at most.
+        sample that the mixture explains worst for its noise, in ten iterations at most.
 
     Attributes
     ----------
@@ -77,6 +77,7 @@ class CodebookMixture(Codebook):
         # users, who lie farthest out.
         mean, variance = moments(offsets, noise)
         shrunk = mean + variance / (variance + noise[:, None]) * (offsets - mean)
+        self._seeds = shrunk
         self.variance_ = variance
         self._floor = 1e-6 * variance + np.finfo(float).tiny
         if self.start is not None:
@@ -103,7 +104,7 @@ class CodebookMixture(Codebook):
             log_likelihood, responsibilities = self._e_step(offsets, noise)
             lower_bounds.append(float(log_likelihood.mean()))
             if len(reseeded) < MAX_RESEEDS and self._reseed(
-                offsets, log_likelihood, responsibilities
+                noise, log_likelihood, responsibilities
             ):
                 reseeded.append(n_iter)
                 continue
@@ -114,6 +115,7 @@ class CodebookMixture(Codebook):
                 converged = True
                 break
             self._m_step(offsets, noise, responsibilities)
+        del self._seeds  # of no more use, and no part of what a saved codebook is
         return {
             "weights_": self.weights_,
             "codewords_": self.codewords_,
@@ -126,16 +128,18 @@ class CodebookMixture(Codebook):
         }
 
     def _reseed(
-        self, offsets: np.ndarray, log_likelihood: np.ndarray, responsibilities: np.ndarray
+        self, noise: np.ndarray, log_likelihood: np.ndarray, responsibilities: np.ndarray
     ) -> bool:
         """Move empty codes to the samples that are explained worst; True if there were any."""
-        share = responsibilities.sum(axis=0) / len(offsets)
+        share = responsibilities.sum(axis=0) / len(noise)
         empty = np.flatnonzero(share < self.min_share / self.n_codes)
         if len(empty) == 0:
             return False
-        worst = np.argsort(log_likelihood)[: len(empty)]
+        # Less what a sample would have on a codeword: of whom little is known, all are unlikely.
+        at_best = -0.5 * np.log(2.0 * np.pi * (self.variance_ + noise[:, None])).sum(axis=1)
+        worst = np.argsort(log_likelihood - at_best)[: len(empty)]
         self.codewords_ = self.codewords_.copy()
-        self.codewords_[empty] = offsets[worst]
+        self.codewords_[empty] = self._seeds[worst]
         weights = self.weights_.copy()
         weights[empty] = 1.0 / self.n_codes
         self.weights_ = weights / weights.sum()

@@ -41,7 +41,7 @@ import scipy.stats
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans, kmeans_plusplus
 
-from recbole_uip.em.codebook import Codebook, moments, n_distinct, unpack
+from recbole_uip.em.codebook import Codebook, Level, moments, n_distinct, unpack
 
 __all__ = [
     "QUANTIZERS",
@@ -83,9 +83,9 @@ class Quantizer(Codebook):
 
     @property
     def packed(self) -> np.ndarray:
-        """The rule's log weights, codewords and variance, flat, as compiled code reads them."""
+        """The rule's potentials, codewords and variance: a :class:`Level`, flat."""
         variance = np.full(self.codewords_.shape[1], self.rule_variance_)
-        return np.concatenate([self.potentials_, self.codewords_.T.ravel(), variance])
+        return Level(self.potentials_, self.codewords_, variance).pack()
 
     def reorder(self, order: np.ndarray) -> None:
         """Give code ``order[k]`` the number k."""
@@ -192,7 +192,8 @@ class OnlineVQ(Quantizer):
               M_k \\leftarrow \\gamma M_k + (1 - \\gamma) \\sum_{z_u = k} \\delta_u, \\quad
               e_k = M_k / N_k.
 
-    A code that falls out of use goes to a random offset of the batch. An iteration is an epoch.
+    A code that falls out of use goes to a random offset of the batch. An iteration is an epoch. As
+    averages reach back over 1 / (1 - gamma) batches, ``tol`` is for the loss over as many.
 
     Parameters
     ----------
@@ -248,6 +249,8 @@ class OnlineVQ(Quantizer):
         precision = self._precision(noise)
         shrinkage = (self.rule_variance_ * precision)[:, None]
         counts = np.full(self.n_codes, 1.0 / self.n_codes)
+        batches = np.ceil(len(offsets) / self.batch)
+        lag = int(np.ceil(1.0 / ((1.0 - self.decay) * batches)))
         losses: list[float] = []
         self.converged_ = False
         for n_iter in range(1, self.max_iter + 1):
@@ -268,7 +271,8 @@ class OnlineVQ(Quantizer):
                 self.codewords_ = sums / counts[:, None]
                 self._restart(y, counts)
             losses.append(loss / len(offsets))
-            if len(losses) > 1 and losses[-2] - losses[-1] < self.tol:
+            # Batches are noisy, and codes that fall out of use are moved: it may rise as well.
+            if len(losses) > lag and losses[-1 - lag] - losses[-1] < self.tol:
                 self.converged_ = True
                 break
 
@@ -335,7 +339,7 @@ class Sinkhorn(Quantizer):
             entropy = -scipy.special.xlogy(plan, plan).sum()
             losses.append(((plan * cost).sum() - self.epsilon * entropy) / len(offsets))
             # The potentials are of these codewords, so they must not move any more.
-            if len(losses) > 1 and losses[-2] - losses[-1] < self.tol:
+            if len(losses) > 1 and 0 <= losses[-2] - losses[-1] < self.tol:
                 self.converged_ = True
                 break
             if self.n_iter_ < self.max_iter:

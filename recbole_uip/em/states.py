@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from recbole_uip.behaviours import Behaviours
-from recbole_uip.em.kernels import Kernels, advance
+from recbole_uip.em.kernels import Kernels, walk
 
 __all__ = [
     "Events",
@@ -145,6 +144,11 @@ def cross_fitted_history(
     n_parts : int
         Each user's events are dealt out at random to this many parts of equal size.
     seed : int
+
+    Returns
+    -------
+    History
+        With ``1 + n_parts`` timelines a user: of all events, then of all but each part's.
     """
     events = np.flatnonzero(is_event)
     shuffled = np.random.default_rng(seed).permutation(events)
@@ -189,23 +193,23 @@ def offsets(state: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Parameters
     ----------
-    state : ndarray, shape (n, rank + 2)
+    state : ndarray, shape (n, rank + 1)
 
     Returns
     -------
     offset : ndarray of float64, shape (n, rank)
         y = S / N; 0 without evidence.
     noise : ndarray of float64, shape (n,)
-        M / N^2; infinite without evidence.
+        1 / N; infinite without evidence.
     known : ndarray of bool, shape (n,)
         Whether there is any evidence.
     """
     state = state.astype(np.float64)
-    count, square = state[:, -2], state[:, -1]
+    count = state[:, -1]
     known = count > 0
     safe = np.where(known, count, 1.0)
-    offset = np.where(known[:, None], state[:, :-2] / safe[:, None], 0.0)
-    noise = np.where(known, square / safe**2, np.inf)
+    offset = np.where(known[:, None], state[:, :-1] / safe[:, None], 0.0)
+    noise = np.where(known, 1.0 / safe, np.inf)
     return offset, noise, known
 
 
@@ -245,27 +249,5 @@ def iter_states(
         at = order[low : low + BLOCK_ROWS]
         states = np.empty((len(at), len(kernels.initial)), dtype=np.float32)
         # A timeline that a block boundary cuts is replayed from its start.
-        _walk(
-            kernels, history.events, history.first, *events, timeline[at], seen[at], start, states
-        )
+        walk(kernels, history.events, history.first, *events, timeline[at], seen[at], start, states)
         yield at, states
-
-
-@numba.njit(cache=True, nogil=True)
-def _walk(kernels, events, first, item, fold, liked, timeline, seen, start, states):
-    """Follow each timeline once, and write its state where a row asks for it.
-
-    ``timeline`` and ``seen`` say where; they are sorted by timeline, then by ``seen``. ``start``
-    has a row for each timeline, or one for all.
-    """
-    state = np.empty_like(kernels.initial)
-    done = 0
-    for row in range(len(timeline)):
-        if row == 0 or timeline[row] != timeline[row - 1]:
-            state[:] = start[timeline[row] if len(start) > 1 else 0]
-            done = 0
-        for position in range(done, seen[row]):
-            event = events[first[timeline[row]] + position]
-            advance(state, kernels, item[event], fold[event], liked[event])
-        done = seen[row]
-        states[row] = state

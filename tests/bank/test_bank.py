@@ -385,8 +385,8 @@ def test_an_item_that_is_no_string_leaves_the_bank_as_it_was(full_bank, users):
 
 def test_bytes_per_user(full_bank):
     size = full_bank.bytes_per_user()
-    # leniency: S, N and M at two half-lives
-    assert size["leniency"] == 4 * 2 * 3
+    # leniency: S and N at two half-lives
+    assert size["leniency"] == 4 * 2 * 2
     state, _, _ = full_bank.state_of("nobody")
     assert sum(size.values()) == state.nbytes + 4 * len(full_bank.fields) + 18
 

@@ -401,8 +401,8 @@ def test_a_folder_without_a_bank_stays_as_it_is(tmp_path):
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "does not say its format"),
         (b"{}", "does not say its format"),
-        (b'{"format": 2}', "has the format 2, and this recbole-uip reads 3"),
-        (b'{"format": 3, "generation": 1}', "lacks metadata, tables, items, users, files, sha256"),
+        (b'{"format": 3}', "has the format 3, and this recbole-uip reads 4"),
+        (b'{"format": 4, "generation": 1}', "lacks metadata, tables, items, users, files, sha256"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(bank, content, message):

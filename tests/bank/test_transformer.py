@@ -227,7 +227,11 @@ def test_strangers_have_no_history(encoder, late):
     prior = ProfileEncoder(FACETS, empty="prior").fit(late)
     assert (prior.transform(stranger) > 0).all()
     encoder.partial_fit(stranger.assign(item_id=-1, timestamp=1e6))
-    assert (encoder.transform(stranger.assign(timestamp=2e6))[:, :4] > 0).all()
+    tokens = encoder.transform(stranger.assign(timestamp=2e6))
+    # What is liked of an item that nothing is known of tells of leniency, and of no taste.
+    of_taste = {"uip_company", "uip_company_level2", "uip_sums_match", "uip_likes"}
+    named = zip(encoder.get_feature_names_out(), tokens.T, strict=True)
+    assert {name for name, values in named if not values.any()} == of_taste
 
 
 def test_labels_may_come_as_y(encoder, early, late):

@@ -91,14 +91,23 @@ def test_an_unknown_user_gets_the_prior():
 
 
 def test_empty_codes_are_reseeded():
-    offsets, noise, codewords, *_ = planted(n=1000)
-    mixture = CodebookMixture(5, random_state=0)
-    mixture._initialize(*(np.asarray(x) for x in (offsets, noise)), np.random.RandomState(0))
-    mixture.codewords_ = codewords.copy()
+    """At users who lie apart for what is known of them, not at those of whom little is known."""
+    rng, rank, spread = np.random.default_rng(0), 16, 0.02
+    groups = 0.35 * rng.normal(size=(5, rank))
+    events = np.exp(rng.uniform(0, np.log(300), 3000)).astype(int)
+    noise = 1.0 / events
+    offsets = groups[rng.integers(5, size=3000)]
+    offsets = offsets + rng.normal(size=(3000, rank)) * np.sqrt(spread + noise[:, None])
+    mixture = CodebookMixture(5, max_iter=200)
+    mixture._initialize(offsets, noise, np.random.RandomState(0))
+    mixture.codewords_ = groups.copy()
     mixture.codewords_[0] = 1e3  # nobody is near
+    mixture.codewords_[1] = (groups[0] + groups[1]) / 2  # two groups share this one
+    mixture.weights_, mixture.variance_ = np.full(5, 0.2), np.full(rank, 2 * spread)
     run = mixture._fit_single(offsets, noise)
-    assert run["reseeded_"]
-    assert run["weights_"].min() > 0.05
+    assert len(run["reseeded_"]) == 1
+    assert run["weights_"].min() > 0.15
+    assert run["lower_bound_"] > -6.5
 
 
 def test_not_converged_is_said():

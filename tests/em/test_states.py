@@ -64,10 +64,7 @@ def reference_state(table, events):
     weight, count = evidence(table["weight"], item, liked, rate)
     g = vectors[fold[table["user"][events]], item].astype(float)
     age = np.arange(len(events))[::-1]
-    sums = [
-        (a**age * weight) @ g,
-        [(a**age * count).sum(), (a ** (2 * age) * count**2).sum()],
-    ]
+    sums = [(a**age * weight) @ g, [(a**age * count).sum()]]
     mean, variance = np.zeros(RANK + 1), prior.copy()
     for x, i, y in zip(np.column_stack([np.ones(len(g)), g]), item, liked, strict=True):
         mean, variance = a * mean, a**2 * variance + (1 - a**2) * prior
@@ -142,26 +139,54 @@ def test_sums_forget_with_their_half_life():
     ((at, state),) = states.iter_states(kernels, history, events, np.array([3]))
     assert at.tolist() == [0]
     # ages 2, 1 and 0 at half-life 1: factors 1/4, 1/2 and 1.
-    np.testing.assert_allclose(state[0], [3 * (0.25 - 1.0 + 0.5), 1.75, 1 + 1 / 4 + 1 / 16])
+    np.testing.assert_allclose(state[0], [3 * (0.25 - 1.0 + 0.5), 1.75])
     offset, noise, known = states.offsets(state)
     np.testing.assert_allclose(offset[0], 3 * -0.25 / 1.75)
-    np.testing.assert_allclose(noise, 1.3125 / 1.75**2)
+    np.testing.assert_allclose(noise, 1 / 1.75)
     assert known.all()
 
 
 def test_what_is_all_but_forgotten_is_no_evidence():
-    """Else the squares leave the range of float32 first, and one old event has no noise at all."""
+    """The noise of one old event grows with each event that is none, until there is none left."""
     vectors = np.full((1, 1, 1), 3.0, dtype=np.float32)
     kernels = pack([RunningSums(vectors, np.zeros(1), np.ones(1), "negative", 1.0)], np.zeros(1))
     state = kernels.initial.copy()
     advance(state, kernels, 0, 0, 0.0)
-    noises = []
-    for _ in range(100):
-        _, noise, known = states.offsets(state[None])
-        assert (noise[0] == 1.0) if known[0] else np.isinf(noise[0])
-        noises.append(noise[0])
+    for age in range(100):
+        offset, noise, known = states.offsets(state[None])
+        assert known[0] == (age < 40)
+        assert noise[0] == (2.0**age if known[0] else np.inf)
+        assert offset[0, 0] == (3.0 if known[0] else 0.0)
         advance(state, kernels, 0, 0, 1.0)
-    assert noises[0] == 1.0 and np.isinf(noises[-1]) and not state.any()
+    assert not state.any()
+
+
+def test_the_noise_is_that_of_a_drifting_profile():
+    """A random walk whose Kalman gain is 1 - a, seen with unit noise, is missed by 1 / N."""
+    a, rng, n_users = retention(5.0), np.random.default_rng(0), 4000
+    # gain 1 - a = P / (P + 1) before an event leaves P a after it; the walk brings P back
+    step = np.sqrt((1 - a) ** 2 / a)
+    profile, total = np.zeros(n_users), np.zeros(n_users)
+    for _ in range(60):
+        profile += step * rng.normal(size=n_users)
+        total = a * total + profile + rng.normal(size=n_users)
+    count = (1 - a**60) / (1 - a)
+    _, noise, _ = states.offsets(np.array([[0.0, count]]))
+    assert ((total / count - profile) ** 2).mean() == pytest.approx(noise[0], rel=0.1)
+
+
+@pytest.mark.parametrize("weight", ["positive", "all", "contrast"])
+def test_an_item_without_a_vector_is_no_evidence(weight):
+    vectors = np.array([[[3.0, 1.0], [0.0, 0.0]]], dtype=np.float32)
+    kernel = RunningSums(vectors, np.zeros(2), np.ones(2), weight, np.inf)
+    kernels = pack([kernel], np.full(2, 0.5))
+    state = kernels.initial.copy()
+    advance(state, kernels, 1, 0, 1.0)
+    assert not state.any()
+    advance(state, kernels, 0, 0, 1.0)
+    before = state.copy()
+    advance(state, kernels, 1, 0, 1.0)
+    np.testing.assert_array_equal(state, before)
 
 
 def test_static_history_sees_all_training_events():

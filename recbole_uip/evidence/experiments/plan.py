@@ -70,7 +70,7 @@ _OF_CODEBOOKS = ("codes", "rank", "levels", "directions")
 # are then made anew.
 RESULTS = 2
 # The same of runs with profiles alone, and of those with facets of texts.
-PROFILES = 3
+PROFILES = 4
 TEXTS = 2
 
 # What an arm of a model that reads events may say.

@@ -86,6 +86,18 @@ def test_durations(value, seconds):
         ({"uip_facet": {}}, "unknown setting 'uip_facet'; did you mean 'uip_facets'"),
         ({"uip_time": "sometimes"}, "uip_time='sometimes' must be one of"),
         ({"uip_refresh": "soon"}, "uip_refresh='soon' is not a duration"),
+        ({"uip_refresh": "1e308w"}, "uip_refresh='1e308w' is too long"),
+        ({"uip_facets": {"a": False}}, "uip_facets.a=False must be a mapping"),
+        ({"uip_arms": {"a": []}}, r"uip_arms.a=\[\] must be a mapping"),
+        ({"uip_arms": {"a": {"facets": 0}}}, "uip_arms.a.facets=0 must be all, or a list"),
+        (
+            {"uip_facets": {"a": {"source": "collaborative", "bins": 5}}},
+            "uip_facets.a.bins=5 has no meaning.*set uip_facets.a.match.bins",
+        ),
+        (
+            {"uip_facets": {"a": {"codes": 0, "half_life": [5, 20], "match": {}}}},
+            "uip_facets.a.half_life=.* has no meaning.*set uip_facets.a.match.half_life",
+        ),
         ({"uip_refresh": "1h", "uip_time": "static"}, "has no meaning with uip_time=static"),
         ({"uip_item_text": None}, r"uip_item_text is not set.*\['interests', 'taste'\]"),
         ({"uip_item_text": "no field"}, "must name at least one item field"),

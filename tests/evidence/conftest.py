@@ -138,6 +138,7 @@ class Laboratory:
         """Write ``experiment.json``; its folder."""
         folder = self.folder / name
         folder.mkdir()
+        places = ("dataset", "model", "arm", "variant")
         content = {
             "name": name,
             "title": f"The {name} experiment",
@@ -145,6 +146,10 @@ class Laboratory:
             "baseline": described[0]["arm"],
             "compare": [],
             "cases": described,
+            "family": [
+                {part: case[part] for part in places} | {"key": next(iter(case["seeds"].values()))}
+                for case in described
+            ],
             "tuning": [],
             "runs": "../runs",
             "commands": [f"recbole-uip experiment {name}"],

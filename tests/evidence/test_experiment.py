@@ -13,6 +13,7 @@ from recbole_uip.behaviours import TRAIN
 from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.sequences import SequenceConfig
 from recbole_uip.evidence.experiments import run as experiment_module
+from recbole_uip.evidence.experiments.outcomes import compare, load, measure
 from recbole_uip.evidence.experiments.plan import experiment_names, load_experiment
 from recbole_uip.evidence.experiments.run import run_experiment
 from recbole_uip.evidence.experiments.store import RunStore, key_of
@@ -409,7 +410,7 @@ UNREAD = {
     "uip_lm_text_tokens": 77, "uip_lm_adapter": "some/adapter", "uip_item_text": "{title}!",
     "uip_endings": {"liked": " a", "disliked": " b"}, "uip_facets.taste.codes": 8,
     "uip_facets.taste.directions": "fisher", "uip_facets.leniency.codes": 3,
-    "uip_facets.leniency.levels": 2, "uip_facets.leniency.rank": 3, "uip_facets.company.bins": 9,
+    "uip_facets.leniency.levels": 2, "uip_facets.leniency.rank": 3,
     "uip_likelihood": "item", "uip_gradient": {"steps": 3},
 }  # fmt: skip
 
@@ -850,6 +851,23 @@ def test_the_best_point_of_the_grid_by_validation_is_run(written, tmp_path, monk
         assert case["seeds"]["1"] == tuned["grid"][best]["key"]
         other = store.read(case["seeds"]["2"])["config"]
         assert {name: other[name] for name in grid} == tuned["chosen"]
+
+
+def test_no_seed_is_tuned_on_the_test_rows_of_another(written, tmp_path):
+    tune = {"tune": {"seed": 1, "grid": {"learning_rate": [0.01]}}}
+    apart = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": None, "mode": "labeled"}
+    with pytest.raises(SettingsError, match="tune.seed=1 would be tuned on rows that other seeds"):
+        run_experiment(written({"seeds": [1, 2], **tune}, eval_args=apart), tmp_path / "out")
+    run_experiment(written({"seeds": [1], **tune}, eval_args=apart), tmp_path / "out")
+
+
+def test_verdicts_are_corrected_for_what_the_file_asks(written, tmp_path):
+    arms = {**ARMS, "again": {"facets": [], "user_id": "drop"}}
+    experiment = written({"arms": arms, "compare": [["uip", "again"]]})
+    folder = run_experiment(experiment.only(arms=["plain", "uip"]), tmp_path, whole=experiment)
+    outcomes = load(folder)
+    (comparison,) = compare(outcomes, measure([outcomes]))
+    assert comparison.n_tests == 3
 
 
 def test_a_point_without_auc_is_not_chosen(written, tmp_path, monkeypatch):

@@ -221,12 +221,15 @@ class Outcomes:
         In the plan's order.
     tuned : list of Tuned
         Empty where nothing was tuned.
+    family : list of CaseOutcome
+        All that the experiment's file asks, without runs, each with the key of one seed.
     """
 
     folder: Path
     plan: dict[str, Any] = field(repr=False)
     cases: list[CaseOutcome]
     tuned: list[Tuned] = field(default_factory=list)
+    family: list[CaseOutcome] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -325,6 +328,10 @@ def load(folder: str | Path) -> Outcomes:
             )
             for each in plan.get("tuning") or ()
         ]
+        family = []
+        for each in plan["family"]:
+            family.append(_case(each))
+            family[-1].missing[0] = each["key"]
     except SettingsError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -332,7 +339,7 @@ def load(folder: str | Path) -> Outcomes:
             f"{path} is not the plan of an experiment ({type(error).__name__}: {error}): run "
             "recbole-uip experiment again"
         ) from error
-    return Outcomes(folder, plan, cases, tuned)
+    return Outcomes(folder, plan, cases, tuned, family)
 
 
 def _case(given: Mapping[str, Any]) -> CaseOutcome:
@@ -508,24 +515,16 @@ class Comparison:
 def compare(outcomes: Outcomes, measured: Mapping[str, Measured]) -> list[Comparison]:
     """Differences from the baseline, then those of the plan's pairs.
 
-    A metric's p-values are adjusted for the number of all that are planned, finished or not, where
-    what is of the same runs under two settings counts once.
+    A metric's p-values are adjusted for the number of all that the experiment's file asks, run or
+    not, where what is of the same runs under two settings counts once.
 
     A case is compared with the other arm's case of the same dataset and model whose settings it
     shares (all of them, or as many as there is one with). An arm that does not exist with the
     case's model is taken with each model that it exists with.
     """
-    wanted = [(arm, outcomes.baseline) for arm in outcomes.arms if arm != outcomes.baseline]
-    wanted += [tuple(pair) for pair in outcomes.plan.get("compare") or ()]
-    planned = [
-        (case, against)
-        for arm, other in dict.fromkeys(wanted)
-        for case in outcomes.cases
-        if case.arm == arm
-        for against in _partners(outcomes, case, other)
-    ]
-    n_tests = len({_identity(*pair) for pair in planned})
-    found = [each for pair in planned if (each := _compare(*pair, measured, n_tests))]
+    n_tests = len({_identity(*pair) for pair in _pairs(outcomes, outcomes.family)})
+    pairs = _pairs(outcomes, outcomes.cases)
+    found = [each for pair in pairs if (each := _compare(*pair, measured, n_tests))]
     compared = {each.identity: each for each in found if each.seeds}
     for metric in TESTED:
         p_seeds = statistics.holm(
@@ -542,13 +541,29 @@ def compare(outcomes: Outcomes, measured: Mapping[str, Measured]) -> list[Compar
     return found
 
 
+def _pairs(
+    outcomes: Outcomes, cases: Sequence[CaseOutcome]
+) -> list[tuple[CaseOutcome, CaseOutcome]]:
+    """All that are compared of ``cases``."""
+    arms = dict.fromkeys(case.arm for case in cases)
+    wanted = [(arm, outcomes.baseline) for arm in arms if arm != outcomes.baseline]
+    wanted += [tuple(pair) for pair in outcomes.plan.get("compare") or ()]
+    return [
+        (case, against)
+        for arm, other in dict.fromkeys(wanted)
+        for case in cases
+        if case.arm == arm
+        for against in _partners(cases, case, other)
+    ]
+
+
 def _identity(case: CaseOutcome, against: CaseOutcome) -> tuple:
     """The planned runs of both sides: two settings may be one pair of runs."""
     return tuple(tuple(sorted(each.keys.items())) for each in (case, against))
 
 
-def _partners(outcomes: Outcomes, case: CaseOutcome, arm: str) -> list[CaseOutcome]:
-    same_data = [each for each in outcomes.cases if (each.dataset, each.arm) == (case.dataset, arm)]
+def _partners(cases: Sequence[CaseOutcome], case: CaseOutcome, arm: str) -> list[CaseOutcome]:
+    same_data = [each for each in cases if (each.dataset, each.arm) == (case.dataset, arm)]
     pool = [each for each in same_data if each.model == case.model] or same_data
     best: dict[str, CaseOutcome] = {}
     for each in pool:

@@ -100,7 +100,9 @@ def run_experiment(
             ]
             for case in cases
         }
-        _make([run for grid in grids.values() for _, run in grid], store, workers, "tuning")
+        points = [run for grid in grids.values() for _, run in grid]
+        _refuse_other_splits(experiment, points)
+        _make(points, store, workers, "tuning")
         for case, grid in grids.items():
             best = max(grid, key=lambda pair: _valid_auc(store.read(pair[1].key)))
             chosen[case] = best[0]
@@ -123,6 +125,11 @@ def run_experiment(
         "question": experiment.question,
         "baseline": whole.baseline,
         "compare": [list(pair) for pair in whole.compare],
+        # All that the file asks, whatever part of it is run: verdicts are corrected for so many.
+        "family": [
+            {**_describe(case), "key": whole.run(case, whole.seeds[0]).key}
+            for case in whole.cases()
+        ],
         "cases": [
             {**_describe(case), "seeds": {str(run.seed): run.key for run in each}}
             for case, each in runs.items()
@@ -138,6 +145,19 @@ def run_experiment(
         file.write("\n")
     _make([run for each in runs.values() for run in each], store, workers, experiment.name)
     return folder
+
+
+def _refuse_other_splits(experiment: Experiment, runs: Sequence[Run]) -> None:
+    """Refuse to tune on rows that are test rows of other seeds."""
+    seeds = set(experiment.seeds) - {experiment.tune.seed}
+    for run in runs:
+        config = run.config
+        if seeds and config["eval_args"]["order"] == "RO" and not config["benchmark_filename"]:
+            raise SettingsError(
+                f"experiment {experiment.name}: tune.seed={experiment.tune.seed} would be tuned on "
+                f"rows that other seeds are tested on, for eval_args.order=RO splits anew by each "
+                f"seed: set order: TO, or seeds: [{experiment.tune.seed}]"
+            )
 
 
 def _definition(experiment: Experiment) -> str:

@@ -156,9 +156,9 @@ def _how_to_read(resamples: int, command: str | None) -> Section:
                 "all their rows; the AUC difference is the mean over seeds within each draw; "
                 "2.5% and 97.5% quantiles. It tells what other users would give. Its p-value "
                 "takes the draws' standard deviation as the standard error of a normal statistic.",
-                "Holm: p-values are adjusted for the number of comparisons that the experiment has "
-                "planned, finished or not, seeds and users apart. Higher or lower is said only "
-                "where both are below .05.",
+                "Holm: p-values are adjusted for the number of comparisons that the experiment's "
+                "file asks, run or not, seeds and users apart. Higher or lower is said only where "
+                "both are below .05.",
                 "Not told apart does not mean equal: the interval says what is still possible.",
                 "Intervals of slices, settings and other metrics are not adjusted.",
             ]

@@ -158,9 +158,9 @@ def _auc_differences(comparisons: Sequence[Comparison]) -> Table:
         "auc",
         "AUC differences on the same rows, with 95% intervals. Over seeds: paired t-interval. Over "
         "users: cluster bootstrap of the mean over seeds. p: two-sided, adjusted by Holm's method "
-        f"for the {comparisons[0].n_tests} comparisons that this experiment has planned. A verdict "
-        "of higher or lower needs both p below .05. Relative improvement in two customs: "
-        "rel. AUC = AUC / base − 1, RelaImpr = (AUC − .5) / (base − .5) − 1.",
+        f"for the {comparisons[0].n_tests} comparisons that this experiment's file asks, run or "
+        "not. A verdict of higher or lower needs both p below .05. Relative improvement in two "
+        "customs: rel. AUC = AUC / base − 1, RelaImpr = (AUC − .5) / (base − .5) − 1.",
         with_relative=True,
     )
 

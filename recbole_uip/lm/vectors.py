@@ -135,7 +135,8 @@ def _open_vectors(
     cache = Path(cache).expanduser()
     source = resolve(settings, cache)
     _, dtype = resolve_dtype(settings)
-    parts = [*about.values(), source.fingerprint, str(dtype), settings.text_tokens]
+    parts = [prompts.VERSION, *about.values()]
+    parts += [source.fingerprint, str(dtype), settings.text_tokens]
     key = hashlib.sha256(json.dumps(parts).encode())
     folder = cache / kind / key.hexdigest()[:32]
     return source, open_store(folder, settings, source.fingerprint, dtype, about)

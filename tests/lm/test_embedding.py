@@ -10,6 +10,7 @@ import torch
 
 from recbole_uip.lm import backbone as backbones
 from recbole_uip.lm import embedding, vectors
+from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.embedding import embed, mean_states
 from recbole_uip.settings import LMSettings
 
@@ -108,6 +109,12 @@ def test_other_types_have_their_own_embeddings(settings, tmp_path):
     narrow = dataclasses.replace(settings, dtype="bfloat16")
     assert embed(TEXTS[:1], narrow, tmp_path).lm_tokens > 0
     assert len(list((tmp_path / "embeddings").iterdir())) == 2
+
+
+def test_another_prompt_version_is_read_anew(settings, tmp_path, monkeypatch):
+    first = embed(TEXTS[:1], settings, tmp_path)
+    monkeypatch.setattr(prompts, "VERSION", prompts.VERSION + 1)
+    assert embed(TEXTS[:1], settings, tmp_path).lm_tokens == first.lm_tokens > 0
 
 
 def test_no_texts(settings, tmp_path):

@@ -15,8 +15,15 @@ import torch
 
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelSource, load, resolve, resolve_dtype
-from recbole_uip.lm.scoring import check_lengths, distinct_texts, open_store, put_through
-from recbole_uip.lm.store import ScoreStore, digest
+from recbole_uip.lm.scoring import (
+    check_lengths,
+    distinct_texts,
+    holds,
+    open_store,
+    put_through,
+    read_or_run,
+)
+from recbole_uip.lm.store import ScoreStore
 from recbole_uip.settings import LMSettings
 
 __all__ = ["Reader", "Vectors", "holds_texts", "read_texts"]
@@ -103,19 +110,19 @@ def read_texts(
     distinct, row_of = distinct_texts(texts)
 
     source, store = _open_vectors(kind, about, settings, cache)
-    columns, found = store.read([digest(text) for text in distinct])
-    vectors, lm_tokens = columns.get("vectors"), 0
-    # without any text, only the LM knows how wide it is
-    if vectors is None or not found.all():
+
+    def opened() -> tuple[Reader, Backbone]:
         backbone = load(settings, cache, source)
-        reader = open_reader(backbone)
-        missing = np.flatnonzero(~found)
-        if vectors is None:
-            vectors = np.zeros((len(distinct), reader.width), np.float32)
-        if len(missing):
-            chosen = [distinct[row] for row in missing]
-            vectors[missing], lm_tokens = _read_missing(chosen, kind, reader, backbone, store)
-            store.compact()
+        return open_reader(backbone), backbone
+
+    columns, lm_tokens = read_or_run(
+        distinct, store, lambda missing: _read_missing(missing, kind, *opened(), store)
+    )
+    if not distinct:
+        # only the LM knows how wide a vector is
+        reader, _ = opened()
+        columns = {"vectors": np.zeros((0, reader.width), np.float32)}
+    vectors = columns["vectors"]
     return Vectors(vectors[row_of], lm_tokens, time.perf_counter() - started, source.fingerprint)
 
 
@@ -124,8 +131,7 @@ def holds_texts(
 ) -> bool:
     """Whether :func:`read_texts` would find every text in the cache."""
     _, store = _open_vectors(kind, about, settings, cache)
-    _, found = store.read([digest(text) for text in texts])
-    return bool(found.all())
+    return holds(store, texts)
 
 
 def _open_vectors(
@@ -144,18 +150,16 @@ def _open_vectors(
 
 def _read_missing(
     texts: list[str], kind: str, reader: Reader, backbone: Backbone, store: ScoreStore
-) -> tuple[np.ndarray, int]:
-    """Vectors of ``texts``, put through the LM, and LM tokens."""
+) -> tuple[dict[str, np.ndarray], int]:
+    """Put ``texts`` through the LM, saving shards on the way; their columns, and LM tokens."""
     ids = prompts.text_ids(backbone, texts)
     check_lengths(texts, ids, backbone, reader.n_before)
-    lengths = np.array([reader.n_more + len(row) for row in ids])
-    columns, lm_tokens = put_through(
+    return put_through(
         texts,
         ids,
-        lengths,
+        np.array([reader.n_more + len(row) for row in ids]),
         lambda batch: {"vectors": reader.read(batch)},
         backbone,
         store,
         f"{kind} of texts",
     )
-    return columns["vectors"], lm_tokens

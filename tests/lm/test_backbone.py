@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -18,9 +19,15 @@ import pytest
 import torch
 
 from recbole_uip.lm import backbone as backbones
-from recbole_uip.lm.backbone import ModelError, load, resolve, resolve_dtype
+from recbole_uip.lm.backbone import (
+    ModelError,
+    load,
+    local_fingerprint,
+    resolve,
+    resolve_dtype,
+)
 from recbole_uip.lm.scoring import score
-from recbole_uip.settings import LMSettings
+from recbole_uip.settings import DEFAULT_LM, LMSettings
 
 from .conftest import ENDINGS, TEXTS
 
@@ -202,6 +209,27 @@ def test_the_fingerprint_is_of_the_content(model_folder, tmp_path):
     weights.write_bytes(content)
     changed = resolve(LMSettings(name=str(copy)), tmp_path / "cache")
     assert changed.fingerprint != same.fingerprint
+
+
+def test_what_a_name_stands_for_here_is_known_without_fetching(
+    model_folder, pip, tmp_path, monkeypatch
+):
+    cache, snapshots = tmp_path / "cache", {}
+    of = functools.partial(local_fingerprint, cache=cache)
+
+    def snapshot(hub_id, online, weights=""):
+        assert not online
+        return snapshots.get(hub_id)
+
+    monkeypatch.setattr(backbones, "_hub_snapshot", snapshot)
+    assert of(DEFAULT_LM) is None and of("owner/name") is None
+    snapshots |= {backbones.HUB_ID: model_folder, "owner/name": model_folder}
+    assert of(DEFAULT_LM) == of("owner/name") == of(str(model_folder)) is not None
+    # The wheel's file comes before the hub's, and its name says all.
+    (cache / "models" / "tiny-1").mkdir(parents=True)
+    (cache / "models" / "tiny-1" / "model.gguf").write_bytes(CONTENT)
+    assert of(DEFAULT_LM) is None
+    assert pip.calls == 0
 
 
 @pytest.fixture

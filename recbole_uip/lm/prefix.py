@@ -52,8 +52,6 @@ VERSION = 1
 # Of the layers, the last one in so many is moved.
 MOVED = 6
 BRIDGE = ":"
-# Logits of a pass, at most; what is made of them takes a few times as much.
-LOGIT_BYTES = 1 << 30
 
 
 def score_prefix(
@@ -251,6 +249,11 @@ class Prefix:
             use_cache=True,
         ).logits
 
+    @property
+    def makes_logits(self) -> bool:
+        """Whether a run is of logits."""
+        return self._llama is None
+
     def logits(self, run: torch.Tensor) -> torch.Tensor:
         """Of all tokens of a run, as :func:`recbole_uip.lm.prompt.logits`."""
         logits = run if self._llama is None else functional.linear(run, self._llama.head)
@@ -336,10 +339,7 @@ class PrefixScorer(Prefix):
         """
         common = self.prompt.ending.common if self.prompt.ending else ()
         full = [[*text, *common] for text in texts]
-        vocabulary = self.backbone.model.config.get_text_config().vocab_size
-        longest = max(map(len, full)) + 1
-        n_rows = max(1, LOGIT_BYTES // (4 * vocabulary * longest))
-        parts = [slice(start, start + n_rows) for start in range(0, len(texts), n_rows)]
+        parts = prompts.passes(self.backbone, full)
         return torch.cat([self._score(texts[part], full[part]) for part in parts])
 
     def _score(self, texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -482,7 +482,7 @@ def check_mask(backbone: Backbone, prompt: Prompt) -> None:
 def score_by_autograd(
     backbone: Backbone, prompt: Prompt, texts: Sequence[Sequence[int]]
 ) -> dict[str, torch.Tensor]:
-    """Score a batch for any causal LM: one differentiable pass over prefix and texts.
+    """Score a batch for any causal LM: differentiable passes over prefix and texts.
 
     Parameters
     ----------
@@ -499,6 +499,20 @@ def score_by_autograd(
     """
     common = prompt.ending.common if prompt.ending else ()
     full = [[*text, *common] for text in texts]
+    results = [
+        _score_pass(backbone, prompt, texts[part], full[part])
+        for part in prompts.passes(backbone, full)
+    ]
+    return {name: torch.cat([each[name] for each in results]) for name in results[0]}
+
+
+def _score_pass(
+    backbone: Backbone,
+    prompt: Prompt,
+    texts: Sequence[Sequence[int]],
+    full: Sequence[Sequence[int]],
+) -> dict[str, torch.Tensor]:
+    """Scores of texts, whose endings are part of ``full``, in one pass."""
     # one copy of θ per text, so that one backward pass gives each text its own gradient
     theta = prompt.theta0(backbone).expand(len(texts), -1, -1).clone().requires_grad_()
     logits = prompts.logits(backbone, prompt, theta, full)

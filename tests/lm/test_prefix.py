@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recbole_uip.lm import llama, prefix, prefix_llama, vectors
+from recbole_uip.lm import llama, prefix_llama, vectors
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelError, load, resolve
 from recbole_uip.lm.forward import prefix_likelihoods
@@ -111,7 +111,7 @@ def test_other_layouts(kind, sizes, ids):
 
 def test_passes_of_few_logits_say_the_same(scorer, ids, monkeypatch):
     together = scorer.score(ids)
-    monkeypatch.setattr(prefix, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(prompts, "LOGIT_BYTES", 1)
     torch.testing.assert_close(scorer.score(ids), together, rtol=1e-10, atol=1e-12)
 
 

@@ -160,7 +160,7 @@ def resolve(settings: LMSettings, cache: Path) -> ModelSource:
     files = _content_files(path, "uip_lm")
     if settings.adapter is not None:
         adapter = _find(settings.adapter, "uip_lm_adapter", ADAPTER_WEIGHTS)
-        files += _content_files(adapter, "uip_lm_adapter")
+        files += _content_files(adapter, "uip_lm_adapter", ADAPTER_WEIGHTS)
     return ModelSource(path, adapter, _fingerprint(files, models))
 
 
@@ -185,7 +185,7 @@ def local_fingerprint(name: str, cache: Path, adapter: bool = False) -> str | No
         path = None if _unpacked_wheel(models) else _hub_snapshot(HUB_ID, online=False)
     elif not path.exists():
         path = _hub_snapshot(name, online=False, weights=weights)
-    return None if path is None else _fingerprint(_content_files(path, ""), models)
+    return None if path is None else _fingerprint(_content_files(path, "", weights), models)
 
 
 def _fingerprint(files: Iterable[tuple[str, Path]], models: Path) -> str:
@@ -458,6 +458,7 @@ def _is_whole(folder: Path, weights: str) -> bool:
         return False
     if not (folder / "config.json").is_file() or not any(folder.glob("tokenizer*")):
         return (folder / "adapter_config.json").is_file()  # which has neither
+    files = [file for file in files if file.suffix == files[0].suffix]
     if not any("-of-" in file.name for file in files):
         return True
     # There may be the index of another format besides, whose files are not fetched.
@@ -504,18 +505,22 @@ def _fetch_wheel(wheel: _Wheel, target: Path) -> Path:
 
 
 def _weight_files(folder: Path, begin: str = "") -> list[Path]:
-    files = [path for path in sorted(folder.glob("*.safetensors")) if path.name.startswith(begin)]
-    return files or [p for p in sorted(folder.glob("*.bin")) if p.name.startswith(begin)]
+    """Weight files of both formats, whose names begin so."""
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
+    return [path for path in files if path.name.startswith(begin)]
 
 
-def _content_files(path: Path, key: str) -> list[tuple[str, Path]]:
-    """The files that make the model what it is, as (name, path)."""
+def _content_files(path: Path, key: str, weights: str = "") -> list[tuple[str, Path]]:
+    """The files that make the model what it is, as (name, path).
+
+    Weights of both formats: which of them are read depends on their names.
+    """
     if path.is_file():
         return [("model.gguf", path)]
     small = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".model", ".txt")]
     skip = ("README", "generation_config", "trainer_state")
     small = [p for p in small if p.is_file() and not p.name.startswith(skip)]
-    return [(f"{key}/{p.name}", p) for p in small + _weight_files(path)]
+    return [(f"{key}/{p.name}", p) for p in small + _weight_files(path, weights)]
 
 
 def _hash_files(files: Iterable[tuple[str, Path]], memo_path: Path) -> list[tuple[str, str]]:

@@ -40,7 +40,7 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Vectors:
     Returns
     -------
     Vectors
-        Of the LM's width, in the order of ``texts``.
+        Of the width of the last hidden states, in the order of ``texts``.
 
     Raises
     ------
@@ -52,8 +52,7 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Vectors:
 
     def open_reader(backbone: Backbone) -> Reader:
         lead = prompts.lead_ids(backbone)
-        width = backbone.model.config.get_text_config().hidden_size
-        return Reader(lambda batch: mean_states(backbone, lead, batch), width, len(lead), len(lead))
+        return Reader(lambda batch: mean_states(backbone, lead, batch), len(lead), len(lead))
 
     return read_texts(texts, "embeddings", {"version": VERSION}, open_reader, settings, cache)
 

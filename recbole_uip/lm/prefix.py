@@ -100,7 +100,7 @@ def score_prefix(
         scorer = PrefixScorer(backbone, prompt, of_feedback)
         n_ending = len(prompt.ending.common) if prompt.ending else 0
         n_more = 1 + n_ending
-        return Reader(scorer.score, scorer.width, len(prompt) + n_more, n_more)
+        return Reader(scorer.score, len(prompt) + n_more, n_more)
 
     about = _about(facets, of_feedback, endings)
     return read_texts(texts, "prefix", about, open_reader, settings, cache)
@@ -319,11 +319,6 @@ class PrefixScorer(Prefix):
     def __init__(self, backbone: Backbone, prompt: Prompt, of_feedback: Sequence[bool]) -> None:
         super().__init__(backbone, prompt)
         self.of_feedback = list(of_feedback)
-
-    @property
-    def width(self) -> int:
-        """Length of a score vector: F facets, the moved layers' values of each."""
-        return self.theta0.numel()
 
     def score(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Score a batch.

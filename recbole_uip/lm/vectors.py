@@ -57,15 +57,13 @@ class Reader:
     Attributes
     ----------
     read : callable
-        Takes the token ids of a batch of n texts; the vectors, shape (n, width).
-    width : int
+        Takes the token ids of a batch of n texts; their vectors, shape (n, d).
     n_before, n_more : int
         Positions before each text's own that the LM has to have, and tokens that each text costs
         besides its own.
     """
 
     read: Callable[[list[list[int]]], torch.Tensor]
-    width: int
     n_before: int
     n_more: int
 
@@ -119,9 +117,9 @@ def read_texts(
         distinct, store, lambda missing: _read_missing(missing, kind, *opened(), store)
     )
     if not distinct:
-        # only the LM knows how wide a vector is
+        # only the LM knows how wide a vector is, by one of any text
         reader, _ = opened()
-        columns = {"vectors": np.zeros((0, reader.width), np.float32)}
+        columns = {"vectors": reader.read([[0]])[:0].float().cpu().numpy()}
     vectors = columns["vectors"]
     return Vectors(vectors[row_of], lm_tokens, time.perf_counter() - started, source.fingerprint)
 

@@ -221,8 +221,8 @@ def test_without_lm(toy, tmp_path, capsys, monkeypatch):
     stage = results["figures"][0]["details"]
     assert (stage["rows"], stage["facets"], stage["fields"]) == (400, 1, 2)
     assert len(stage["seconds"]) == 2
-    # two fields of one direction: S, N and M, written and read
-    assert stage["state_bytes"] == 400 * 2 * 3 * 4 * 2
+    # two fields of one direction: S and N, written and read
+    assert stage["state_bytes"] == 400 * 2 * 2 * 4 * 2
     assert not (tmp_path / "cache").exists()
 
 

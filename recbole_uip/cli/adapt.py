@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_adapt"]
 
+# RecBole's, which look as if they were of the adapter's training.
+_OF_TRAINING = ("learner", "weight_decay", "train_batch_size", "stopping_step", "clip_grad_norm")
+
 
 def add_adapt(subcommands: argparse._SubParsersAction) -> None:
     """Add ``adapt`` to the subcommands."""
@@ -36,15 +39,28 @@ def add_adapt(subcommands: argparse._SubParsersAction) -> None:
         ("epochs", 5, "passes over the texts; that with the least held-out loss is kept"),
     ]
     add_numbers(adapt, numbers)
+    adapt.add_argument(
+        "--learning_rate",
+        type=float,
+        metavar="RATE",
+        help="of AdamW (default: 1e-3 for lora, 3e-2 for prompt); one in a file is RecBole's",
+    )
     adapt.set_defaults(function=_adapt, parser=adapt)
 
 
 def _adapt(namespace: argparse.Namespace, overrides: list[str], command: str) -> None:
+    from recbole_uip.bridge.config import parse_command_line
     from recbole_uip.evidence.task import load_task, parse_config
     from recbole_uip.lm.adapt import adapt
     from recbole_uip.settings import SettingsError
 
     files = start(namespace, overrides)
+    for key in parse_command_line(overrides):
+        if key in _OF_TRAINING:
+            raise SettingsError(
+                f"--{key} is of RecBole's training and has no part in this one: leave it out; "
+                "recbole-uip adapt --help names what can be set"
+            )
     _, config = parse_config(namespace.dataset, files, None, overrides)
     task = load_task(config)
     if not task.distinct:
@@ -60,6 +76,7 @@ def _adapt(namespace: argparse.Namespace, overrides: list[str], command: str) ->
         method=namespace.method,
         size=namespace.size,
         epochs=namespace.epochs,
+        learning_rate=namespace.learning_rate,
         seed=task.settings.seed,
     )
     curve = ", ".join(f"{loss:.3f}" for loss in found.curve)

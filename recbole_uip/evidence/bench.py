@@ -29,7 +29,7 @@ from recbole_uip.lm.backbone import resolve_dtype
 from recbole_uip.lm.prefix import n_moved
 from recbole_uip.lm.scoring import MAX_WORKERS
 from recbole_uip.records import peak_memory, versions
-from recbole_uip.settings import SettingsError
+from recbole_uip.settings import LM_SOURCES, SettingsError
 
 __all__ = [
     "Matrices",
@@ -293,17 +293,20 @@ def bench_profiles(
     data_seconds = time.perf_counter() - started
     here = machine()
     figures: list[Figure] = []
-    if task.prompts:
+    if _reads_lm(task):
         device, dtype = resolve_dtype(task.settings.lm)
         here |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
         if device.type == "cuda":
             here["gpu"] = torch.cuda.get_device_name(device)
-        cache = task.settings.cache.expanduser()
-        cache.mkdir(parents=True, exist_ok=True)
+        cache = task.settings.cache.expanduser().resolve()
+        models = cache / "models"
+        models.mkdir(parents=True, exist_ok=True)
         # In the user's cache, so that scores are read from the disk they would be read from.
         with tempfile.TemporaryDirectory(dir=cache, prefix=".bench-") as folder:
+            Path(folder, "models").symlink_to(models, target_is_directory=True)
             chosen = task.distinct[:items]
-            figures += _lm_figures(task, chosen, Path(folder), repeats)
+            if task.prompts:
+                figures += _lm_figures(task, chosen, Path(folder), repeats)
             if len(chosen) == len(task.distinct):
                 stage = task.using(Path(folder))
             elif _holds_scores(task):
@@ -329,7 +332,7 @@ def bench_profiles(
 
 
 def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list[Figure]:
-    """Scoring ``texts`` into the empty folder ``cache``, and reading them from there."""
+    """Scoring ``texts`` into ``cache``, which has no scores, and reading them from there."""
     settings = task.settings
     # Once before: fetches and dequantises what is not there yet, and says what is multiplied.
     logger.info("resolving %s", settings.lm.name)
@@ -341,9 +344,6 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     n_layers = backbone.model.config.get_text_config().num_hidden_layers
     del backbone
     gc.collect()
-    models = settings.cache.expanduser().resolve() / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    (cache / "models").symlink_to(models, target_is_directory=True)
 
     def ceiling() -> float:
         return matmul_ceiling(weights.layers, batch_tokens, dtype, device)
@@ -425,15 +425,23 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     return [scoring, rate, prefix, reading]
 
 
+def _reads_lm(task: Task) -> bool:
+    """Whether a facet's evidence is of the LM."""
+    return any(set(facet.text_sources) & set(LM_SOURCES) for facet in task.settings.facets)
+
+
 def _holds_scores(task: Task) -> bool:
-    """Whether the user's cache holds the scores of every text."""
+    """Whether the user's cache holds all that the LM makes of every text."""
     settings, texts = task.settings, task.distinct
-    given, held = (settings.lm, settings.cache), True
+    # Soft tokens that are tuned are the LM's as well, and are not asked for.
+    given, held = (settings.lm, settings.cache), not settings.tuned_facets
     if settings.prompts:
-        held = lm.holds_scores(texts, settings.prompts, task.endings, *given)
+        held = held and lm.holds_scores(texts, settings.prompts, task.endings, *given)
     if settings.prefix_facets:
         prompt = settings.prefix_prompt(task.endings)
         held = held and lm.holds_prefix_scores(texts, *prompt, *given)
+    if any("embedding" in facet.text_sources for facet in settings.facets):
+        held = held and lm.holds_embeddings(texts, *given)
     return held
 
 
@@ -446,6 +454,9 @@ def _stage_figures(task: Task, bandwidth: float, repeats: int) -> list[Figure]:
         results.clear()  # before the next: one run's memory, not two's
         results.append(profiles.infer(task.behaviours, task.texts, task.settings, task.fold))
 
+    if _reads_lm(task):
+        # What the LM makes of texts is cached then, also what the scoring above had no part in.
+        infer()
     cpu_started = time.process_time()
     seconds = timed(infer, repeats)
     cpu_seconds = (time.process_time() - cpu_started) / repeats

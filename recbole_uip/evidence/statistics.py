@@ -254,17 +254,16 @@ class _RankedPairs:
         return float(wins / total) if total > 0 else float("nan")
 
 
-def auc(label: np.ndarray, score: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """AUC of weighted rows, ties counting half; NaN where one class has no weight.
+def auc(label: np.ndarray, score: np.ndarray) -> float:
+    """AUC, ties counting half; NaN where all rows are of one class.
 
     Parameters
     ----------
-    label, score, weight : ndarray, shape (n_rows,)
-        ``label`` is 1 where liked; weights are 1 by default.
+    label, score : ndarray, shape (n_rows,)
+        ``label`` is 1 where liked.
     """
     pairs = _RankedPairs(label, score)
-    weight = np.ones(len(score)) if weight is None else np.asarray(weight, dtype=np.float64)
-    return pairs.auc(weight[pairs.positives], weight[pairs.negatives])
+    return pairs.auc(np.ones(len(pairs.positives)), np.ones(len(pairs.negatives)))
 
 
 def logloss(label: np.ndarray, score: np.ndarray) -> float:

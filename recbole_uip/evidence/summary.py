@@ -179,8 +179,8 @@ def _check_alike(whose: str, one: dict, other: dict) -> None:
 
 
 def _known(by_seed: Mapping[int, dict], seeds: Sequence[int], metric: str) -> np.ndarray:
-    """The metric by seed; NaN where labels were all alike, for which the file has null."""
-    return np.array([by_seed[seed][metric] for seed in seeds], dtype=float)
+    """The metric by seed; NaN where the file has null, for labels all alike, or has no such one."""
+    return np.array([by_seed[seed].get(metric) for seed in seeds], dtype=float)
 
 
 def _setting(outcome: dict, name: str) -> object:

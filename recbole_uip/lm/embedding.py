@@ -17,13 +17,14 @@ import torch
 
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone
-from recbole_uip.lm.vectors import Reader, Vectors, read_texts
+from recbole_uip.lm.vectors import Reader, Vectors, holds_texts, read_texts
 from recbole_uip.settings import LMSettings
 
-__all__ = ["embed", "mean_states"]
+__all__ = ["embed", "holds_embeddings", "mean_states"]
 
 # part of every cache key: raise it when what is kept of a text changes
 VERSION = 1
+_ABOUT = {"version": VERSION}
 
 
 def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Vectors:
@@ -40,7 +41,7 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Vectors:
     Returns
     -------
     Vectors
-        Of the LM's width, in the order of ``texts``.
+        Of the width of the last hidden states, in the order of ``texts``.
 
     Raises
     ------
@@ -52,10 +53,14 @@ def embed(texts: Sequence[str], settings: LMSettings, cache: Path) -> Vectors:
 
     def open_reader(backbone: Backbone) -> Reader:
         lead = prompts.lead_ids(backbone)
-        width = backbone.model.config.get_text_config().hidden_size
-        return Reader(lambda batch: mean_states(backbone, lead, batch), width, len(lead), len(lead))
+        return Reader(lambda batch: mean_states(backbone, lead, batch), len(lead), len(lead))
 
-    return read_texts(texts, "embeddings", {"version": VERSION}, open_reader, settings, cache)
+    return read_texts(texts, "embeddings", _ABOUT, open_reader, settings, cache)
+
+
+def holds_embeddings(texts: Sequence[str], settings: LMSettings, cache: Path) -> bool:
+    """Whether :func:`embed` would find every text in the cache."""
+    return holds_texts(texts, "embeddings", _ABOUT, settings, cache)
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def likelihoods(
         logit = prompts.verb_difference(logits, prompt.ending, full) if prompt.ending else None
         return prompts.sum_log_probs(logits, texts), logit
 
-    return _in_batches(backbone, prompt, say, texts, len(prompt), 0)
+    return _in_batches(backbone, prompt, say, texts, len(prompt), 0, True)
 
 
 @torch.no_grad()
@@ -75,7 +75,8 @@ def prefix_likelihoods(
         prefix.keep(full, len(full[0]) - len(texts[0]))
         return prefix.likelihoods(prefix.run(theta.expand(len(full), -1, -1), full), texts)
 
-    return _in_batches(prefix.backbone, prefix.prompt, say, texts, 0, len(prefix.bridge))
+    n_text = len(prefix.bridge)
+    return _in_batches(prefix.backbone, prefix.prompt, say, texts, 0, n_text, prefix.makes_logits)
 
 
 def _in_batches(
@@ -83,12 +84,14 @@ def _in_batches(
     prompt: Prompt,
     say: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     texts: Sequence[Sequence[int]],
-    n_batch: int,
+    n_pass: int,
     n_text: int,
+    makes_logits: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """What :func:`likelihoods` gives, by what is said of texts, and of them with their endings.
 
-    A batch costs ``n_batch`` LM tokens and each of its texts ``n_text`` besides the texts' own.
+    A pass costs ``n_pass`` LM tokens and each of its texts ``n_text`` besides the texts' own. A
+    batch is run in several passes where logits of all tokens are made.
     """
     common = prompt.ending.common if prompt.ending else ()
     lengths = np.array([len(text) + len(common) for text in texts], dtype=np.int64)
@@ -98,11 +101,12 @@ def _in_batches(
     for rows in even_batches(lengths, backbone.batch_tokens):
         batch = [list(texts[row]) for row in rows]
         full = [[*text, *common] for text in batch]
-        found, answers = say(batch, full)
-        log_likelihood[rows] = found.to(log_likelihood)
-        if answers is not None:
-            logit[rows] = answers.to(logit)
-        lm_tokens += n_batch + sum(len(text) + n_text for text in full)
+        for part in prompts.passes(backbone, full) if makes_logits else [slice(None)]:
+            found, answers = say(batch[part], full[part])
+            log_likelihood[rows[part]] = found.to(log_likelihood)
+            if answers is not None:
+                logit[rows[part]] = answers.to(logit)
+            lm_tokens += n_pass + sum(len(text) + n_text for text in full[part])
     return log_likelihood, logit, lm_tokens
 
 

@@ -135,9 +135,12 @@ class Likelihood:
         outside an LM has seen nothing.
     moved : float
         Share of the LM's layers that gradients go back through.
+    makes_logits : bool
+        Whether logits are made of all tokens of passages that are run together.
     """
 
     moved = 1.0
+    makes_logits = False
 
     def __init__(
         self,
@@ -211,15 +214,29 @@ class Likelihood:
         value : ndarray of float64, shape (n,)
         gradient : ndarray of float32, shape (n, G, D)
         """
-        leaf = self._leaf(theta).requires_grad_()
-        value = self.log_likelihood(passages, leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach().double().cpu().numpy(), gradient.float().cpu().numpy()
+        values, gradients = [], []
+        for part in self._passes(passages):
+            leaf = self._leaf(theta[part]).requires_grad_()
+            value = self.log_likelihood(passages[part], leaf)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+            values.append(value.detach().double().cpu().numpy())
+            gradients.append(gradient.float().cpu().numpy())
+        return np.concatenate(values), np.concatenate(gradients)
 
     @torch.no_grad()
     def value(self, passages: Sequence[Passage], theta: np.ndarray) -> np.ndarray:
         """ℓ of each passage alone, shape (n,), float64: a third of the cost."""
-        return self.log_likelihood(passages, self._leaf(theta)).double().cpu().numpy()
+        values = [
+            self.log_likelihood(passages[part], self._leaf(theta[part])).double().cpu().numpy()
+            for part in self._passes(passages)
+        ]
+        return np.concatenate(values)
+
+    def _passes(self, passages: Sequence[Passage]) -> list[slice]:
+        """Passages that are run together: all, unless logits are made of all their tokens."""
+        if not self.makes_logits:
+            return [slice(None)]
+        return prompts.passes(self.backbone, [passage.tokens for passage in passages])
 
     def _leaf(self, theta: np.ndarray) -> torch.Tensor:
         wide = torch.promote_types(self.backbone.dtype, torch.float32)
@@ -276,6 +293,7 @@ class SoftTokenLikelihood(Likelihood):
         self._llama = None
         if not general and llama.supports(backbone, self.n_positions or 0):
             self._llama = SoftLlama(backbone, prompt, theta0, self.facets, recompute)
+        self.makes_logits = self._llama is None
 
     def n_tokens(self, passage: Passage) -> int:
         """Tokens that go through the LM: the passage and the soft tokens before it."""
@@ -310,7 +328,7 @@ class PrefixLikelihood(Likelihood):
     def __init__(self, prefix: Prefix, facets: Sequence[int]) -> None:
         super().__init__(prefix.backbone, prefix.prompt, facets, prefix.theta0)
         self.prefix = prefix
-        self.moved = prefix.moved
+        self.moved, self.makes_logits = prefix.moved, prefix.makes_logits
         self.n_before += len(prefix.bridge)
 
     def n_tokens(self, passage: Passage) -> int:

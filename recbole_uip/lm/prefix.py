@@ -52,8 +52,6 @@ VERSION = 1
 # Of the layers, the last one in so many is moved.
 MOVED = 6
 BRIDGE = ":"
-# Logits of a pass, at most; what is made of them takes a few times as much.
-LOGIT_BYTES = 1 << 30
 
 
 def score_prefix(
@@ -102,7 +100,7 @@ def score_prefix(
         scorer = PrefixScorer(backbone, prompt, of_feedback)
         n_ending = len(prompt.ending.common) if prompt.ending else 0
         n_more = 1 + n_ending
-        return Reader(scorer.score, scorer.width, len(prompt) + n_more, n_more)
+        return Reader(scorer.score, len(prompt) + n_more, n_more)
 
     about = _about(facets, of_feedback, endings)
     return read_texts(texts, "prefix", about, open_reader, settings, cache)
@@ -251,6 +249,11 @@ class Prefix:
             use_cache=True,
         ).logits
 
+    @property
+    def makes_logits(self) -> bool:
+        """Whether a run is of logits."""
+        return self._llama is None
+
     def logits(self, run: torch.Tensor) -> torch.Tensor:
         """Of all tokens of a run, as :func:`recbole_uip.lm.prompt.logits`."""
         logits = run if self._llama is None else functional.linear(run, self._llama.head)
@@ -317,11 +320,6 @@ class PrefixScorer(Prefix):
         super().__init__(backbone, prompt)
         self.of_feedback = list(of_feedback)
 
-    @property
-    def width(self) -> int:
-        """Length of a score vector: F facets, the moved layers' values of each."""
-        return self.theta0.numel()
-
     def score(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Score a batch.
 
@@ -336,10 +334,7 @@ class PrefixScorer(Prefix):
         """
         common = self.prompt.ending.common if self.prompt.ending else ()
         full = [[*text, *common] for text in texts]
-        vocabulary = self.backbone.model.config.get_text_config().vocab_size
-        longest = max(map(len, full)) + 1
-        n_rows = max(1, LOGIT_BYTES // (4 * vocabulary * longest))
-        parts = [slice(start, start + n_rows) for start in range(0, len(texts), n_rows)]
+        parts = prompts.passes(self.backbone, full)
         return torch.cat([self._score(texts[part], full[part]) for part in parts])
 
     def _score(self, texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -40,6 +40,7 @@ __all__ = [
     "log_likelihood",
     "log_probs",
     "logits",
+    "passes",
     "places",
     "side_by_side",
     "sum_log_probs",
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 SOFT = -1  # stands for a soft token among token ids
 LEAD = -1  # stands for "no facet" among the blocks
+LOGIT_BYTES = 1 << 30  # of a pass, at most; what is made of logits takes a few times as much
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,17 @@ def logits(
         **inputs(backbone, prompt, theta, texts), use_cache=False, logits_to_keep=keep
     ).logits[:, -keep:]
     return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def passes(backbone: Backbone, texts: Sequence[Sequence[int]]) -> list[slice]:
+    """Rows of texts that are run together, so that their logits take ``LOGIT_BYTES`` at most.
+
+    Texts that are longer have passes of their own; without texts there is one pass of none.
+    """
+    vocabulary = backbone.model.config.get_text_config().vocab_size
+    longest = max(map(len, texts), default=0) + 1
+    n_rows = max(1, LOGIT_BYTES // (4 * vocabulary * longest))
+    return [slice(start, start + n_rows) for start in range(0, max(1, len(texts)), n_rows)]
 
 
 def log_likelihood(

@@ -45,9 +45,11 @@ __all__ = [
     "Scores",
     "check_lengths",
     "distinct_texts",
+    "holds",
     "holds_scores",
     "open_store",
     "put_through",
+    "read_or_run",
     "score",
 ]
 
@@ -132,28 +134,21 @@ def score(
     started = time.perf_counter()
     facets = list(facets)
     distinct, row_of = distinct_texts(texts)
-
     source, store = _open_scores(facets, endings, settings, cache)
-    keys = [digest(text) for text in distinct]
-    columns, found = store.read(keys)
-    theta0 = (store.read_file("theta0") or {}).get("theta0")
-    missing = np.flatnonzero(~found)
 
-    lm_tokens = 0
-    if len(missing) or theta0 is None:
+    @functools.cache  # once, and only where something is missing
+    def opened() -> tuple[Backbone, Prompt]:
         backbone = load(settings, cache, source)
-        prompt = prompts.build(backbone, facets, endings)
-        if theta0 is None:
-            theta0 = prompt.theta0(backbone).float().cpu().numpy()
-            store.write_file("theta0", {"theta0": theta0})
-        fresh, lm_tokens = _score_missing(
-            [distinct[row] for row in missing], backbone, prompt, store
-        )
-        for name, values in fresh.items():
-            if name not in columns:
-                columns[name] = np.zeros((len(distinct), *values.shape[1:]), np.float32)
-            columns[name][missing] = values
-        store.compact()
+        return backbone, prompts.build(backbone, facets, endings)
+
+    theta0 = (store.read_file("theta0") or {}).get("theta0")
+    if theta0 is None:
+        backbone, prompt = opened()
+        theta0 = prompt.theta0(backbone).float().cpu().numpy()
+        store.write_file("theta0", {"theta0": theta0})
+    columns, lm_tokens = read_or_run(
+        distinct, store, lambda missing: _score_missing(missing, *opened(), store)
+    )
 
     out = {name: values[row_of] for name, values in columns.items()}
     shape = (0, len(facets), theta0.shape[1])
@@ -176,8 +171,6 @@ def _score_missing(
     texts: list[str], backbone: Backbone, prompt: Prompt, store: ScoreStore
 ) -> tuple[dict[str, np.ndarray], int]:
     """Put ``texts`` through the LM, saving shards on the way; their columns, and LM tokens."""
-    if not texts:
-        return {}, 0
     ids = prompts.text_ids(backbone, texts)
     n_ending = len(prompt.ending.common) if prompt.ending else 0
     check_lengths(texts, ids, backbone, len(prompt) + n_ending)
@@ -186,6 +179,35 @@ def _score_missing(
     lengths += more
     columns, fresh = put_through(texts, ids, lengths, run, backbone, store, "scoring texts")
     return columns, lm_tokens + fresh
+
+
+def read_or_run(
+    texts: Sequence[str],
+    store: ScoreStore,
+    run: Callable[[list[str]], tuple[dict[str, np.ndarray], int]],
+) -> tuple[dict[str, np.ndarray], int]:
+    """Columns of distinct texts, from the store where they are there, and LM tokens.
+
+    ``run`` gives the same of the texts that are missing, which it puts into the store; it is
+    called if there are any. Without any text there are no columns.
+    """
+    columns, found = store.read([digest(text) for text in texts])
+    missing = np.flatnonzero(~found)
+    if not len(missing):
+        return columns, 0
+    fresh, lm_tokens = run([texts[row] for row in missing])
+    for name, values in fresh.items():
+        if name not in columns:
+            columns[name] = np.zeros((len(texts), *values.shape[1:]), np.float32)
+        columns[name][missing] = values
+    store.compact()
+    return columns, lm_tokens
+
+
+def holds(store: ScoreStore, texts: Sequence[str]) -> bool:
+    """Whether the store has every text."""
+    _, found = store.read([digest(text) for text in dict.fromkeys(texts)])
+    return bool(found.all())
 
 
 def put_through(
@@ -311,8 +333,7 @@ def holds_scores(
 ) -> bool:
     """Whether :func:`score` would find every text in the cache."""
     _, store = _open_scores(facets, endings, settings, cache)
-    _, found = store.read([digest(text) for text in texts])
-    return bool(found.all()) and store.read_file("theta0") is not None
+    return holds(store, texts) and store.read_file("theta0") is not None
 
 
 def _open_scores(
@@ -461,7 +482,7 @@ def check_mask(backbone: Backbone, prompt: Prompt) -> None:
 def score_by_autograd(
     backbone: Backbone, prompt: Prompt, texts: Sequence[Sequence[int]]
 ) -> dict[str, torch.Tensor]:
-    """Score a batch for any causal LM: one differentiable pass over prefix and texts.
+    """Score a batch for any causal LM: differentiable passes over prefix and texts.
 
     Parameters
     ----------
@@ -478,6 +499,20 @@ def score_by_autograd(
     """
     common = prompt.ending.common if prompt.ending else ()
     full = [[*text, *common] for text in texts]
+    results = [
+        _score_pass(backbone, prompt, texts[part], full[part])
+        for part in prompts.passes(backbone, full)
+    ]
+    return {name: torch.cat([each[name] for each in results]) for name in results[0]}
+
+
+def _score_pass(
+    backbone: Backbone,
+    prompt: Prompt,
+    texts: Sequence[Sequence[int]],
+    full: Sequence[Sequence[int]],
+) -> dict[str, torch.Tensor]:
+    """Scores of texts, whose endings are part of ``full``, in one pass."""
     # one copy of θ per text, so that one backward pass gives each text its own gradient
     theta = prompt.theta0(backbone).expand(len(texts), -1, -1).clone().requires_grad_()
     logits = prompts.logits(backbone, prompt, theta, full)

@@ -15,8 +15,15 @@ import torch
 
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelSource, load, resolve, resolve_dtype
-from recbole_uip.lm.scoring import check_lengths, distinct_texts, open_store, put_through
-from recbole_uip.lm.store import ScoreStore, digest
+from recbole_uip.lm.scoring import (
+    check_lengths,
+    distinct_texts,
+    holds,
+    open_store,
+    put_through,
+    read_or_run,
+)
+from recbole_uip.lm.store import ScoreStore
 from recbole_uip.settings import LMSettings
 
 __all__ = ["Reader", "Vectors", "holds_texts", "read_texts"]
@@ -50,15 +57,13 @@ class Reader:
     Attributes
     ----------
     read : callable
-        Takes the token ids of a batch of n texts; the vectors, shape (n, width).
-    width : int
+        Takes the token ids of a batch of n texts; their vectors, shape (n, d).
     n_before, n_more : int
         Positions before each text's own that the LM has to have, and tokens that each text costs
         besides its own.
     """
 
     read: Callable[[list[list[int]]], torch.Tensor]
-    width: int
     n_before: int
     n_more: int
 
@@ -103,19 +108,19 @@ def read_texts(
     distinct, row_of = distinct_texts(texts)
 
     source, store = _open_vectors(kind, about, settings, cache)
-    columns, found = store.read([digest(text) for text in distinct])
-    vectors, lm_tokens = columns.get("vectors"), 0
-    # without any text, only the LM knows how wide it is
-    if vectors is None or not found.all():
+
+    def opened() -> tuple[Reader, Backbone]:
         backbone = load(settings, cache, source)
-        reader = open_reader(backbone)
-        missing = np.flatnonzero(~found)
-        if vectors is None:
-            vectors = np.zeros((len(distinct), reader.width), np.float32)
-        if len(missing):
-            chosen = [distinct[row] for row in missing]
-            vectors[missing], lm_tokens = _read_missing(chosen, kind, reader, backbone, store)
-            store.compact()
+        return open_reader(backbone), backbone
+
+    columns, lm_tokens = read_or_run(
+        distinct, store, lambda missing: _read_missing(missing, kind, *opened(), store)
+    )
+    if not distinct:
+        # only the LM knows how wide a vector is, by one of any text
+        reader, _ = opened()
+        columns = {"vectors": reader.read([[0]])[:0].float().cpu().numpy()}
+    vectors = columns["vectors"]
     return Vectors(vectors[row_of], lm_tokens, time.perf_counter() - started, source.fingerprint)
 
 
@@ -124,8 +129,7 @@ def holds_texts(
 ) -> bool:
     """Whether :func:`read_texts` would find every text in the cache."""
     _, store = _open_vectors(kind, about, settings, cache)
-    _, found = store.read([digest(text) for text in texts])
-    return bool(found.all())
+    return holds(store, texts)
 
 
 def _open_vectors(
@@ -135,7 +139,8 @@ def _open_vectors(
     cache = Path(cache).expanduser()
     source = resolve(settings, cache)
     _, dtype = resolve_dtype(settings)
-    parts = [*about.values(), source.fingerprint, str(dtype), settings.text_tokens]
+    parts = [prompts.VERSION, *about.values()]
+    parts += [source.fingerprint, str(dtype), settings.text_tokens]
     key = hashlib.sha256(json.dumps(parts).encode())
     folder = cache / kind / key.hexdigest()[:32]
     return source, open_store(folder, settings, source.fingerprint, dtype, about)
@@ -143,18 +148,16 @@ def _open_vectors(
 
 def _read_missing(
     texts: list[str], kind: str, reader: Reader, backbone: Backbone, store: ScoreStore
-) -> tuple[np.ndarray, int]:
-    """Vectors of ``texts``, put through the LM, and LM tokens."""
+) -> tuple[dict[str, np.ndarray], int]:
+    """Put ``texts`` through the LM, saving shards on the way; their columns, and LM tokens."""
     ids = prompts.text_ids(backbone, texts)
     check_lengths(texts, ids, backbone, reader.n_before)
-    lengths = np.array([reader.n_more + len(row) for row in ids])
-    columns, lm_tokens = put_through(
+    return put_through(
         texts,
         ids,
-        lengths,
+        np.array([reader.n_more + len(row) for row in ids]),
         lambda batch: {"vectors": reader.read(batch)},
         backbone,
         store,
         f"{kind} of texts",
     )
-    return columns["vectors"], lm_tokens

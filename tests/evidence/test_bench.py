@@ -221,8 +221,8 @@ def test_without_lm(toy, tmp_path, capsys, monkeypatch):
     stage = results["figures"][0]["details"]
     assert (stage["rows"], stage["facets"], stage["fields"]) == (400, 1, 2)
     assert len(stage["seconds"]) == 2
-    # two fields of one direction: S, N and M, written and read
-    assert stage["state_bytes"] == 400 * 2 * 3 * 4 * 2
+    # two fields of one direction: S and N, written and read
+    assert stage["state_bytes"] == 400 * 2 * 2 * 4 * 2
     assert not (tmp_path / "cache").exists()
 
 
@@ -259,6 +259,32 @@ def test_with_a_tiny_lm(toy, lm_settings, tmp_path, capsys):
     # the user's cache holds no more than before, and the temporary one is gone
     assert [each.name for each in (tmp_path / "cache").iterdir()] == ["models"]
     assert "14 texts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_no_facet_of_the_lm_is_timed_with_its_work(mixed, toy, lm_settings, tmp_path):
+    facets = {"genres": {"source": "embedding", "rank": 2, "codes": 4}}
+    if mixed:
+        facets["mood"] = {"source": "prefix", "rank": 2, "codes": 4}
+        facets |= TASTE
+    line = ["bench", "profiles", *toy(facets, *lm_settings), "--repeats=1"]
+    assert cli.main(line) == 0
+    figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
+    keys = ["scoring", "flops", "prefix", "cached"] * mixed
+    keys += ["stage", *["transform"] * len(facets), "memory"]
+    assert [each["key"] for each in figures] == keys
+    stage = figures[keys.index("stage")]["details"]
+    assert (stage["items_with_text"], stage["cost"]["lm_tokens"]) == (14, 0)
+    assert [each.name for each in (tmp_path / "cache").iterdir()] == ["models"]
+
+
+def test_the_users_cache_is_read_where_it_holds_all_embeddings(toy, lm_settings, tmp_path):
+    facets = {"genres": {"source": "embedding", "rank": 2, "codes": 4}}
+    settings = [each for each in toy(facets, *lm_settings) if "json=" not in each]
+    task = bench.load_task(bench.parse_config("toy", None, None, settings)[1])
+    for n_held in (9, 14):
+        bench.lm.embed(task.distinct[:n_held], task.settings.lm, task.settings.cache)
+        assert bench._holds_scores(task) == (n_held == 14)
 
 
 def test_some_items(toy, lm_settings, tmp_path):

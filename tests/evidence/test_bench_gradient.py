@@ -1,6 +1,7 @@
 """The benchmark of the gradient posterior, on a tiny LM: what it counts and what it says."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from recbole_uip.evidence import bench_gradient as module
 from recbole_uip.evidence.bench import Matrices
 from recbole_uip.evidence.figures import format_bench
 from recbole_uip.evidence.task import Task
+from recbole_uip.evidence.tuning_slice import Slice
 from recbole_uip.settings import SettingsError
 
 from ..em.conftest import make_world
@@ -49,7 +51,6 @@ def test_all_of_it(task):
     assert tuning["details"]["lm_tokens"] > 0 and tuning["measured"] > 0
     assert figures["flops"]["floor"] == 1e12
     assert {each["facet"] for each in results["agreement"]} == {"interests", "taste"}
-    assert all(-1 <= each["mode"] <= 1 for each in results["agreement"])
     which = {(each["facets"], each["which"]) for each in results["likelihood"]}
     assert ("taste", "held out") in which and ("interests", "own") in which
     for each in results["likelihood"]:
@@ -58,15 +59,66 @@ def test_all_of_it(task):
     assert [each["facets"] for each in results["relinearized"]] == ["interests", "taste"]
     assert all(each["lm_tokens"] > 0 for each in results["relinearized"])
     ours, theirs = results["authors"]["rows"]
-    # Theirs goes on until it has gained as much as ours, or has made as many steps.
     gains = [each["reached"] - each["start"] for each in (ours, theirs)]
-    assert ours["steps"] == 3 and 1 <= theirs["steps"] <= 3
-    assert gains[1] >= gains[0] or theirs["steps"] == 3
+    assert ours["steps"] == 3
+    assert ("not reached" in results["authors"]["lines"][1]) == (gains[1] < gains[0])
     assert all(each["own"] != 0 for each in (ours, theirs))
     # Each of its steps puts all texts of both users through the LM.
     assert ours["lm_tokens"] > 0 and theirs["lm_tokens"] % theirs["steps"] == 0
     json.dumps(results, allow_nan=False)
     assert "authors: 2 users" in format_bench(results)
+
+
+def test_the_authors_way_ends_where_it_has_gained_as_much(task):
+    config = {"uip_posterior": "gradient", **task}
+    made = module.load_task(module.parse_config("ml-100k", None, config, ())[1])
+    slice_ = Slice.of(made, 10)
+    group = next(each for each in slice_.groups(made) if not each.passages[0].verbs)
+    passages, owner, _ = slice_.passages(group, held_out=True)
+    of_two = [(each, user) for each, user in zip(passages, owner, strict=True) if user < 2]
+    passages, owner = [each for each, _ in of_two], np.array([user for _, user in of_two])
+
+    def way(gain, most_steps=3):
+        found = bench_authors._authors_way(group, np.arange(2), passages, owner, gain, most_steps)
+        return found["steps"], found["reached"] - found["start"], found["lm_tokens"]
+
+    steps, gains, lm_tokens = zip(*(way(np.inf, most) for most in (1, 2, 3)), strict=True)
+    assert steps == (1, 2, 3)
+    assert lm_tokens == (lm_tokens[0], 2 * lm_tokens[0], 3 * lm_tokens[0])
+    # One step at least, however little is asked for; and no more than it takes.
+    assert way(-np.inf)[0] == 1
+    first = 1 + int(np.argmax(gains))
+    assert way(max(gains) - 1e-6)[0] == first
+
+
+def test_agreement_is_the_correlation_with_the_closed_form(rng):
+    """Of profiles by the length of their history, both facets apart."""
+    owner = np.repeat(np.arange(9), [3, 4, 5, 12, 13, 14, 30, 31, 1])
+    gradient = rng.normal(size=(len(owner), 3))
+    evidence = np.repeat(np.bincount(owner)[:, None], 2, axis=1)
+    group = SimpleNamespace(
+        units=SimpleNamespace(gradient=gradient, owner=owner, evidence=evidence),
+        frame=SimpleNamespace(slices=[slice(0, 2), slice(2, 3)], variance=[0.5, 0.25]),
+        fold=np.zeros(9, dtype=int),
+        facets=[SimpleNamespace(name="interests"), SimpleNamespace(name="taste")],
+    )
+    sums = np.stack([gradient[owner == profile].sum(axis=0) for profile in range(9)])
+    means = sums[:, :2] / (2 + evidence[:, :1]), sums[:, 2:] / (4 + evidence[:, 1:])
+    offset = [rng.normal(size=each.shape) for each in means]
+    offset[0] = 3 - means[0]
+    posterior = SimpleNamespace(mode_=[2 * each + 1 for each in means], offset_=offset)
+    found = module._agreement(posterior, group)
+    assert [(each["facet"], each["least"], each["most"]) for each in found] == [
+        (facet, *lengths)
+        for facet in ("interests", "taste")
+        for lengths in ((1, 10), (11, 25), (26, 31))
+    ]
+    assert [each["profiles"] for each in found] == [4, 3, 2] * 2
+    np.testing.assert_allclose([each["mode"] for each in found], 1.0)
+    np.testing.assert_allclose([each["offset"] for each in found[:3]], -1.0)
+    short = [0, 1, 2, 8]
+    expected = np.corrcoef(means[1][short, 0], offset[1][short, 0])[0, 1]
+    np.testing.assert_allclose(found[3]["offset"], expected)
 
 
 def test_flops_are_counted_by_hand():

@@ -105,20 +105,14 @@ def test_relative_improvement_in_both_customs():
 
 
 @pytest.mark.parametrize("levels", [2, 7, 10_000])
-def test_auc_with_ties_and_weights(rng, levels):
+def test_auc_with_ties(rng, levels):
     label = (rng.random(300) < 0.4).astype(np.int8)
     score = rng.integers(levels, size=300).astype(np.float32) / levels
-    weight = rng.integers(0, 4, size=300)
     np.testing.assert_allclose(auc(label, score), sklearn.metrics.roc_auc_score(label, score))
-    np.testing.assert_allclose(
-        auc(label, score, weight),
-        sklearn.metrics.roc_auc_score(label, score, sample_weight=weight),
-    )
 
 
 def test_auc_of_one_class_is_not_a_number():
     assert np.isnan(auc(np.ones(3), np.arange(3.0)))
-    assert np.isnan(auc(np.array([0, 1]), np.array([0.1, 0.2]), np.array([1, 0])))
     assert auc(np.array([0, 1]), np.array([0.5, 0.5])) == 0.5
 
 
@@ -179,7 +173,8 @@ def test_users_to_draw_from_may_be_more_than_those_with_rows(rng):
     found = bootstrap_aucs(user, label, score, 5, 0, more)
     drawn = np.random.default_rng(0).integers(20, size=20)
     weight = np.bincount(drawn, minlength=20)[user]
-    np.testing.assert_allclose(found[0], auc(label, score, weight))
+    expected = sklearn.metrics.roc_auc_score(label, score, sample_weight=weight)
+    np.testing.assert_allclose(found[0], expected)
     with pytest.raises(ValueError, match="a row's user is not among the users to draw from"):
         bootstrap_aucs(user, label, score, 5, 0, np.arange(9))
 

@@ -67,6 +67,20 @@ def test_a_seed_without_auc_is_left_out():
     assert "| +8.45% |" in format_summary([plain, uip])
 
 
+def test_a_metric_that_a_file_does_not_have_is_left_out():
+    """List AUC came later than the other metrics."""
+    older = [result(1, 0.70, 0.76), result(2, 0.72, 0.77)]
+    for each in older:
+        for arm in each["models"]["DeepFM"].values():
+            del arm["test"]["list_auc"]
+    plain, uip = summarise(older)
+    assert np.isnan(uip.mean["list_auc"]) and np.isnan(uip.difference["list_auc"].mean)
+    np.testing.assert_allclose(uip.difference["auc"].mean, 0.055)
+    assert "| nan | +0.0550 ±" in format_summary([plain, uip])
+    _, uip = summarise([*older, RESULTS[2]])
+    np.testing.assert_allclose(uip.mean["list_auc"], 0.78 / 3)
+
+
 def test_one_seed_has_no_interval():
     table = format_summary(summarise(RESULTS[:1]))
     row = "| DeepFM | uip | 1 | 0.7600 | 0.2400 | 0.3800 | 0.2533 | +0.0600 | -0.0600 | +8.57% |"

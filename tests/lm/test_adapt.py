@@ -109,6 +109,8 @@ def test_an_interrupted_training_leaves_nothing(settings, tmp_path, monkeypatch)
         ({"method": "ia3"}, r"method='ia3' must be one of lora, prompt"),
         ({"size": 0}, r"size=0 must be at least 1"),
         ({"epochs": 0}, r"epochs=0 must be at least 1"),
+        ({"learning_rate": 0.0}, r"learning_rate=0.0 must be positive and finite"),
+        ({"learning_rate": float("nan")}, r"learning_rate=nan must be positive and finite"),
     ],
 )
 def test_refusals(settings, tmp_path, change, message):

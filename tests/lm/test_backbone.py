@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -18,9 +19,15 @@ import pytest
 import torch
 
 from recbole_uip.lm import backbone as backbones
-from recbole_uip.lm.backbone import ModelError, load, resolve, resolve_dtype
+from recbole_uip.lm.backbone import (
+    ModelError,
+    load,
+    local_fingerprint,
+    resolve,
+    resolve_dtype,
+)
 from recbole_uip.lm.scoring import score
-from recbole_uip.settings import LMSettings
+from recbole_uip.settings import DEFAULT_LM, LMSettings
 
 from .conftest import ENDINGS, TEXTS
 
@@ -139,9 +146,11 @@ def test_a_download_that_was_cut_off_is_not_whole(tmp_path, monkeypatch):
     assert backbones._hub_snapshot("owner/name", online=False) is None
     (tmp_path / "model-00002-of-00002.safetensors").touch()
     assert backbones._hub_snapshot("owner/name", online=False) == tmp_path
-    # Of another format there is the index alone.
+    # Of another format there is the index alone, or a part.
     other = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(other))
+    assert backbones._hub_snapshot("owner/name", online=False) == tmp_path
+    (tmp_path / "pytorch_model-00002-of-00002.bin").touch()
     assert backbones._hub_snapshot("owner/name", online=False) == tmp_path
 
 
@@ -202,6 +211,48 @@ def test_the_fingerprint_is_of_the_content(model_folder, tmp_path):
     weights.write_bytes(content)
     changed = resolve(LMSettings(name=str(copy)), tmp_path / "cache")
     assert changed.fingerprint != same.fingerprint
+
+
+def test_the_fingerprint_is_of_weights_in_both_formats(model_folder, tmp_path):
+    lm = shutil.copytree(model_folder, tmp_path / "lm")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+
+    def of(**files):
+        for name, content in files.items():
+            folder, file = name.split("__")
+            (tmp_path / folder / f"{file}.bin").write_text(content)
+        settings = LMSettings(name=str(lm), adapter=str(adapter))
+        return resolve(settings, tmp_path / "cache").fingerprint
+
+    # Which of them is loaded is for transformers and PEFT to choose.
+    found = [of(), of(lm__pytorch_model="a"), of(lm__pytorch_model="bc")]
+    found += [of(adapter__adapter_model="a"), of(adapter__adapter_model="bc")]
+    assert len(set(found)) == len(found)
+    # Trainer's own files are no weights of an adapter.
+    assert of(adapter__training_args="a") == found[-1]
+
+
+def test_what_a_name_stands_for_here_is_known_without_fetching(
+    model_folder, pip, tmp_path, monkeypatch
+):
+    cache, snapshots = tmp_path / "cache", {}
+    of = functools.partial(local_fingerprint, cache=cache)
+
+    def snapshot(hub_id, online, weights=""):
+        assert not online
+        return snapshots.get(hub_id)
+
+    monkeypatch.setattr(backbones, "_hub_snapshot", snapshot)
+    assert of(DEFAULT_LM) is None and of("owner/name") is None
+    snapshots |= {backbones.HUB_ID: model_folder, "owner/name": model_folder}
+    assert of(DEFAULT_LM) == of("owner/name") == of(str(model_folder)) is not None
+    # The wheel's file comes before the hub's, and its name says all.
+    (cache / "models" / "tiny-1").mkdir(parents=True)
+    (cache / "models" / "tiny-1" / "model.gguf").write_bytes(CONTENT)
+    assert of(DEFAULT_LM) is None
+    assert pip.calls == 0
 
 
 @pytest.fixture

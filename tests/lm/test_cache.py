@@ -14,7 +14,7 @@ from recbole_uip.lm import backbone as backbones
 from recbole_uip.lm import llama, scoring
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.embedding import embed, mean_states
-from recbole_uip.lm.scoring import score
+from recbole_uip.lm.scoring import holds_scores, score
 from recbole_uip.lm.store import MAX_SHARDS, ScoreStore, digest
 from recbole_uip.settings import LMSettings
 from recbole_uip.work import even_batches
@@ -104,6 +104,8 @@ def test_duplicates_are_scored_once(settings, tmp_path, lengths):
     result = score([TEXTS[1]] * 5, FACETS, ENDINGS, settings, tmp_path)
     assert result.lm_tokens == lengths[TEXTS[1]]
     assert (result.text == result.text[:1]).all()
+    assert holds_scores([TEXTS[1]] * 5, FACETS, ENDINGS, settings, tmp_path)
+    assert not holds_scores(TEXTS, FACETS, ENDINGS, settings, tmp_path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -7,13 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from recbole_uip.lm import backbone as backbones
 from recbole_uip.lm import embedding, vectors
+from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.embedding import embed, mean_states
 from recbole_uip.settings import LMSettings
 
-from .conftest import TEXTS
+from .conftest import TEXTS, WORDS, make_tokenizer
 
 
 @pytest.fixture
@@ -110,10 +112,30 @@ def test_other_types_have_their_own_embeddings(settings, tmp_path):
     assert len(list((tmp_path / "embeddings").iterdir())) == 2
 
 
+def test_another_prompt_version_is_read_anew(settings, tmp_path, monkeypatch):
+    first = embed(TEXTS[:1], settings, tmp_path)
+    monkeypatch.setattr(prompts, "VERSION", prompts.VERSION + 1)
+    assert embed(TEXTS[:1], settings, tmp_path).lm_tokens == first.lm_tokens > 0
+
+
 def test_no_texts(settings, tmp_path):
     result = embed([], settings, tmp_path)
     assert result.vectors.shape == (0, 32) and result.vectors.dtype == np.float32
     assert result.lm_tokens == 0
+
+
+def test_last_states_may_be_narrower_than_the_layers(tmp_path):
+    """Of OPT-350m they are projected to the width of its embeddings."""
+    config = OPTConfig(
+        vocab_size=len(WORDS) + 1, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+        do_layer_norm_before=False,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    make_tokenizer().save_pretrained(tmp_path / "opt")
+    settings = LMSettings(name=str(tmp_path / "opt"), dtype="float32", device="cpu")
+    for texts in ([], TEXTS):
+        assert embed(texts, settings, tmp_path).vectors.shape == (len(texts), 16)
 
 
 @pytest.mark.parametrize("text", ["", "  ", None])

@@ -30,6 +30,17 @@ def test_as_the_whole_prompt_says(backbone, prompt, ids, batch_tokens, rng):
     )
 
 
+def test_passes_of_few_logits_say_the_same(backbone64, prompt, ids, monkeypatch):
+    theta = prompt.theta0(backbone64)
+    *together, lm_tokens = likelihoods(backbone64, prompt, theta, ids)
+    monkeypatch.setattr(prompts, "LOGIT_BYTES", 1)
+    *apart, more = likelihoods(backbone64, prompt, theta, ids)
+    # each pass has the prefix of its own
+    assert more == lm_tokens + (len(ids) - 1) * len(prompt)
+    for values, expected in zip(apart, together, strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_without_endings(backbone, ids):
     prompt = prompts.build(backbone, ["taste"])
     values, logits, _ = likelihoods(backbone, prompt, prompt.theta0(backbone), ids)

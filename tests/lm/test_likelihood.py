@@ -10,10 +10,12 @@ from scipy.special import expit
 from recbole_uip.lm import llama
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.likelihood import (
+    PrefixLikelihood,
     SoftTokenLikelihood,
     feedback_passage,
     text_passage,
 )
+from recbole_uip.lm.prefix import Prefix
 
 from .conftest import ENDINGS, TEXTS, make_backbone
 
@@ -97,6 +99,32 @@ def test_verbs_of_a_sequence(backbone, prompt, ids, theta):
     second = prompts.feedback_logit(backbone, prompt, torch.tensor(full), [context]).item()
     expected = np.log(expit(first)) + np.log(expit(-(second + 0.5)))
     np.testing.assert_allclose(value, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("source", ["lm", "prefix"])
+def test_passes_of_few_logits_say_the_same(backbone, prompt, ids, source, monkeypatch):
+    monkeypatch.setattr("recbole_uip.lm.llama.supports", lambda *_: False)
+    facets = [0, 2]
+    if source == "lm":
+        general = likelihood(backbone, prompt, facets)
+    else:
+        general = PrefixLikelihood(Prefix(backbone, prompt), facets)
+    noise = np.random.default_rng(0).normal(size=(len(ids), *general.theta0.shape))
+    theta = general.theta0 + 0.1 * noise
+    rows = []
+    backbone.model.register_forward_hook(lambda *given: rows.append(len(given[-1].logits)))
+    for passages in (
+        [text_passage([text]) for text in ids],
+        [feedback_passage([text], prompt.ending, [1], [0.3]) for text in ids],
+    ):
+        together = *general.value_and_gradient(passages, theta), general.value(passages, theta)
+        with monkeypatch.context() as patch:
+            patch.setattr(prompts, "LOGIT_BYTES", 1)
+            rows.clear()
+            apart = *general.value_and_gradient(passages, theta), general.value(passages, theta)
+        assert rows == [1] * (2 * len(ids))
+        for values, expected in zip(apart, together, strict=True):
+            np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_the_general_way_says_the_same(backbone, prompt, ids, theta, monkeypatch):

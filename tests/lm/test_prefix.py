@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recbole_uip.lm import llama, prefix, prefix_llama, vectors
+from recbole_uip.lm import llama, prefix_llama, vectors
 from recbole_uip.lm import prompt as prompts
 from recbole_uip.lm.backbone import Backbone, ModelError, load, resolve
 from recbole_uip.lm.forward import prefix_likelihoods
@@ -111,13 +111,14 @@ def test_other_layouts(kind, sizes, ids):
 
 def test_passes_of_few_logits_say_the_same(scorer, ids, monkeypatch):
     together = scorer.score(ids)
-    monkeypatch.setattr(prefix, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(prompts, "LOGIT_BYTES", 1)
     torch.testing.assert_close(scorer.score(ids), together, rtol=1e-10, atol=1e-12)
 
 
 def test_a_text_of_one_token_has_scores_of_its_own(scorer):
     first, second = scorer.score([[3], [4]])
-    assert not torch.allclose(first[: scorer.width // 2], second[: scorer.width // 2], atol=1e-3)
+    of_texts = slice(len(first) // 2)
+    assert not torch.allclose(first[of_texts], second[of_texts], atol=1e-3)
 
 
 def test_the_token_budget_and_the_order_do_not_matter(settings, tmp_path):

@@ -35,6 +35,26 @@ def scorers(backbone, prompt):
     yield "general", lambda texts: score_by_autograd(backbone, prompt, texts)
 
 
+def rows_of(model):
+    """Rows of the passes of a model from now on."""
+    rows = []
+    model.register_forward_hook(lambda *given: rows.append(len(given[-1].logits)))
+    return rows
+
+
+@pytest.mark.parametrize("endings", [ENDINGS, None])
+def test_passes_of_few_logits_say_the_same(backbone64, ids, endings, monkeypatch):
+    prompt = prompts.build(backbone64, FACETS[2], endings)
+    together = score_by_autograd(backbone64, prompt, ids)
+    rows = rows_of(backbone64.model)
+    vocabulary, longest = backbone64.model.config.vocab_size, max(map(len, ids)) + 2
+    monkeypatch.setattr(prompts, "LOGIT_BYTES", 2 * 4 * vocabulary * longest)
+    apart = score_by_autograd(backbone64, prompt, ids)
+    assert rows == [2, 2, 2]
+    for name, values in together.items():
+        torch.testing.assert_close(apart[name], values, rtol=1e-10, atol=1e-12)
+
+
 def test_log_probabilities_in_bfloat16_are_not_rounded_to_it():
     generator = torch.Generator().manual_seed(0)
     hidden, head = (

@@ -24,7 +24,7 @@ from recbole_uip.bridge.sequences import MODELS as SEQUENCE_MODELS
 from recbole_uip.bridge.sequences import SequenceConfig
 from recbole_uip.bridge.storage import plain
 from recbole_uip.evidence.experiments.store import key_of
-from recbole_uip.lm.backbone import local_fingerprint
+from recbole_uip.lm.backbone import local_fingerprint, resolve_dtype
 from recbole_uip.settings import (
     LM_SOURCES,
     PROMPTED_SOURCES,
@@ -358,10 +358,23 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
             essence["profiles"]["texts"] = TEXTS
         if settings.posterior == "gradient":
             essence["profiles"]["tuning"] = TUNING
-        # The same folder may hold another model or adapter by now.
-        for part, name in (("lm", settings.lm.name), ("adapter", settings.lm.adapter)):
-            if name and (fingerprint := local_fingerprint(name, settings.cache)):
-                essence[part] = fingerprint
+        if {each for facet in settings.facets for each in facet.text_sources} & set(LM_SOURCES):
+            essence |= _lm_essence(settings)
+    return essence
+
+
+def _lm_essence(settings: UIPSettings) -> dict[str, str]:
+    """What the LM's settings stand for on this machine, as far as they do not say it themselves."""
+    lm, essence = settings.lm, {}
+    # The same name may stand for other weights by now, or elsewhere.
+    for part, name in (("lm", lm.name), ("adapter", lm.adapter)):
+        if name and (found := local_fingerprint(name, settings.cache, part == "adapter")):
+            essence[part] = found
+    if lm.dtype == "auto":
+        _, dtype = resolve_dtype(lm)
+        # Older runs' keys do not have it: they are of float32.
+        if (name := str(dtype).removeprefix("torch.")) != "float32":
+            essence["dtype"] = name
     return essence
 
 

@@ -354,7 +354,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
             # Where all are chosen, the arm's facets say in which order the prompt has them.
             given["order"] = scored
         essence["profiles"] = {"version": PROFILES, **plain(given)}
-        if {facet.source for facet in settings.facets} & set(TEXT_SOURCES):
+        if any(facet.text_sources for facet in settings.facets):
             essence["profiles"]["texts"] = TEXTS
         if settings.posterior == "gradient":
             essence["profiles"]["tuning"] = TUNING

@@ -26,7 +26,6 @@ from recbole_uip.bank.users import (
     by_users,
     distinct,
     in_parts,
-    is_in_unit,
     put_rows,
     stable_order,
     user_schema,
@@ -170,10 +169,6 @@ class FeatureBank:
         self._model_changed = False
         for delta in snapshot.users[1:]:
             self._take(delta)
-        self._latest = NO_TIME  # of all users
-        if self.writable:
-            columns = [*self._base.last_time, self._own.last_time[: self._own.n]]
-            self._latest = max(column.max(initial=NO_TIME) for column in columns)
 
     def _take(self, delta: pa.Table) -> None:
         part = BaseUsers(delta)
@@ -305,7 +300,7 @@ class FeatureBank:
         if time is not None:
             if not isinstance(time, Real) or not math.isfinite(time):
                 raise BankError(f"time={time!r} of user {user!r} must be a finite number")
-            self._check_unit(time)
+            self.model.check_time(time, f" of user {user!r}")
         item_number = self.model.number(item)
         number = self._users.get(user)
         row = self._moved.item(number) - 1 if number >= 0 else -1
@@ -317,7 +312,6 @@ class FeatureBank:
             if time < own.last_time[row]:
                 raise BankError(_late(user, time, own.last_time[row]))
             own.last_time[row] = time
-            self._latest = max(self._latest, time)
         advance(own.states[row], encoder.kernels, item_number, own.folds[row], float(liked))
         own.seen[row] += 1
         one = slice(row, row + 1)
@@ -407,7 +401,6 @@ class FeatureBank:
         if time is not None:
             last = time[order[ends - 1]]
             own.last_time[touched] = np.maximum(own.last_time[touched], last)
-            self._latest = max(self._latest, float(last.max()))
         own.dirty[touched] = True
 
     def add_items(self, items: Sequence[str], texts: Sequence[str | None]) -> None:
@@ -579,9 +572,8 @@ class FeatureBank:
         if time is not None and not np.isfinite(time).all():
             row = int(np.flatnonzero(~np.isfinite(time))[0])
             raise BankError(f"time is {time[row]} in row {row}: it must be a finite number")
-        if time is not None and len(time):
-            self._check_unit(float(time.min()))
-            self._check_unit(float(time.max()))
+        if time is not None:
+            self.model.check_times(time)
 
     def _check_implicit(self, of: str = "") -> None:
         """Refuse events without labels where the bank's events have them."""
@@ -596,17 +588,6 @@ class FeatureBank:
         if self.model.implicit:
             return "without labels each of the bank's events is one of liking: leave liked out"
         return "labels must be 0 or 1"
-
-    def _check_unit(self, time: float) -> None:
-        """Refuse a time in another unit than the bank's events have, such as milliseconds.
-
-        It would be its user's last for good, and every event after it late.
-        """
-        if not is_in_unit(time, self._latest):
-            raise BankError(
-                f"time={time} is not in the unit of the bank's events, the latest of which is at "
-                f"{self._latest}: give times in that unit, such as seconds since 1970"
-            )
 
     def _gather(self, name: str, numbers: np.ndarray, out: np.ndarray) -> None:
         """Write a column's values of users to ``out``; that of unknown ones (-1) stays."""

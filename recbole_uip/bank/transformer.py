@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.model import NO_ITEM, UNKNOWN_ITEM, ProfileModel
-from recbole_uip.bank.users import NO_TIME, is_in_unit, user_table
+from recbole_uip.bank.users import NO_TIME, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import Events, index_history, iter_states, whole_history
 from recbole_uip.profiles import Profiles, infer
@@ -195,7 +195,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         Raises
         ------
         SettingsError
-            If a column or value cannot be used, times are in another unit than those before,
+            If a column or value cannot be used, times are in another unit than the fitted ones,
             or, after :meth:`from_bank`, an event is earlier than one of its user in the bank.
             The history is then as it was.
         """
@@ -220,8 +220,8 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         Raises
         ------
         SettingsError
-            If a column or value cannot be used, or, after :meth:`from_bank`, a row is not later
-            than its user's last event in the bank.
+            If a column or value cannot be used, times are in another unit than the fitted ones,
+            or, after :meth:`from_bank`, a row is not later than its user's last event in the bank.
         """
         check_is_fitted(self)
         table = _Table(X, "X")
@@ -234,6 +234,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         time = np.full(len(table), np.inf)
         if self.time is not None:
             time = table.times("time", self.time)
+            self.model_.check_times(time, " of X")
         return self._known.fields(self.model_, user, users, item, time)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -337,7 +338,9 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         )
         fold = folds_of(rows.users, settings.user_folds, settings.seed)
         profiles = infer(behaviours, texts, settings, fold)
-        model = ProfileModel.from_profiles(profiles, items, settings, behaviours.liked is None)
+        model = ProfileModel.from_profiles(
+            profiles, items, settings, behaviours.liked is None, rows.time
+        )
         self._learned(model, _Known.of_users(rows.users, fold, model).after(rows, model))
         return profiles
 
@@ -505,6 +508,7 @@ class _Known:
         if time is None:
             time = np.arange(n_events, n_events + n_rows, dtype=np.float64)
         else:
+            model.check_times(time, " of X")
             last = np.full(len(number_of), NO_TIME)
             last[: len(self.seen)] = self.last_time
             if (late := time < last[user]).any():
@@ -513,13 +517,6 @@ class _Known:
                     f"time={time[row]} in row {row} of X is earlier than the last event of user "
                     f"{rows.users[rows.user[row]]!r} in the bank ({last[user[row]]}): give events "
                     "in the order of time, or fit an encoder on all of them"
-                )
-            latest = max(last.max(initial=NO_TIME), self.time.max(initial=NO_TIME))
-            if n_rows and not is_in_unit(time.max(), latest):
-                raise SettingsError(
-                    f"time={time.max()} in row {time.argmax()} of X is not in the unit of the "
-                    f"events before, the latest of which is at {latest}: give times in that unit, "
-                    "such as seconds since 1970"
                 )
         folds = model.folds_of(new)
         liked = np.ones(n_rows) if rows.liked is None else rows.liked

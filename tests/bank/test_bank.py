@@ -293,22 +293,59 @@ def test_a_closed_bank_takes_no_events(full_bank, users, items):
     full_bank.close()
 
 
-def test_times_in_another_unit_are_refused(full_bank, users, items):
-    seconds = 1.7e9
-    full_bank.update("new", items[0], 1, seconds)  # whose bank had numbers that are no timestamps
-    before = full_bank.state_of("new")[0]
-    with pytest.raises(BankError, match="not in the unit of the bank's events, .* 17"):
-        full_bank.update("new", items[0], 1, seconds * 1000)
-    with pytest.raises(BankError, match="time=1700000.0 is not in the unit"):
-        full_bank.update_many(["newer", "new"], items[:2], [1, 0], [seconds / 1000, seconds + 1])
-    assert "newer" not in full_bank
-    np.testing.assert_array_equal(full_bank.state_of("new")[0], before)
-    full_bank.commit()
-    full_bank.close()
-    with FeatureBank.open(full_bank.folder, write=True) as bank:
+@pytest.fixture
+def dated_bank(tmp_path, inferred, world, users, items, bank_settings):
+    """Of events with timestamps in seconds."""
+    behaviours = dataclasses.replace(world.behaviours, time=1.7e9 + world.behaviours.time)
+    with bank_of_profiles(
+        tmp_path / "dated", inferred, behaviours, users, items, bank_settings
+    ) as bank:
+        yield bank
+
+
+def test_times_in_another_unit_are_refused(dated_bank, users, items):
+    seconds = 1.8e9
+    dated_bank.update("new", items[0], 1, seconds)
+    before = dated_bank.state_of("new")[0]
+    with pytest.raises(BankError, match="of user 'new' is not in the unit of the events .* 17"):
+        dated_bank.update("new", items[0], 1, seconds * 1000)
+    with pytest.raises(BankError, match="time=1800000.0 in row 0 is not in the unit"):
+        dated_bank.update_many(["newer", "new"], items[:2], [1, 0], [seconds / 1000, seconds + 1])
+    with pytest.raises(BankError, match="time=1800000000000.0 in row 1 is not in the unit"):
+        dated_bank.update_many(["newer", "new"], items[:2], [1, 0], [seconds, seconds * 1000])
+    assert "newer" not in dated_bank
+    np.testing.assert_array_equal(dated_bank.state_of("new")[0], before)
+    dated_bank.commit()
+    dated_bank.close()
+    with FeatureBank.open(dated_bank.folder, write=True) as bank:
         with pytest.raises(BankError, match="not in the unit"):
             bank.update("newest", items[0], 1, seconds * 1000)
         bank.update("newest", items[0], 1, seconds + 2)
+
+
+def test_wrong_times_of_one_user_stop_no_other(dated_bank, users, items):
+    """Each is within what a unit may be of the one before."""
+    late = 1.7e9 * 99
+    dated_bank.update("wrong", items[0], 1, late)
+    with pytest.raises(BankError, match="not in the unit"):
+        dated_bank.update("wrong", items[0], 1, late * 99)
+    with pytest.raises(BankError, match="not in the unit"):
+        dated_bank.update_many(["wrong"], items[:1], [1], [late * 99])
+    dated_bank.commit()
+    for write in (True, False):  # again, from the files
+        dated_bank.update(users[0], items[0], 1, 1.8e9)
+        assert dated_bank.update_many(users[1:3], items[:2], [1, 0], [1.8e9, 1.8e9 + 1]) == 2
+        if write:
+            dated_bank.close()
+            dated_bank = FeatureBank.open(dated_bank.folder, write=True)
+    dated_bank.close()
+
+
+def test_what_was_fitted_is_in_its_unit(dated_bank, users, items):
+    """Times that count from the first event of a file are no timestamps, however late it ends."""
+    dated_bank.model = dataclasses.replace(dated_bank.model, times=(0.0, 2e8))
+    dated_bank.update("new", items[0], 1, 1.0)
+    assert dated_bank.model.times == (0.0, 2e8)
 
 
 def test_refit_keeps_the_meaning_of_codes(full_bank, users, model):

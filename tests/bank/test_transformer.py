@@ -121,6 +121,12 @@ def test_times_in_another_unit(early, late, tmp_path):
     for known in (encoder, ProfileEncoder.from_bank(tmp_path / "bank")):
         with pytest.raises(SettingsError, match="time=17.* of X is not in the unit of the events"):
             known.partial_fit(dated(late, 1000.0))
+        # One row is enough, before or after.
+        for factor in (0.001, 1000.0):
+            rows = pd.concat([dated(late), dated(late[:1], factor)])
+            for call in (known.partial_fit, known.transform):
+                with pytest.raises(SettingsError, match=f"in row {len(late)} of X is not in the"):
+                    call(rows)
         known.partial_fit(dated(late))
     with pytest.raises(SettingsError, match="is not in the unit"):
         ProfileEncoder(FACETS).fit(dated(early, 1000.0)).partial_fit(dated(late))

@@ -35,7 +35,8 @@ from recbole_uip.em.kernels import CODE, advance, advance_many, encode, score_ca
 
 __all__ = ["FeatureBank"]
 
-# Merge deltas into one base when there are more of them, or they hold more than this share.
+# Write a new base when more than this share of users differs from it; deltas become one when
+# there are more of them, or they have more rows together than there are users.
 MAX_DELTAS = 16
 MAX_DELTA_SHARE = 0.5
 BATCH_ROWS = 200_000
@@ -153,7 +154,7 @@ class FeatureBank:
 
     def _load(self, snapshot: Snapshot) -> None:
         self.folder, self.generation = snapshot.folder, snapshot.generation
-        self._sha256 = snapshot.sha256
+        self._snapshot = snapshot
         self.model = ProfileModel.from_parts(snapshot.metadata, snapshot.tables, snapshot.items)
         self._set_unknown()
         self._base = BaseUsers(snapshot.users[0])
@@ -176,6 +177,7 @@ class FeatureBank:
         everything = np.arange(part.n)
         for name in COLUMNS:
             getattr(self._own, name)[rows] = part.gather(name, everything)
+        self._own.in_delta[rows] = True
 
     def _set_unknown(self) -> None:
         """Profile of a user of whom nothing is known, by ``uip_empty``."""
@@ -491,21 +493,28 @@ class FeatureBank:
             model = self.model
             parts |= {"metadata": model.metadata(), "tables": model.all_tables()}
             parts["items"] = model.item_table()
-        rows = np.flatnonzero(self._own.dirty[: self._own.n])
+        own, n = self._own, self._own.n
+        rows = np.flatnonzero(own.dirty[:n])
+        deltas, delta_rows = self._deltas, self._delta_rows
         if len(rows):
-            delta_rows = self._delta_rows + len(rows)
-            too_many = self._deltas and delta_rows > MAX_DELTA_SHARE * len(self)
-            if self._deltas >= MAX_DELTAS or too_many:
+            changed = np.flatnonzero(own.dirty[:n] | own.in_delta[:n])
+            new_base = len(changed) > MAX_DELTA_SHARE * len(self)
+            deltas, delta_rows = deltas + 1, delta_rows + len(rows)
+            if new_base:
                 parts |= {"users": self._merged(), "replace_users": True}
+                deltas, delta_rows = 0, 0
+            elif deltas > MAX_DELTAS or delta_rows > len(self):
+                parts |= {"users": self._table(own.number[changed]), "replace_deltas": True}
+                deltas, delta_rows = 1, len(changed)
             else:
-                parts["users"] = self._table(self._own.number[rows])
+                parts["users"] = self._table(own.number[rows])
         if parts:
             self.generation = self._writer.commit(**parts)
-            if "users" in parts:
-                merged = parts.get("replace_users", False)
-                self._deltas = 0 if merged else self._deltas + 1
-                self._delta_rows = 0 if merged else delta_rows
-            self._own.dirty[rows] = False
+            self._deltas, self._delta_rows = deltas, delta_rows
+            if len(rows):
+                own.in_delta[rows] = True
+                own.in_delta[:n] &= not new_base
+            own.dirty[rows] = False
             self._model_changed = False
         return self.generation
 
@@ -514,8 +523,12 @@ class FeatureBank:
         if self.is_current():
             return False
         # Made anew, so that one that cannot be read leaves this as it was.
-        vars(self).update(vars(type(self)(store.read(self.folder))))
+        vars(self).update(vars(self.refreshed()))
         return True
+
+    def refreshed(self) -> FeatureBank:
+        """What has been committed last, as another bank for reading; reads what is new alone."""
+        return type(self)(store.read(self.folder, known=self._snapshot))
 
     def is_current(self) -> bool:
         """Whether this is, events not yet committed aside, what the folder holds.
@@ -524,7 +537,7 @@ class FeatureBank:
         """
         if self._writer is not None:
             return True  # nobody else may write
-        return store.digest_of(self.folder) == self._sha256
+        return store.digest_of(self.folder) == self._snapshot.sha256
 
     def close(self) -> None:
         """Let others write. Updates that are not committed are lost."""
@@ -646,7 +659,8 @@ class FeatureBank:
             own.codes[new_rows] = self._unknown_codes
             own.seen[new_rows], own.last_time[new_rows] = 0, NO_TIME
             own.folds[new_rows] = self.model.folds_of(new)
-            own.number[first : own.n], own.dirty[first : own.n] = movers, False
+            own.number[first : own.n] = movers
+            own.dirty[first : own.n] = own.in_delta[first : own.n] = False
             self._moved[movers] = np.arange(first + 1, own.n + 1)
             rows[elsewhere] = self._moved[numbers[elsewhere]] - 1
         return rows

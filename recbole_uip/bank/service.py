@@ -282,7 +282,7 @@ class BankService:
         """As a reader, serve what has been committed since; whether there was anything."""
         bank, current = self.bank, await self._in_thread(self._files, self.bank.is_current)
         if not current:
-            fresh = await self._in_thread(self._files, lambda: FeatureBank.open(bank.folder))
+            fresh = await self._in_thread(self._files, bank.refreshed)
             if self.scorer is not None and self.scorer.bank is not None:
                 self.scorer.bank = fresh
             self.bank = fresh

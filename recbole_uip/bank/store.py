@@ -82,6 +82,8 @@ class Snapshot:
     users : tuple of pyarrow.Table
         The base, then the deltas in the order of their commits, memory-mapped. A table has one
         chunk for each batch that was written.
+    files : dict of (str, str) to object
+        What was opened, by a file's name and SHA-256.
     """
 
     folder: Path
@@ -91,9 +93,10 @@ class Snapshot:
     tables: dict[str, np.ndarray]
     items: pa.Table
     users: tuple[pa.Table, ...]
+    files: dict[tuple[str, str], Any]
 
 
-def read(folder: str | os.PathLike, verify: bool = True) -> Snapshot:
+def read(folder: str | os.PathLike, verify: bool = True, known: Snapshot | None = None) -> Snapshot:
     """Open what the bank in ``folder`` has committed last.
 
     Parameters
@@ -103,6 +106,8 @@ def read(folder: str | os.PathLike, verify: bool = True) -> Snapshot:
     verify : bool
         Whether to read every file once and check its SHA-256; sizes are checked in any case.
         Without it, damage that keeps the size may show only in wrong values.
+    known : Snapshot, optional
+        Files that it has open are neither read nor checked again: none is ever changed.
 
     Raises
     ------
@@ -112,17 +117,24 @@ def read(folder: str | os.PathLike, verify: bool = True) -> Snapshot:
     folder = Path(folder)
     while True:
         manifest = _read_manifest(folder)
+        key_of = {name: (name, manifest["files"][name]["sha256"]) for name in _named(manifest)}
+        files = {}
         try:
+            for name, key in key_of.items():
+                if known is not None and key in known.files:
+                    files[key] = known.files[key]
+                else:
+                    read_file = _read_tables if name == manifest["tables"] else _read_rows
+                    files[key] = read_file(folder, manifest, name, verify)
             return Snapshot(
                 folder=folder,
                 generation=manifest["generation"],
                 sha256=manifest["sha256"],
                 metadata=manifest["metadata"],
-                tables=_read_tables(folder, manifest, manifest["tables"], verify),
-                items=_read_rows(folder, manifest, manifest["items"], verify),
-                users=tuple(
-                    _read_rows(folder, manifest, name, verify) for name in manifest["users"]
-                ),
+                tables=files[key_of[manifest["tables"]]],
+                items=files[key_of[manifest["items"]]],
+                users=tuple(files[key_of[name]] for name in manifest["users"]),
+                files=files,
             )
         except _MissingError:
             # A writer may have replaced the file after its name was read.
@@ -202,6 +214,7 @@ class Writer:
         items: pa.Table | pa.RecordBatchReader | None = None,
         users: pa.Table | pa.RecordBatchReader | None = None,
         replace_users: bool = False,
+        replace_deltas: bool = False,
     ) -> int:
         """Write the parts given, keep the others, and make them the next generation at once.
 
@@ -221,6 +234,8 @@ class Writer:
             (``RecordBatchReader.from_batches`` makes one from an iterator).
         replace_users : bool
             Whether ``users`` becomes the base alone, or a delta of the same schema.
+        replace_deltas : bool
+            Whether that delta takes the place of the others, whose rows it then has as well.
 
         Returns
         -------
@@ -240,6 +255,8 @@ class Writer:
             raise BankError(f"the first commit to the bank {self.folder} needs {lacking}")
         if replace_users and users is None:
             raise BankError("replace_users=True needs users, and none are given")
+        if replace_deltas and (users is None or replace_users):
+            raise BankError("replace_deltas=True needs users, and not as the base")
         append = old is not None and not replace_users
         if users is not None and append:
             base = _read_rows(self.folder, old, old["users"][0], verify=False).schema
@@ -258,6 +275,8 @@ class Writer:
             "users": list(old["users"]) if append or users is None else [],
             "files": {},
         }
+        if replace_deltas:
+            del manifest["users"][1:]
         if users is not None:
             manifest["users"].append(f"users-{generation}.arrow")
         _encode(manifest)  # so that metadata which is no JSON fails before a base is written

@@ -204,6 +204,7 @@ class WritableUsers:
         self.n = 0
         self.number = np.empty(0, np.int64)  # of the user in the index
         self.dirty = np.empty(0, bool)  # whether it differs from what is committed
+        self.in_delta = np.empty(0, bool)  # whether a delta has it, and not the base alone
         self.folds = np.empty(0, np.int64)
         self.seen = np.empty(0, np.int64)
         self.last_time = np.empty(0)
@@ -215,7 +216,7 @@ class WritableUsers:
         first, self.n = self.n, self.n + n
         if self.n > len(self.seen):
             capacity = max(self.n, 2 * len(self.seen), 16)
-            for name in ("number", "dirty", *COLUMNS):
+            for name in ("number", "dirty", "in_delta", *COLUMNS):
                 old = getattr(self, name)
                 new = np.empty((capacity, *old.shape[1:]), old.dtype)
                 new[:first] = old[:first]

@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recbole_uip.bank import bank as bank_module
+from recbole_uip.bank import store
 from recbole_uip.bank import users as users_module
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_profiles
@@ -212,13 +213,53 @@ def test_items_are_given_as_strings(full_bank, users):
     assert full_bank.match(users[0], ["i1", "unheard of"]).shape[0] == 2
 
 
-def test_many_deltas_are_merged(full_bank, users, items, monkeypatch):
-    monkeypatch.setattr(bank_module, "BATCH_ROWS", 37)
+def segments(bank):
+    """Rows of the base and of each delta on disk."""
+    return [table.num_rows for table in store.read(bank.folder).users]
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_many_deltas_become_one(full_bank, users, items, reopen):
+    """Whatever their number, small deltas never have the base written anew."""
+    n = len(full_bank)
     for number in range(bank_module.MAX_DELTAS + 2):
-        full_bank.update(users[number], items[0], 1, 1e6 + number)
+        if reopen and number % 5 == 3:
+            full_bank.close()
+            full_bank = FeatureBank.open(full_bank.folder, write=True)
+        # The users of every other commit have been in a delta before.
+        full_bank.update_many(
+            [users[number // 2], f"new{number}"], items[:2], [1, 0], np.full(2, 1e6 + number)
+        )
         full_bank.commit()
-    segments = list(full_bank.folder.glob("users-*.arrow"))
-    assert len(segments) == 1 + 1
+        expected = [n, *[2] * (number + 1)]
+        if number >= bank_module.MAX_DELTAS:
+            expected = [n, 17 + 9, *[2] * (number - bank_module.MAX_DELTAS)]
+        assert segments(full_bank) == expected
+    with FeatureBank.open(full_bank.folder) as reader:
+        assert reader.users() == full_bank.users()
+        assert reader.table_of(reader.users()).equals(full_bank.table_of(reader.users()))
+    full_bank.close()
+
+
+def test_deltas_of_the_same_users_become_one(full_bank, users, items):
+    few = users[: len(full_bank) // 3]
+    for number in range(5):
+        full_bank.update_many(few, [items[number]] * len(few), np.ones(len(few)))
+        full_bank.commit()
+        n = len(few)
+        assert segments(full_bank)[1:] == [n] * [1, 2, 3, 1, 2][number]
+
+
+def test_a_commit_of_most_users_is_a_new_base(full_bank, users, items, monkeypatch):
+    monkeypatch.setattr(bank_module, "BATCH_ROWS", 37)
+    for number in range(2):
+        full_bank.update_many(users, [items[number]] * len(users), np.ones(len(users)))
+        full_bank.commit()
+        assert segments(full_bank) == [len(users)]
+    # What has been in a delta of the base before is not of the next.
+    full_bank.update(users[3], items[0], 1)
+    full_bank.commit()
+    assert segments(full_bank) == [len(users), 1]
     with FeatureBank.open(full_bank.folder) as reader:
         assert reader.users() == full_bank.users()
         np.testing.assert_array_equal(reader.look_up_many(users), full_bank.look_up_many(users))

@@ -166,12 +166,13 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         ----------
         X : pandas.DataFrame, pyarrow.Table, or what Arrow can read
         y : array-like, shape (n_rows,), optional
-            Labels, where ``X`` has no column of them.
+            Labels, where ``X`` has no column of them; else the same as there.
 
         Raises
         ------
         SettingsError
-            If a parameter, a column or a value cannot be used.
+            If a parameter, a column or a value cannot be used, or ``y`` differs from the labels
+            in ``X``.
         """
         self._fit(X, y)
         return self
@@ -184,8 +185,9 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
     def partial_fit(self, X: pd.DataFrame | pa.Table, y: Any = None) -> ProfileEncoder:
         """Let events enter the history; the parameters stay as they are.
 
-        They may come in any order, and users may be new. Items that :meth:`fit` has not seen
-        count for how much and how readily a user likes, not for taste.
+        They may come in any order of time, and users may be new; events of one time keep the
+        order in which they are given. Items that :meth:`fit` has not seen count for how much and
+        how readily a user likes, not for taste.
 
         Parameters
         ----------
@@ -318,7 +320,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
             folds=settings["uip_folds"],
             seed=settings["seed"],
         )
-        encoder._learned(model, _Known.of_bank(states, timed=time is not None))
+        encoder._learned(model, _Known.of_bank(states))
         return encoder
 
     def _fit(self, X: Any, y: Any) -> Profiles:
@@ -417,20 +419,32 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         """Events of a table."""
         table, liked = _Table(X, "X"), None
         if self.label is not None:
-            if self.label in table.names or y is None:
-                liked = table.labels("label", self.label)
-            else:
-                liked = _Table(pd.DataFrame({"y": np.asarray(y)}), "y").labels("label", "y")
-                if len(liked) != len(table):
-                    raise SettingsError(
-                        f"y has {len(liked)} rows, but X has {len(table)}: give a label a row"
-                    )
+            liked = self._labels(table, y)
         return _Rows(
             *table.tokens("user", self.user),
             *table.tokens("item", self.item),
             liked,
             None if self.time is None else table.times("time", self.time),
         )
+
+    def _labels(self, table: _Table, y: Any) -> np.ndarray:
+        """Labels of events: a column of the table, or ``y``; where there are both, they agree."""
+        if y is None:
+            return table.labels("label", self.label)
+        liked = _Table(pd.DataFrame({"y": np.asarray(y)}), "y").labels("label", "y")
+        if len(liked) != len(table):
+            raise SettingsError(
+                f"y has {len(liked)} rows, but X has {len(table)}: give a label a row"
+            )
+        if self.label in table.names:
+            there = table.labels("label", self.label)
+            if (differ := liked != there).any():
+                row = int(differ.argmax())
+                raise SettingsError(
+                    f"y is {liked[row]:g} in row {row}, but the column {self.label!r} (label) of "
+                    f"X is {there[row]:g}: leave one of them out"
+                )
+        return liked
 
 
 @dataclass(frozen=True)
@@ -483,17 +497,16 @@ class _Known:
         return cls(number_of, fold, states, np.empty(0, np.int64), np.empty(0))
 
     @classmethod
-    def of_bank(cls, table: pa.Table, timed: bool) -> _Known:
+    def of_bank(cls, table: pa.Table) -> _Known:
         """The users' segment of a bank."""
         width = table.schema.field("state").type.list_size
         states = table["state"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-        last_time = table["last_time"].to_numpy() if timed else np.full(len(table), NO_TIME)
         return cls(
             {user: number for number, user in enumerate(table["user"].to_pylist())},
             table["fold"].to_numpy().astype(np.int64),
             states,
             table["seen"].to_numpy(),
-            last_time,
+            table["last_time"].to_numpy(),
         )
 
     def after(self, rows: _Rows, model: ProfileModel) -> _Known:

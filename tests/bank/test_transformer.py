@@ -249,6 +249,16 @@ def test_labels_may_come_as_y(encoder, early, late):
     np.testing.assert_array_equal(by_y.transform(late), encoder.transform(late))
 
 
+def test_labels_in_both_places_must_agree(encoder, early, late):
+    twice = ProfileEncoder(FACETS).fit(early, early.label)
+    np.testing.assert_array_equal(twice.transform(late), encoder.transform(late))
+    other = early.label.to_numpy().copy()
+    other[3] = 1 - other[3]
+    for call in (ProfileEncoder(FACETS).fit, ProfileEncoder().fit_transform, encoder.partial_fit):
+        with pytest.raises(SettingsError, match="y is [01] in row 3, but the column 'label'"):
+            call(early, other)
+
+
 def test_implicit_feedback(early, late):
     encoder = ProfileEncoder(label=None).fit(early.drop(columns="label"))
     assert encoder.model_.implicit
@@ -454,6 +464,19 @@ def test_banks_without_labels_and_without_times(early, late, tmp_path):
         ProfileEncoder.from_bank(tmp_path / "labelled", label=None)
     with pytest.raises(BankError):
         ProfileEncoder.from_bank(tmp_path / "nothing")
+
+
+def test_last_times_outlive_an_encoder_that_reads_none(encoder, early, late, tmp_path):
+    encoder.to_bank(tmp_path / "bank").close()
+    untimed = ProfileEncoder.from_bank(tmp_path / "bank", time=None)
+    untimed.partial_fit(late[:1])
+    untimed.transform(late)
+    with encoder.to_bank(tmp_path / "before") as before:
+        table = before.table_of(before.users())
+    with untimed.to_bank(tmp_path / "bank") as bank:
+        after = bank.table_of(before.users())
+    assert np.isfinite(after["last_time"].to_numpy()).all()
+    assert after["last_time"].equals(table["last_time"])
 
 
 # --- errors --------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails, to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from recbole_uip import __version__
 from recbole_uip.bank.bank import FeatureBank
@@ -359,7 +360,8 @@ def create_app(service: Callable[[], BankService]) -> FastAPI:
     -------
     FastAPI
         Errors are ``{"error": "..."}`` with a status of 400 (no JSON), 403 (not a writer), 404,
-        405, 413 (too large), 415 (no JSON by its header), 422 (a value that cannot be used) or 500.
+        405, 408 (half a body), 413 (too large), 415 (no JSON by its header), 422 (a value that
+        cannot be used) or 500.
     """
     running: list[BankService] = []
 
@@ -379,8 +381,7 @@ def create_app(service: Callable[[], BankService]) -> FastAPI:
             raise ServiceError(
                 415, f"content-type={told!r} is not taken: send application/json as what it is"
             )
-        limit = running[0].settings.max_bytes
-        return kind.model_validate_json(await _body(request, limit))
+        return kind.model_validate_json(await _body(request, running[0].settings))
 
     @app.get("/health")
     async def health() -> Response:
@@ -410,12 +411,19 @@ def create_app(service: Callable[[], BankService]) -> FastAPI:
     @app.post("/commit")
     async def commit(request: Request) -> Response:
         """Make the events so far durable, and visible to readers."""
-        await _body(request, running[0].settings.max_bytes)
+        await _body(request, running[0].settings)
         return _answer(await running[0].commit())
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
-        return _error(error.status, str(error))
+        answer = _error(error.status, str(error))
+        if error.status == 408:
+            answer.headers["connection"] = "close"  # nobody waits for the other half
+        return answer
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return _error(400, "the client went away before the body had come")  # read by nobody
 
     @app.exception_handler(SettingsError)
     async def unusable(request: Request, error: SettingsError) -> Response:
@@ -439,7 +447,18 @@ def create_app(service: Callable[[], BankService]) -> FastAPI:
     return app
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _body(request: Request, settings: ServiceSettings) -> bytes:
+    """A request's body, if it is neither too large nor too slow."""
+    seconds = settings.body_seconds
+    try:
+        return await asyncio.wait_for(_read(request, settings.max_bytes), seconds)
+    except asyncio.TimeoutError:  # not the builtin before Python 3.11
+        raise ServiceError(
+            408, f"the body had not come after {seconds:g} seconds: send it at once"
+        ) from None
+
+
+async def _read(request: Request, limit: int) -> bytes:
     """A request's body, of which no more than ``limit`` bytes are ever held."""
     told = request.headers.get("content-length", "0")
     parts, size = [], 0

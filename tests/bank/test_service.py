@@ -431,6 +431,48 @@ def test_a_stopped_service_commits(empty_bank):
         assert "a" in bank
 
 
+def half_sent(client):
+    """A connection that has sent less of a body than it has said."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
+    connection.sendall(
+        b"POST /look_up HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+        b'content-length: 100\r\n\r\n{"users": ['
+    )
+    return connection
+
+
+def test_half_a_body_is_not_waited_for(empty_bank):
+    with serving(empty_bank, body_seconds=0.2) as client:
+        with half_sent(client) as connection:
+            answer = b""
+            while part := connection.recv(1 << 16):  # until the server closes it
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 408") and b"after 0.2 seconds: send it" in answer
+        assert post(client, "/look_up", {"users": ["a"]})["known"] == [False]
+
+
+def test_a_client_that_goes_away_leaves_no_traceback(empty_bank, capsys):
+    with serving(empty_bank) as client:
+        half_sent(client).close()
+        for _ in range(20):
+            post(client, "/look_up", {"users": ["a"]})
+            time.sleep(0.01)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_service_that_is_told_to_stop_waits_for_no_half_body(empty_bank):
+    folder = empty_bank.folder
+    empty_bank.close()
+    with process(folder, "--write", "--commit_seconds", 1000) as (server, client):
+        post(client, "/update", {"events": [event("a", "i1", 1, 1.0)]})
+        with half_sent(client):
+            time.sleep(0.2)
+            server.terminate()
+            server.wait(20)
+    with FeatureBank.open(folder) as bank:
+        assert "a" in bank
+
+
 def test_the_command_line(empty_bank):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_serve(parser.add_subparsers())

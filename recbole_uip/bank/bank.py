@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recbole_uip.bank import store
 from recbole_uip.bank.model import ProfileModel
@@ -193,7 +194,13 @@ class FeatureBank:
         return self._unknown_codes.copy()
 
     def look_up(self, user: str) -> np.ndarray:
-        """Codes of a user, shape (n_fields,); those of an empty history for an unknown one."""
+        """Codes of a user, shape (n_fields,); those of an empty history for an unknown one.
+
+        Raises
+        ------
+        BankError
+            If the user is no string.
+        """
         number = self._users.get(user)
         if number < 0:
             return self._unknown_codes.copy()
@@ -208,6 +215,11 @@ class FeatureBank:
         """Codes of many users, shape (n, n_fields), int32.
 
         A ``pyarrow.Array`` is fastest: its bytes are contiguous.
+
+        Raises
+        ------
+        BankError
+            If a user is null or no string, or ``users`` is a text.
         """
         return self._codes_of(self._users.find_many(users))
 
@@ -243,6 +255,12 @@ class FeatureBank:
         Returns
         -------
         ndarray of int32, shape (n, n_match_fields)
+
+        Raises
+        ------
+        BankError
+            If the user or an item is no string, ``items`` is a text, or an item number is none of
+            the catalogue's.
         """
         numbers = self._numbers(items)
         out = np.empty((len(numbers), len(self.match_fields)), np.int32)
@@ -290,14 +308,18 @@ class FeatureBank:
         Raises
         ------
         BankError
-            If the bank is open for reading only, the label is none that its events have, or
-            missing, the time is not in their unit, or the user has a later event already.
+            If the bank is open for reading only, the user or the item is empty or no string, the
+            label is none that the bank's events have, or missing, the time is not in their unit,
+            or the user has a later event already.
         """
         self._check_writable()
+        for what, token in (("user", user), ("item", item)):
+            if isinstance(token, str) and not token:
+                raise BankError(f"{what}='' is empty: an event needs its {what}")
         if liked is None:
             self._check_implicit(f" for user {user!r}")
             liked = 1.0
-        if liked not in self._labels:
+        if not isinstance(liked, Real | np.bool_) or liked not in self._labels:
             raise BankError(f"liked={liked!r} of user {user!r}: {self._labels_are()}")
         if time is not None:
             if not isinstance(time, Real) or not math.isfinite(time):
@@ -351,6 +373,12 @@ class FeatureBank:
         -------
         int
             Number of events that entered.
+
+        Raises
+        ------
+        BankError
+            As :meth:`update`, if columns are of different lengths, or if ``late`` is none of
+            these. Nothing of the batch is applied then.
         """
         self._check_writable()
         if late not in ("refuse", "drop", "apply"):
@@ -363,6 +391,9 @@ class FeatureBank:
         time = None if time is None else _as_floats("time", time)
         self._check_batch(users, numbers, liked, time)
         tokens = token_array(users)
+        _check_not_empty("user", tokens)
+        if not numbers.all() and not _are_numbers(items):
+            _check_not_empty("item", token_array(items, "item"))
         user = self._users.find_many(tokens)
         keep = None
         if time is not None and late != "apply":
@@ -450,7 +481,8 @@ class FeatureBank:
         before = self._codes_of(everyone)
         rows = self._rows_to_write(everyone)
         states, seen = self._own.states[rows], self._own.seen[rows]
-        sample = sample or self.model.settings.codebook.sample
+        if sample is None:
+            sample = self.model.settings.codebook.sample
         encoder = self.model.encoder
         fields = encoder.profile_fields
         numbers, unknown = fields.numbers.copy(), fields.unknown.copy()
@@ -557,7 +589,9 @@ class FeatureBank:
     def _numbers(self, items: Sequence[str] | np.ndarray | pa.Array) -> np.ndarray:
         if isinstance(items, str):
             raise BankError(f"items={items!r} is a text: give a list of items")
-        if isinstance(items, np.ndarray) and items.dtype.kind in "iu":
+        if _are_numbers(items):
+            if items.ndim != 1:
+                raise BankError(f"items has the shape {items.shape}: give one item number a row")
             n_items = len(self.model.items)
             if items.size and not (items.min() >= 0 and items.max() < n_items):
                 raise BankError(f"item numbers must be from 0 to {n_items - 1}, got {items}")
@@ -706,8 +740,24 @@ class FeatureBank:
         return user_table(self.model, self._users.take(numbers), **columns)
 
 
+def _are_numbers(items: Any) -> bool:
+    """Whether items are given by their numbers, not by tokens."""
+    return isinstance(items, np.ndarray) and items.dtype.kind in "iu"
+
+
+def _check_not_empty(what: str, tokens: pa.Array | pa.ChunkedArray) -> None:
+    row = pc.index(tokens, "").as_py()
+    if row >= 0:
+        raise BankError(f"{what} in row {row} is empty: an event needs its {what}")
+
+
 def _as_floats(name: str, values: Any) -> np.ndarray:
-    values = np.asarray(values)
+    try:
+        values = np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise BankError(f"{name} must be one number for each event ({error})") from None
+    if values.ndim != 1:
+        raise BankError(f"{name} has the shape {values.shape}: give one number for each event")
     if len(values) and values.dtype.kind not in "bifu":
         raise BankError(
             f"{name} must hold numbers, but its first value is {values[:1].tolist()[0]!r}: give "
@@ -720,5 +770,5 @@ def _as_floats(name: str, values: Any) -> np.ndarray:
 def _late(user: str, time: float, last: float) -> str:
     return (
         f"time={time} of user {user!r} is earlier than the user's last event in the bank ({last}): "
-        "give events in the order of time, or update_many with late='drop' or late='apply'"
+        "give events in the order of time, or a batch of them with late 'drop' or 'apply'"
     )

@@ -16,6 +16,7 @@ import pyarrow as pa
 from recbole_uip import __version__
 from recbole_uip import profiles as profile_stage
 from recbole_uip.bank.store import BankError
+from recbole_uip.bank.tokens import token_array
 from recbole_uip.behaviours import folds_of
 from recbole_uip.em.encoder import Encoder
 from recbole_uip.em.facet import Facet
@@ -259,16 +260,17 @@ class ProfileModel:
         BankError
             If it is no string.
         """
-        number = self._number_of.get(item, UNKNOWN_ITEM)
-        if number == UNKNOWN_ITEM:
-            _check_token(item)
-        return number
+        _check_token(item)
+        return self._number_of.get(item, UNKNOWN_ITEM)
 
     def numbers(self, items: Sequence[str]) -> np.ndarray:
         """Item numbers of tokens, shape (n,), int64; see :meth:`number`."""
         found = map(self._number_of.get, items, itertools.repeat(UNKNOWN_ITEM))
-        numbers = np.fromiter(found, dtype=np.int64, count=len(items))
-        if not numbers.all():
+        try:
+            numbers = np.fromiter(found, dtype=np.int64, count=len(items))
+        except TypeError:  # one has no hash
+            numbers = None
+        if numbers is None or not numbers.all():
             for item in items:
                 _check_token(item)
         return numbers
@@ -287,14 +289,19 @@ class ProfileModel:
         Raises
         ------
         BankError
-            If an item is in the catalogue already, there are not as many texts as items, or the
-            LM is not the one that the catalogue was scored with.
+            If an item is in the catalogue already, or no string, or empty, there are not as many
+            texts as items, or the LM is not the one that the catalogue was scored with.
         """
-        items = [str(item) for item in items]
+        items = token_array(items, "item").to_pylist()
+        if "" in items:
+            raise BankError(f"item in row {items.index('')} is empty: leave that row out")
         if len(texts) != len(items):
             raise BankError(
                 f"{len(items)} items have {len(texts)} texts: give one for each, None for no text"
             )
+        for item, text in zip(items, texts, strict=True):
+            if not (text is None or isinstance(text, str)):
+                raise BankError(f"the text of item {item!r} is {text!r}: give text, or None")
         known = set(self.items)
         for item in items:
             if item in known:

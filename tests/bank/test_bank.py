@@ -277,7 +277,7 @@ def test_unknown_users_have_the_profile_of_no_history(full_bank, inferred, items
 
 def test_late_events(full_bank, users, items):
     state = full_bank.state_of(users[0])[0]
-    with pytest.raises(BankError, match="'u000' is earlier than the user's last event"):
+    with pytest.raises(BankError, match="'u000' is earlier than .* with late 'drop' or 'apply'"):
         full_bank.update(users[0], items[0], 1, time=-5.0)
     batch = ([users[0], users[1]], [items[0]] * 2, [1, 1], [-5.0, 1e6])
     with pytest.raises(BankError, match="'u000' is earlier"):
@@ -320,6 +320,41 @@ def test_bad_batches_change_nothing(full_bank, arguments, message):
     with pytest.raises(BankError, match=r"time=datetime.* of user 'a' must be a finite number"):
         full_bank.update("a", "i1", 1, DAY)
     assert "a" not in full_bank
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bank: bank.look_up(["u196"]), r"user \['u196'\] is no string"),
+        (lambda bank: bank.match("u000", [["i1"]]), r"item \['i1'\] is no string"),
+        (lambda bank: bank.match("u000", np.array([["i1"]])), "item array.* is no string"),
+        (lambda bank: bank.match("u000", np.array([[1]])), r"items has the shape \(1, 1\)"),
+        (lambda bank: bank.update("u000", ["i1"], 1), r"item \['i1'\] is no string"),
+        (lambda bank: bank.update("u000", "i1", np.array([1, 0])), "liked=array.*must be 0 or 1"),
+        (lambda bank: bank.update("", "i1", 1), "user='' is empty: an event needs its user"),
+        (lambda bank: bank.update("u000", "", 1), "item='' is empty: an event needs its item"),
+        (lambda bank: bank.update_many(["a", ""], ["i1"] * 2, [1, 1]), "user in row 1 is empty"),
+        (lambda bank: bank.update_many(["a"] * 2, ["i1", ""], [1, 1]), "item in row 1 is empty"),
+        (lambda bank: bank.update_many(["a"], ["i1"], [1], 5.0), r"time has the shape \(\)"),
+        (lambda bank: bank.update_many(["a"], ["i1"], [[1]]), r"liked has the shape \(1, 1\)"),
+        (lambda bank: bank.update_many(["a"] * 2, ["i1"] * 2, [[1], [1, 0]]), "liked must be one"),
+        (lambda bank: bank.update_many([["a"]], ["i1"], [1]), "users must be strings"),
+        (lambda bank: bank.add_items([None], ["a film"]), "item in row 0 is null"),
+        (lambda bank: bank.add_items([7777], ["a film"]), "items must be strings"),
+        (lambda bank: bank.add_items(["7777", np.nan], ["a", "b"]), "items? .*(strings|null)"),
+        (lambda bank: bank.add_items("7777", list("abcd")), "items='7777' is a text"),
+        (lambda bank: bank.add_items([""], ["a film"]), "item in row 0 is empty"),
+        (lambda bank: bank.add_items(["7777"], [np.nan]), "text of item '7777' is nan"),
+        (lambda bank: bank.refit(sample=0), "sample=0 is fewer users"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_changes_nothing(full_bank, call, message):
+    users, items = full_bank.users(), full_bank.model.items
+    state, _, _ = full_bank.state_of("u000")
+    with pytest.raises(BankError, match=message):
+        call(full_bank)
+    assert full_bank.users() == users and full_bank.model.items == items
+    np.testing.assert_array_equal(full_bank.state_of("u000")[0], state)
 
 
 def test_a_closed_bank_takes_no_events(full_bank, users, items):

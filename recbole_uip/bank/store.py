@@ -39,7 +39,15 @@ from safetensors.numpy import load_file, save
 from recbole_uip.files import LockedError, atomic_write, lock, sha256_of, unlock
 from recbole_uip.settings import SettingsError
 
-__all__ = ["BankError", "Snapshot", "Writer", "check_replaceable", "digest_of", "read"]
+__all__ = [
+    "BankError",
+    "Snapshot",
+    "Writer",
+    "check_folder",
+    "check_replaceable",
+    "digest_of",
+    "read",
+]
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -159,11 +167,28 @@ def check_replaceable(folder: str | os.PathLike) -> None:
     Raises
     ------
     BankError
-        If another writer has the bank open, or its manifest cannot be read. A folder without a
-        bank is as good as none.
+        If another writer has the bank open, its manifest cannot be read, or there can be no such
+        folder. A folder without a bank is as good as none.
     """
+    check_folder(folder)
     if (Path(folder) / MANIFEST).exists():
         Writer(folder).close()
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Refuse a path that can be no folder, before any work is done for it.
+
+    Raises
+    ------
+    BankError
+        If it, or one that it lies in, is a file.
+    """
+    folder = Path(folder)
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            return
+        if path.exists():
+            raise BankError(f"{folder} cannot be a folder, because {path} is a file: give another")
 
 
 class Writer:
@@ -182,14 +207,21 @@ class Writer:
     Raises
     ------
     BankError
-        If another writer has the bank open, its manifest is damaged, or there is no bank and
-        ``create`` is False.
+        If another writer has the bank open, its manifest is damaged, there is no bank and
+        ``create`` is False, or its folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike, create: bool = False) -> None:
         self.folder = Path(folder)
         if create:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            check_folder(self.folder)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BankError(
+                    f"the folder {self.folder} cannot be made ({error}): see to its file system, "
+                    "or give another"
+                ) from error
         else:
             _read_manifest(self.folder)  # leaves no lock file where there is no bank
         self._process = os.getpid()
@@ -244,8 +276,8 @@ class Writer:
         Raises
         ------
         BankError
-            If a part cannot be kept as it is, the first commit lacks a part, or the bank has
-            been changed by anything but this writer.
+            If a part cannot be kept as it is, the first commit lacks a part, the bank has been
+            changed by anything but this writer, or its file system takes no more.
         """
         self._check_still_ours()
         old = self._manifest
@@ -295,6 +327,11 @@ class Writer:
             content = _encode(manifest)
             with atomic_write(self.folder / MANIFEST) as file:
                 file.write(content)
+        except OSError as error:
+            raise BankError(
+                f"the bank {self.folder} could not be written ({error}): make room, or see to its "
+                "file system; what was committed before is as it was"
+            ) from error
         finally:
             # What is committed is what the disk says: an interrupt may come after the replace.
             self._manifest = _committed(self.folder)

@@ -18,6 +18,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.model import NO_ITEM, UNKNOWN_ITEM, ProfileModel
+from recbole_uip.bank.store import check_replaceable
+from recbole_uip.bank.tokens import decodable
 from recbole_uip.bank.users import NO_TIME, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import Events, index_history, iter_states, whole_history
@@ -258,8 +260,14 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         -------
         FeatureBank
             Open for reading: ``look_up`` and ``match`` serve single users.
+
+        Raises
+        ------
+        BankError
+            If another process writes to the bank there, or no bank can be written there.
         """
         check_is_fitted(self)
+        check_replaceable(folder)
         users = self._known.table(self.model_, timed=self.time is not None)
         FeatureBank.create(folder, self.model_, users).close()
         return FeatureBank.open(folder)
@@ -724,7 +732,7 @@ class _Table:
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
         if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
+            column = decodable(column).dictionary_decode()
         # What has no value at all has no type: an empty table of pandas, say.
         return column.cast(pa.int8()) if pa.types.is_null(column.type) else column
 

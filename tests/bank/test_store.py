@@ -322,6 +322,37 @@ def test_an_interrupt_after_the_commit_point_keeps_the_commit(bank, monkeypatch)
     assert read(bank).generation == 3
 
 
+def test_a_full_disk_is_told(bank, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    before = listing(bank)
+    with Writer(bank) as writer:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            with pytest.raises(BankError, match=f"the bank {bank} .* No space left.*make room"):
+                writer.commit(**parts(2))
+        assert listing(bank) == before and numbers(read(bank)) == (1, 1, 1, 1)
+        assert writer.commit(**parts(2)) == 2
+
+
+def test_a_file_is_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "bank"):
+        for act in (lambda at: Writer(at, create=True), store.check_replaceable):
+            with pytest.raises(BankError, match=f"{folder} cannot be a folder.*{tmp_path}/file is"):
+                act(folder)
+    store.check_replaceable(tmp_path / "new" / "bank")
+    assert not (tmp_path / "new").exists()
+
+    def refuse(self, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(BankError, match=f"{tmp_path}/new cannot be made .*Permission denied"):
+        Writer(tmp_path / "new", create=True)
+
+
 # --- damage --------------------------------------------------------------------------------
 
 

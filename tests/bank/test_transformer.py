@@ -217,6 +217,9 @@ def test_kinds_of_tables_and_columns(encoder, early, late):
     np.testing.assert_array_equal(encoder.transform(late.assign(item_id="7")).shape, expected.shape)
     arrow = pa.table(other.assign(user_id=late.user_id, item_id=late.item_id.astype(str)))
     np.testing.assert_array_equal(encoder.transform(arrow), expected)
+    views = arrow["user_id"].combine_chunks().cast(pa.string_view()).dictionary_encode()
+    of_polars = arrow.set_column(arrow.column_names.index("user_id"), "user_id", views)
+    np.testing.assert_array_equal(encoder.transform(of_polars), expected)
 
     def dated(table, unit="ns"):
         days = pd.to_datetime(table.timestamp, unit="D").astype(f"datetime64[{unit}]")
@@ -477,6 +480,13 @@ def test_last_times_outlive_an_encoder_that_reads_none(encoder, early, late, tmp
         after = bank.table_of(before.users())
     assert np.isfinite(after["last_time"].to_numpy()).all()
     assert after["last_time"].equals(table["last_time"])
+
+
+def test_a_file_is_no_folder_of_a_bank(encoder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(encoder._known.__class__, "table", lambda *_, **__: pytest.fail("for it"))
+    with pytest.raises(BankError, match="cannot be a folder, because .*file is a file"):
+        encoder.to_bank(tmp_path / "file")
 
 
 # --- errors --------------------------------------------------------------------------------

@@ -63,6 +63,8 @@ class FeatureBank:
     model : ProfileModel
     generation : int
         Commit that the bank stands on.
+    position : str or None
+        What that commit says of where the events came to (:meth:`commit`).
     """
 
     def __init__(self, snapshot: Snapshot, writer: Writer | None = None) -> None:
@@ -155,6 +157,7 @@ class FeatureBank:
 
     def _load(self, snapshot: Snapshot) -> None:
         self.folder, self.generation = snapshot.folder, snapshot.generation
+        self.position = snapshot.position
         self._snapshot = snapshot
         self.model = ProfileModel.from_parts(snapshot.metadata, snapshot.tables, snapshot.items)
         self._set_unknown()
@@ -511,15 +514,31 @@ class FeatureBank:
             ),
         )
 
-    def commit(self) -> int:
+    def commit(self, position: str | None = None) -> int:
         """Make all updates durable and visible to readers, at once or not at all.
+
+        Parameters
+        ----------
+        position : str, optional
+            How far the events of a stream have come, in the stream's own words, such as an
+            offset. It is committed with them, so that after a crash whoever reads
+            :attr:`position` can go on there, and no event enters twice or is lost. Left out, it
+            stays as it was if there is nothing to commit, and else the bank has none.
 
         Returns
         -------
         int
             The bank's generation.
+
+        Raises
+        ------
+        BankError
+            If the bank is open for reading only, ``position`` is no string, or the files cannot
+            be written; the updates are then kept, and the next commit takes them.
         """
         self._check_writable()
+        if not (position is None or isinstance(position, str)):
+            raise BankError(f"position={position!r} must be text: give it as a string")
         parts: dict[str, Any] = {}
         if self._model_changed:
             model = self.model
@@ -540,8 +559,9 @@ class FeatureBank:
                 deltas, delta_rows = 1, len(changed)
             else:
                 parts["users"] = self._table(own.number[rows])
-        if parts:
-            self.generation = self._writer.commit(**parts)
+        if parts or position not in (None, self.position):
+            self.generation = self._writer.commit(**parts, position=position)
+            self.position = position
             self._deltas, self._delta_rows = deltas, delta_rows
             if len(rows):
                 own.in_delta[rows] = True

@@ -109,10 +109,15 @@ class Event(_Body):
 
 
 class Update(_Body):
-    """Events that enter the bank; ``late`` says what becomes of one before its user's last."""
+    """Events that enter the bank; ``late`` says what becomes of one before its user's last.
+
+    ``position`` is how far the stream has come with them, in its own words: the next commit keeps
+    it, and /health tells it to a producer that goes on after a crash. Left out, it stays.
+    """
 
     events: list[Event]
     late: Literal["refuse", "drop", "apply"] = "refuse"
+    position: Token | None = None
 
 
 class Score(_Body):
@@ -150,6 +155,7 @@ class BankService:
         #: What the last commit or refresh on the timer failed by.
         self.problem: str | None = None
         self._uncommitted = 0
+        self._position = bank.position  # of the events that have entered
         self._writing = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._files = ThreadPoolExecutor(1, "bank-files")
@@ -167,7 +173,7 @@ class BankService:
         if self._timer is not None:
             await self._timer
         try:
-            if self._uncommitted:
+            if self._is_behind:
                 await self.commit()
         finally:
             self._files.shutdown()
@@ -180,6 +186,7 @@ class BankService:
             "status": "ok" if self.problem is None else "degraded",
             "problem": self.problem,
             "generation": bank.generation,
+            "position": bank.position,
             "users": len(bank),
             "items": len(bank.model.items) - 1,
             "fields": bank.fields,
@@ -256,6 +263,8 @@ class BankService:
                     late=request.late,
                 )
             self._uncommitted += entered
+            if request.position is not None:
+                self._position = request.position
         return {"entered": entered}
 
     async def commit(self) -> dict[str, Any]:
@@ -272,9 +281,15 @@ class BankService:
             logger.exception("the bank %s could not be committed", self.bank.folder)
             raise ServiceError(500, self.problem) from error
 
+    @property
+    def _is_behind(self) -> bool:
+        """Whether there is anything to commit."""
+        return self._uncommitted > 0 or self._position != self.bank.position
+
     async def _commit(self) -> int:
         async with self._writing:
-            generation = await self._in_thread(self._files, self.bank.commit)
+            position = self._position
+            generation = await self._in_thread(self._files, lambda: self.bank.commit(position))
             self._uncommitted = 0
         self.problem = None
         return generation
@@ -300,7 +315,7 @@ class BankService:
             try:
                 if not writes:
                     await self.refresh()
-                elif self._uncommitted:
+                elif self._is_behind:
                     await self.commit()
             except ServiceError:
                 pass  # said and logged; the next turn tries again

@@ -4,8 +4,8 @@ A bank is a folder. ``manifest.json`` names its files, and replacing the manifes
 commit point: a process killed at any moment loses at most what it had not committed.
 
 ===================================  ==========================================================
-``manifest.json``                    generation, the caller's metadata, and the size, SHA-256
-                                     and number of rows of each file below
+``manifest.json``                    generation, the caller's metadata and position, and the size,
+                                     SHA-256 and number of rows of each file below
 ``tables-<generation>.safetensors``  fitted arrays
 ``items-<generation>.arrow``         the item catalogue, by the column ``item``
 ``users-<generation>.arrow``         rows of users, by the column ``user``: the base, and deltas
@@ -92,6 +92,8 @@ class Snapshot:
         chunk for each batch that was written.
     files : dict of (str, str) to object
         What was opened, by a file's name and SHA-256.
+    position : str or None
+        The caller's word for where its source of rows stood.
     """
 
     folder: Path
@@ -102,6 +104,7 @@ class Snapshot:
     items: pa.Table
     users: tuple[pa.Table, ...]
     files: dict[tuple[str, str], Any]
+    position: str | None
 
 
 def read(folder: str | os.PathLike, verify: bool = True, known: Snapshot | None = None) -> Snapshot:
@@ -143,6 +146,7 @@ def read(folder: str | os.PathLike, verify: bool = True, known: Snapshot | None 
                 items=files[key_of[manifest["items"]]],
                 users=tuple(files[key_of[name]] for name in manifest["users"]),
                 files=files,
+                position=manifest.get("position"),
             )
         except _MissingError:
             # A writer may have replaced the file after its name was read.
@@ -247,6 +251,7 @@ class Writer:
         users: pa.Table | pa.RecordBatchReader | None = None,
         replace_users: bool = False,
         replace_deltas: bool = False,
+        position: str | None = None,
     ) -> int:
         """Write the parts given, keep the others, and make them the next generation at once.
 
@@ -268,6 +273,9 @@ class Writer:
             Whether ``users`` becomes the base alone, or a delta of the same schema.
         replace_deltas : bool
             Whether that delta takes the place of the others, whose rows it then has as well.
+        position : str, optional
+            Where the caller's source of rows stands after this commit; without one the bank has
+            none, for an earlier one would be wrong.
 
         Returns
         -------
@@ -306,6 +314,7 @@ class Writer:
             "items": f"items-{generation}.arrow" if items is not None else old["items"],
             "users": list(old["users"]) if append or users is None else [],
             "files": {},
+            "position": position,
         }
         if replace_deltas:
             del manifest["users"][1:]

@@ -25,6 +25,7 @@ from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError
 from recbole_uip.bank.users import user_table
 from recbole_uip.behaviours import folds_of
+from recbole_uip.cli import main
 from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 
@@ -211,6 +212,24 @@ def test_items_are_given_as_strings(full_bank, users):
         with pytest.raises(BankError, match="item 3 is no string: give strings"):
             call()
     assert full_bank.match(users[0], ["i1", "unheard of"]).shape[0] == 2
+
+
+def test_a_position_tells_where_a_stream_goes_on(full_bank, capsys):
+    with FeatureBank.open(full_bank.folder) as reader:
+        assert full_bank.position is reader.position is None
+        full_bank.update("a", "i1", 1)
+        assert full_bank.commit("topic:41") == 2 and full_bank.commit() == 2
+        assert reader.refresh() and full_bank.position == reader.position == "topic:41"
+        # It may move where no event has entered, and does not outlive events without one.
+        assert full_bank.commit("topic:42") == 3 and full_bank.commit("topic:42") == 3
+        assert reader.refresh() and reader.position == "topic:42"
+        main(["bank", "info", str(full_bank.folder)])
+        assert "generation 3, position topic:42" in capsys.readouterr().out
+        with pytest.raises(BankError, match="position=43 must be text"):
+            full_bank.commit(43)
+        full_bank.update("a", "i1", 1)
+        full_bank.commit()
+        assert reader.refresh() and full_bank.position is reader.position is None
 
 
 def segments(bank):

@@ -244,15 +244,30 @@ def test_commits_come_on_a_timer_and_at_the_end(empty_bank):
         assert "b" in reader
 
 
+def test_a_position_is_committed_with_its_events(empty_bank):
+    folder = empty_bank.folder
+    late = {"events": [event("a", "i1", 1, 0.0)], "late": "drop", "position": "offset 9"}
+    with serving(empty_bank, commit_seconds=1000) as client:
+        post(client, "/update", {"events": [event("a", "i1", 1, 1.0)], "position": "offset 7"})
+        assert client.get("/health").json()["position"] is None
+        post(client, "/commit", None)
+        post(client, "/update", {"events": [event("b", "i1", 1, 1.0)]})
+        post(client, "/commit", None)
+        assert client.get("/health").json()["position"] == "offset 7"
+        assert post(client, "/update", late) == {"entered": 0}
+    with FeatureBank.open(folder) as reader:  # at the end, though no event has entered
+        assert reader.position == "offset 9"
+
+
 def test_a_commit_that_fails_is_told_and_tried_again(empty_bank, monkeypatch):
     broken = threading.Event()
     broken.set()
     commit = FeatureBank.commit
 
-    def maybe(self):
+    def maybe(self, position=None):
         if broken.is_set():
             raise OSError("no space left")
-        return commit(self)
+        return commit(self, position)
 
     monkeypatch.setattr(FeatureBank, "commit", maybe)
     with serving(empty_bank, commit_seconds=0.05) as client:
@@ -275,9 +290,9 @@ def test_look_ups_go_on_while_files_are_written_and_events_wait(empty_bank, monk
     let_go = threading.Event()
     commit = FeatureBank.commit
 
-    def slow(self):
+    def slow(self, position=None):
         assert let_go.wait(10)
-        return commit(self)
+        return commit(self, position)
 
     monkeypatch.setattr(FeatureBank, "commit", slow)
     with serving(empty_bank, commit_seconds=1000) as client, ThreadPoolExecutor(3) as pool:

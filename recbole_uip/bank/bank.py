@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recbole_uip.bank import store
 from recbole_uip.bank.model import ProfileModel
@@ -26,7 +27,6 @@ from recbole_uip.bank.users import (
     by_users,
     distinct,
     in_parts,
-    is_in_unit,
     put_rows,
     stable_order,
     user_schema,
@@ -36,7 +36,8 @@ from recbole_uip.em.kernels import CODE, advance, advance_many, encode, score_ca
 
 __all__ = ["FeatureBank"]
 
-# Merge deltas into one base when there are more of them, or they hold more than this share.
+# Write a new base when more than this share of users differs from it; deltas become one when
+# there are more of them, or they have more rows together than there are users.
 MAX_DELTAS = 16
 MAX_DELTA_SHARE = 0.5
 BATCH_ROWS = 200_000
@@ -62,6 +63,8 @@ class FeatureBank:
     model : ProfileModel
     generation : int
         Commit that the bank stands on.
+    position : str or None
+        What that commit says of where the events came to (:meth:`commit`).
     """
 
     def __init__(self, snapshot: Snapshot, writer: Writer | None = None) -> None:
@@ -154,7 +157,8 @@ class FeatureBank:
 
     def _load(self, snapshot: Snapshot) -> None:
         self.folder, self.generation = snapshot.folder, snapshot.generation
-        self._sha256 = snapshot.sha256
+        self.position = snapshot.position
+        self._snapshot = snapshot
         self.model = ProfileModel.from_parts(snapshot.metadata, snapshot.tables, snapshot.items)
         self._set_unknown()
         self._base = BaseUsers(snapshot.users[0])
@@ -170,10 +174,6 @@ class FeatureBank:
         self._model_changed = False
         for delta in snapshot.users[1:]:
             self._take(delta)
-        self._latest = NO_TIME  # of all users
-        if self.writable:
-            columns = [*self._base.last_time, self._own.last_time[: self._own.n]]
-            self._latest = max(column.max(initial=NO_TIME) for column in columns)
 
     def _take(self, delta: pa.Table) -> None:
         part = BaseUsers(delta)
@@ -181,6 +181,7 @@ class FeatureBank:
         everything = np.arange(part.n)
         for name in COLUMNS:
             getattr(self._own, name)[rows] = part.gather(name, everything)
+        self._own.in_delta[rows] = True
 
     def _set_unknown(self) -> None:
         """Profile of a user of whom nothing is known, by ``uip_empty``."""
@@ -196,7 +197,13 @@ class FeatureBank:
         return self._unknown_codes.copy()
 
     def look_up(self, user: str) -> np.ndarray:
-        """Codes of a user, shape (n_fields,); those of an empty history for an unknown one."""
+        """Codes of a user, shape (n_fields,); those of an empty history for an unknown one.
+
+        Raises
+        ------
+        BankError
+            If the user is no string.
+        """
         number = self._users.get(user)
         if number < 0:
             return self._unknown_codes.copy()
@@ -211,6 +218,11 @@ class FeatureBank:
         """Codes of many users, shape (n, n_fields), int32.
 
         A ``pyarrow.Array`` is fastest: its bytes are contiguous.
+
+        Raises
+        ------
+        BankError
+            If a user is null or no string, or ``users`` is a text.
         """
         return self._codes_of(self._users.find_many(users))
 
@@ -246,6 +258,12 @@ class FeatureBank:
         Returns
         -------
         ndarray of int32, shape (n, n_match_fields)
+
+        Raises
+        ------
+        BankError
+            If the user or an item is no string, ``items`` is a text, or an item number is none of
+            the catalogue's.
         """
         numbers = self._numbers(items)
         out = np.empty((len(numbers), len(self.match_fields)), np.int32)
@@ -293,19 +311,23 @@ class FeatureBank:
         Raises
         ------
         BankError
-            If the bank is open for reading only, the label is none that its events have, or
-            missing, the time is not in their unit, or the user has a later event already.
+            If the bank is open for reading only, the user or the item is empty or no string, the
+            label is none that the bank's events have, or missing, the time is not in their unit,
+            or the user has a later event already.
         """
         self._check_writable()
+        for what, token in (("user", user), ("item", item)):
+            if isinstance(token, str) and not token:
+                raise BankError(f"{what}='' is empty: an event needs its {what}")
         if liked is None:
             self._check_implicit(f" for user {user!r}")
             liked = 1.0
-        if liked not in self._labels:
+        if not isinstance(liked, Real | np.bool_) or liked not in self._labels:
             raise BankError(f"liked={liked!r} of user {user!r}: {self._labels_are()}")
         if time is not None:
             if not isinstance(time, Real) or not math.isfinite(time):
                 raise BankError(f"time={time!r} of user {user!r} must be a finite number")
-            self._check_unit(time)
+            self.model.check_time(time, f" of user {user!r}")
         item_number = self.model.number(item)
         number = self._users.get(user)
         row = self._moved.item(number) - 1 if number >= 0 else -1
@@ -317,7 +339,6 @@ class FeatureBank:
             if time < own.last_time[row]:
                 raise BankError(_late(user, time, own.last_time[row]))
             own.last_time[row] = time
-            self._latest = max(self._latest, time)
         advance(own.states[row], encoder.kernels, item_number, own.folds[row], float(liked))
         own.seen[row] += 1
         one = slice(row, row + 1)
@@ -355,6 +376,12 @@ class FeatureBank:
         -------
         int
             Number of events that entered.
+
+        Raises
+        ------
+        BankError
+            As :meth:`update`, if columns are of different lengths, or if ``late`` is none of
+            these. Nothing of the batch is applied then.
         """
         self._check_writable()
         if late not in ("refuse", "drop", "apply"):
@@ -367,6 +394,9 @@ class FeatureBank:
         time = None if time is None else _as_floats("time", time)
         self._check_batch(users, numbers, liked, time)
         tokens = token_array(users)
+        _check_not_empty("user", tokens)
+        if not numbers.all() and not _are_numbers(items):
+            _check_not_empty("item", token_array(items, "item"))
         user = self._users.find_many(tokens)
         keep = None
         if time is not None and late != "apply":
@@ -407,7 +437,6 @@ class FeatureBank:
         if time is not None:
             last = time[order[ends - 1]]
             own.last_time[touched] = np.maximum(own.last_time[touched], last)
-            self._latest = max(self._latest, float(last.max()))
         own.dirty[touched] = True
 
     def add_items(self, items: Sequence[str], texts: Sequence[str | None]) -> None:
@@ -455,7 +484,8 @@ class FeatureBank:
         before = self._codes_of(everyone)
         rows = self._rows_to_write(everyone)
         states, seen = self._own.states[rows], self._own.seen[rows]
-        sample = sample or self.model.settings.codebook.sample
+        if sample is None:
+            sample = self.model.settings.codebook.sample
         encoder = self.model.encoder
         fields = encoder.profile_fields
         numbers, unknown = fields.numbers.copy(), fields.unknown.copy()
@@ -484,35 +514,59 @@ class FeatureBank:
             ),
         )
 
-    def commit(self) -> int:
+    def commit(self, position: str | None = None) -> int:
         """Make all updates durable and visible to readers, at once or not at all.
+
+        Parameters
+        ----------
+        position : str, optional
+            How far the events of a stream have come, in the stream's own words, such as an
+            offset. It is committed with them, so that after a crash whoever reads
+            :attr:`position` can go on there, and no event enters twice or is lost. Left out, it
+            stays as it was if there is nothing to commit, and else the bank has none.
 
         Returns
         -------
         int
             The bank's generation.
+
+        Raises
+        ------
+        BankError
+            If the bank is open for reading only, ``position`` is no string, or the files cannot
+            be written; the updates are then kept, and the next commit takes them.
         """
         self._check_writable()
+        if not (position is None or isinstance(position, str)):
+            raise BankError(f"position={position!r} must be text: give it as a string")
         parts: dict[str, Any] = {}
         if self._model_changed:
             model = self.model
             parts |= {"metadata": model.metadata(), "tables": model.all_tables()}
             parts["items"] = model.item_table()
-        rows = np.flatnonzero(self._own.dirty[: self._own.n])
+        own, n = self._own, self._own.n
+        rows = np.flatnonzero(own.dirty[:n])
+        deltas, delta_rows = self._deltas, self._delta_rows
         if len(rows):
-            delta_rows = self._delta_rows + len(rows)
-            too_many = self._deltas and delta_rows > MAX_DELTA_SHARE * len(self)
-            if self._deltas >= MAX_DELTAS or too_many:
+            changed = np.flatnonzero(own.dirty[:n] | own.in_delta[:n])
+            new_base = len(changed) > MAX_DELTA_SHARE * len(self)
+            deltas, delta_rows = deltas + 1, delta_rows + len(rows)
+            if new_base:
                 parts |= {"users": self._merged(), "replace_users": True}
+                deltas, delta_rows = 0, 0
+            elif deltas > MAX_DELTAS or delta_rows > len(self):
+                parts |= {"users": self._table(own.number[changed]), "replace_deltas": True}
+                deltas, delta_rows = 1, len(changed)
             else:
-                parts["users"] = self._table(self._own.number[rows])
-        if parts:
-            self.generation = self._writer.commit(**parts)
-            if "users" in parts:
-                merged = parts.get("replace_users", False)
-                self._deltas = 0 if merged else self._deltas + 1
-                self._delta_rows = 0 if merged else delta_rows
-            self._own.dirty[rows] = False
+                parts["users"] = self._table(own.number[rows])
+        if parts or position not in (None, self.position):
+            self.generation = self._writer.commit(**parts, position=position)
+            self.position = position
+            self._deltas, self._delta_rows = deltas, delta_rows
+            if len(rows):
+                own.in_delta[rows] = True
+                own.in_delta[:n] &= not new_base
+            own.dirty[rows] = False
             self._model_changed = False
         return self.generation
 
@@ -521,8 +575,12 @@ class FeatureBank:
         if self.is_current():
             return False
         # Made anew, so that one that cannot be read leaves this as it was.
-        vars(self).update(vars(type(self)(store.read(self.folder))))
+        vars(self).update(vars(self.refreshed()))
         return True
+
+    def refreshed(self) -> FeatureBank:
+        """What has been committed last, as another bank for reading; reads what is new alone."""
+        return type(self)(store.read(self.folder, known=self._snapshot))
 
     def is_current(self) -> bool:
         """Whether this is, events not yet committed aside, what the folder holds.
@@ -531,7 +589,7 @@ class FeatureBank:
         """
         if self._writer is not None:
             return True  # nobody else may write
-        return store.digest_of(self.folder) == self._sha256
+        return store.digest_of(self.folder) == self._snapshot.sha256
 
     def close(self) -> None:
         """Let others write. Updates that are not committed are lost."""
@@ -551,7 +609,9 @@ class FeatureBank:
     def _numbers(self, items: Sequence[str] | np.ndarray | pa.Array) -> np.ndarray:
         if isinstance(items, str):
             raise BankError(f"items={items!r} is a text: give a list of items")
-        if isinstance(items, np.ndarray) and items.dtype.kind in "iu":
+        if _are_numbers(items):
+            if items.ndim != 1:
+                raise BankError(f"items has the shape {items.shape}: give one item number a row")
             n_items = len(self.model.items)
             if items.size and not (items.min() >= 0 and items.max() < n_items):
                 raise BankError(f"item numbers must be from 0 to {n_items - 1}, got {items}")
@@ -579,9 +639,8 @@ class FeatureBank:
         if time is not None and not np.isfinite(time).all():
             row = int(np.flatnonzero(~np.isfinite(time))[0])
             raise BankError(f"time is {time[row]} in row {row}: it must be a finite number")
-        if time is not None and len(time):
-            self._check_unit(float(time.min()))
-            self._check_unit(float(time.max()))
+        if time is not None:
+            self.model.check_times(time)
 
     def _check_implicit(self, of: str = "") -> None:
         """Refuse events without labels where the bank's events have them."""
@@ -596,17 +655,6 @@ class FeatureBank:
         if self.model.implicit:
             return "without labels each of the bank's events is one of liking: leave liked out"
         return "labels must be 0 or 1"
-
-    def _check_unit(self, time: float) -> None:
-        """Refuse a time in another unit than the bank's events have, such as milliseconds.
-
-        It would be its user's last for good, and every event after it late.
-        """
-        if not is_in_unit(time, self._latest):
-            raise BankError(
-                f"time={time} is not in the unit of the bank's events, the latest of which is at "
-                f"{self._latest}: give times in that unit, such as seconds since 1970"
-            )
 
     def _gather(self, name: str, numbers: np.ndarray, out: np.ndarray) -> None:
         """Write a column's values of users to ``out``; that of unknown ones (-1) stays."""
@@ -665,7 +713,8 @@ class FeatureBank:
             own.codes[new_rows] = self._unknown_codes
             own.seen[new_rows], own.last_time[new_rows] = 0, NO_TIME
             own.folds[new_rows] = self.model.folds_of(new)
-            own.number[first : own.n], own.dirty[first : own.n] = movers, False
+            own.number[first : own.n] = movers
+            own.dirty[first : own.n] = own.in_delta[first : own.n] = False
             self._moved[movers] = np.arange(first + 1, own.n + 1)
             rows[elsewhere] = self._moved[numbers[elsewhere]] - 1
         return rows
@@ -711,8 +760,24 @@ class FeatureBank:
         return user_table(self.model, self._users.take(numbers), **columns)
 
 
+def _are_numbers(items: Any) -> bool:
+    """Whether items are given by their numbers, not by tokens."""
+    return isinstance(items, np.ndarray) and items.dtype.kind in "iu"
+
+
+def _check_not_empty(what: str, tokens: pa.Array | pa.ChunkedArray) -> None:
+    row = pc.index(tokens, "").as_py()
+    if row >= 0:
+        raise BankError(f"{what} in row {row} is empty: an event needs its {what}")
+
+
 def _as_floats(name: str, values: Any) -> np.ndarray:
-    values = np.asarray(values)
+    try:
+        values = np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise BankError(f"{name} must be one number for each event ({error})") from None
+    if values.ndim != 1:
+        raise BankError(f"{name} has the shape {values.shape}: give one number for each event")
     if len(values) and values.dtype.kind not in "bifu":
         raise BankError(
             f"{name} must hold numbers, but its first value is {values[:1].tolist()[0]!r}: give "
@@ -725,5 +790,5 @@ def _as_floats(name: str, values: Any) -> np.ndarray:
 def _late(user: str, time: float, last: float) -> str:
     return (
         f"time={time} of user {user!r} is earlier than the user's last event in the bank ({last}): "
-        "give events in the order of time, or update_many with late='drop' or late='apply'"
+        "give events in the order of time, or a batch of them with late 'drop' or 'apply'"
     )

@@ -65,7 +65,9 @@ def bank_of_profiles(
         is_event = behaviours.train
     _check_servable(settings)
     history = whole_history(behaviours.user, behaviours.time, is_event, behaviours.n_users)
-    model = ProfileModel.from_profiles(profiles, items, settings, behaviours.liked is None)
+    model = ProfileModel.from_profiles(
+        profiles, items, settings, behaviours.liked is None, behaviours.time
+    )
     present = np.flatnonzero(history.seen)
     states = np.empty((len(present), len(model.kernels.initial)), dtype=np.float32)
     for at, block in iter_states(model.kernels, history, profiles.events, present):
@@ -161,7 +163,9 @@ def fit_model(
     profiles = infer(
         behaviours, item_texts, settings, folds_of(users, settings.user_folds, settings.seed)
     )
-    model = ProfileModel.from_profiles(profiles, items, settings, behaviours.liked is None)
+    model = ProfileModel.from_profiles(
+        profiles, items, settings, behaviours.liked is None, behaviours.time
+    )
     if behaviours.liked is not None:
         # Number 0, no item, has no events.
         count, likes = (np.append(0, counts[name].to_numpy()) for name in ("count", "likes"))

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from recbole_uip.bank.store import BankError
+from recbole_uip.bank.store import BankError, check_folder
 from recbole_uip.files import atomic_write
 from recbole_uip.texts import atomic_header
 
@@ -142,8 +142,12 @@ def atomic_files(
     Raises
     ------
     BankError
-        If a file is missing or is no ``profiles.parquet``.
+        If a file is missing or is no ``profiles.parquet``, or ``name`` or ``output`` can be no
+        folder's.
     """
+    if not name or name == ".." or Path(name).name != name:
+        raise BankError(f"name={name!r} must be the name of a folder in output, without a path")
+    check_folder(Path(output, name))
     settings = dict(settings or {})
     layout = read_layout(profiles_parquet)
     source, folder = Path(dataset_folder), Path(output, name)

@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recbole_uip.bank.export_atomic import SPLITS, Layout, read_layout
-from recbole_uip.bank.store import BankError
+from recbole_uip.bank.store import BankError, check_folder
 from recbole_uip.behaviours import Behaviours
 from recbole_uip.em.states import Events, History, iter_states, whole_history
 from recbole_uip.files import atomic_write
@@ -95,7 +95,13 @@ def feature_store_parquet(
     *,
     unit: str = "s",
 ) -> int:
-    """Write :func:`feature_rows` to ``path``, block by block; returns the number of rows."""
+    """Write :func:`feature_rows` to ``path``, block by block; returns the number of rows.
+
+    It raises BankError where those do, and if ``path`` can be no file.
+    """
+    if Path(path).is_dir():
+        raise BankError(f"{path} is a folder: name the Parquet file that is to be written in it")
+    check_folder(Path(path).parent)
     reader, rows = feature_rows(profiles_parquet, bank, unit=unit), 0
     with atomic_write(path) as file, pq.ParquetWriter(file, reader.schema) as writer:
         for batch in reader:

@@ -41,6 +41,7 @@ for the feedback of ``taste``.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recbole_uip.bank.model import ProfileModel
-from recbole_uip.bank.store import BankError
+from recbole_uip.bank.store import BankError, check_folder
 from recbole_uip.em.codebook import unpack
 from recbole_uip.em.kernels import CODE
 from recbole_uip.files import atomic_write
@@ -131,8 +132,11 @@ def soft_moves(
     Raises
     ------
     BankError
-        If there is no such facet or code, or no feedback score was taken.
+        If there is no such facet or code, no feedback score was taken, or the scale is no finite
+        number.
     """
+    if not math.isfinite(scale):
+        raise BankError(f"scale={scale} must be a finite number")
     field, facet = _code_field(model, facet)
     codeword = _codeword(model, field, [code] if np.ndim(code) == 0 else list(code))
     source, settings = _source_of(model, facet), model.settings
@@ -202,8 +206,10 @@ def soft_prompts(
     Raises
     ------
     BankError
-        If there is no such facet or code, or the LM is not the one that scored the catalogue.
+        If there is no such facet or code, the scale is no finite number, the LM is not the one
+        that scored the catalogue, or ``folder`` can be no folder.
     """
+    check_folder(folder)
     from safetensors.numpy import save
 
     from recbole_uip import lm

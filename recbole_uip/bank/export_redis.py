@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recbole_uip.bank.store import BankError
+from recbole_uip.bank.tokens import token_array
 
 if TYPE_CHECKING:
     import redis
@@ -51,7 +52,7 @@ def to_redis(
     client : redis.Redis
         Without ``decode_responses``.
     prefix : str
-        Begins every key of this bank. No other keys may begin with it.
+        Begins every key of this bank, and is not empty. No other keys may begin with it.
     batch : int
         Users written in one round trip.
 
@@ -63,9 +64,13 @@ def to_redis(
     Raises
     ------
     BankError
-        If the client decodes answers, or a key under ``prefix`` is not of this package.
+        If the client decodes answers, ``prefix`` is empty, or a key under it is not of this
+        package.
     """
     _check_client(client)
+    if not prefix:
+        # Any key of digits and a colon would be one of an export before, and deleted.
+        raise BankError("prefix='' would take every key for one of this bank: give one, as 'uip:'")
     if batch < 1:
         raise BankError(f"batch={batch} must be at least 1")
     users, dtype = bank.users(), _number_type(bank)
@@ -131,13 +136,21 @@ class RedisLookup:
     def look_up(self, user: str) -> np.ndarray:
         """Codes of a user, shape (n_fields,), int32; those of an empty history for an unknown one.
 
-        One round trip; two for an unknown user, who might be known to a newer export.
+        One round trip; two for an unknown user, who might be known to a newer export. Errors are
+        those of :meth:`look_up_many`.
         """
         return self.look_up_many([user])[0]
 
     def look_up_many(self, users: Sequence[str]) -> np.ndarray:
-        """Codes of many users, all of the same export, shape (n, n_fields), int32."""
-        if not len(users):
+        """Codes of many users, all of the same export, shape (n, n_fields), int32.
+
+        Raises
+        ------
+        BankError
+            If a user is no string.
+        """
+        users = token_array(users).to_pylist()
+        if not users:
             return np.empty((0, len(self.fields)), np.int32)
         while True:
             values = self._client.mget([self._keys + user for user in users])

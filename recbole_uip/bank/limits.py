@@ -24,6 +24,8 @@ class ServiceSettings:
         Entries of a request.
     max_bytes : int
         Size of a request's body.
+    body_seconds : float
+        In which a request's body must have come.
     commit_seconds : float
         Between a writer's commits; a crash loses at most the events since the last.
     refresh_seconds : float
@@ -39,6 +41,7 @@ class ServiceSettings:
     max_items: int = _setting(10_000, "items of a match or a score")
     max_events: int = _setting(10_000, "events of an update")
     max_bytes: int = _setting(4 << 20, "bytes of a request")
+    body_seconds: float = _setting(30.0, "seconds in which a request's body must have come")
     commit_seconds: float = _setting(10.0, "with --write, commit so often")
     refresh_seconds: float = _setting(10.0, "without --write, look for commits so often")
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from recbole_uip import __version__
 from recbole_uip import profiles as profile_stage
 from recbole_uip.bank.store import BankError
+from recbole_uip.bank.tokens import token_array
 from recbole_uip.behaviours import folds_of
 from recbole_uip.em.encoder import Encoder
 from recbole_uip.em.facet import Facet
@@ -32,6 +33,10 @@ UNKNOWN_ITEM = 0
 NO_ITEM = "[PAD]"
 # What the names of tables for new items begin with.
 _OF_TEXTS = (*(f"{source}_" for source in TEXT_SOURCES), "texts_")
+# Timestamps since 1970 are further apart than this factor only if their units (s, ms) differ;
+# a smaller number than that is no such timestamp, in whatever unit.
+UNIT_FACTOR = 100
+SINCE_1970 = 1e8
 
 
 def _check_token(item: str) -> None:
@@ -65,6 +70,9 @@ class ProfileModel:
     fit : str
         Content hash of what was fitted first. New items and refits keep it, and with it the
         meaning of codes: a model that was trained with codes of one fit cannot read another's.
+    times : tuple of two float, optional
+        First and last time of the events that were fitted, which tell their unit; None where they
+        have none. No later event changes them, so that none can make others be refused.
     """
 
     encoder: Encoder
@@ -74,10 +82,16 @@ class ProfileModel:
     lm_fingerprint: str | None
     tables: dict[str, np.ndarray]
     fit: str
+    times: tuple[float, float] | None = None
 
     @classmethod
     def from_profiles(
-        cls, profiles: Profiles, items: Sequence[str], settings: UIPSettings, implicit: bool
+        cls,
+        profiles: Profiles,
+        items: Sequence[str],
+        settings: UIPSettings,
+        implicit: bool,
+        time: np.ndarray | None = None,
     ) -> ProfileModel:
         """The model behind inferred profiles.
 
@@ -88,6 +102,8 @@ class ProfileModel:
             Item tokens; the first is no item ([PAD]).
         settings : UIPSettings
         implicit : bool
+        time : ndarray of float64, shape (n_events,), optional
+            Times of the events, where they have them.
         """
         tables, fingerprint = {}, None
         for source, about in profiles.texts.items():
@@ -122,6 +138,7 @@ class ProfileModel:
             lm_fingerprint=fingerprint,
             tables=tables,
             fit=digest.hexdigest(),
+            times=None if time is None else (float(time.min()), float(time.max())),
         )
 
     @classmethod
@@ -129,6 +146,8 @@ class ProfileModel:
         cls, metadata: Mapping[str, Any], tables: Mapping[str, np.ndarray], items: pa.Table
     ) -> ProfileModel:
         """The model that :meth:`metadata`, :meth:`all_tables` and :meth:`item_table` describe."""
+        # Banks of versions before do not say their times; those of their events go unchecked.
+        times = metadata.get("times")
         try:
             return cls(
                 encoder=Encoder.from_arrays(tables, metadata["encoder"]),
@@ -138,6 +157,7 @@ class ProfileModel:
                 lm_fingerprint=metadata["lm_fingerprint"],
                 tables={name: tables[name] for name in tables if name.startswith(_OF_TEXTS)},
                 fit=metadata["fit"],
+                times=times and tuple(times),
             )
         except (KeyError, TypeError) as error:
             raise BankError(
@@ -154,6 +174,7 @@ class ProfileModel:
             "implicit": self.implicit,
             "lm_fingerprint": self.lm_fingerprint,
             "fit": self.fit,
+            "times": self.times and list(self.times),
             "prompt_fingerprint": self.prompt_fingerprint,
         }
 
@@ -202,6 +223,35 @@ class ProfileModel:
         """Fold of each user by its token, shape (n,), int64."""
         return folds_of(users, self.settings.user_folds, self.settings.seed)
 
+    def check_time(self, time: float, of: str = "") -> None:
+        """Refuse a time in another unit than that of the fitted events, such as milliseconds.
+
+        Parameters
+        ----------
+        time : float
+        of : str
+            Whose time it is, for the message.
+
+        Raises
+        ------
+        BankError
+            If the fitted events have timestamps, and this one is far before or after them all.
+        """
+        if self.times is None:
+            return
+        first, last = self.times
+        if last > SINCE_1970 and not min(first, last / UNIT_FACTOR) <= time <= last * UNIT_FACTOR:
+            raise BankError(
+                f"time={time}{of} is not in the unit of the events that were fitted, whose times "
+                f"are from {first} to {last}: give times in that unit, such as seconds since 1970"
+            )
+
+    def check_times(self, time: np.ndarray, of: str = "") -> None:
+        """As :meth:`check_time` of each of many rows; ``of`` says of what they are rows."""
+        # The outermost stand for all.
+        for row in (time.argmin(), time.argmax()) if len(time) else ():
+            self.check_time(float(time[row]), f" in row {row}{of}")
+
     def number(self, item: str) -> int:
         """Item number of a token; :data:`UNKNOWN_ITEM` if the catalogue lacks it.
 
@@ -210,16 +260,17 @@ class ProfileModel:
         BankError
             If it is no string.
         """
-        number = self._number_of.get(item, UNKNOWN_ITEM)
-        if number == UNKNOWN_ITEM:
-            _check_token(item)
-        return number
+        _check_token(item)
+        return self._number_of.get(item, UNKNOWN_ITEM)
 
     def numbers(self, items: Sequence[str]) -> np.ndarray:
         """Item numbers of tokens, shape (n,), int64; see :meth:`number`."""
         found = map(self._number_of.get, items, itertools.repeat(UNKNOWN_ITEM))
-        numbers = np.fromiter(found, dtype=np.int64, count=len(items))
-        if not numbers.all():
+        try:
+            numbers = np.fromiter(found, dtype=np.int64, count=len(items))
+        except TypeError:  # one has no hash
+            numbers = None
+        if numbers is None or not numbers.all():
             for item in items:
                 _check_token(item)
         return numbers
@@ -238,14 +289,19 @@ class ProfileModel:
         Raises
         ------
         BankError
-            If an item is in the catalogue already, there are not as many texts as items, or the
-            LM is not the one that the catalogue was scored with.
+            If an item is in the catalogue already, or no string, or empty, there are not as many
+            texts as items, or the LM is not the one that the catalogue was scored with.
         """
-        items = [str(item) for item in items]
+        items = token_array(items, "item").to_pylist()
+        if "" in items:
+            raise BankError(f"item in row {items.index('')} is empty: leave that row out")
         if len(texts) != len(items):
             raise BankError(
                 f"{len(items)} items have {len(texts)} texts: give one for each, None for no text"
             )
+        for item, text in zip(items, texts, strict=True):
+            if not (text is None or isinstance(text, str)):
+                raise BankError(f"the text of item {item!r} is {text!r}: give text, or None")
         known = set(self.items)
         for item in items:
             if item in known:

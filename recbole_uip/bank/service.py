@@ -28,6 +28,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails, to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from recbole_uip import __version__
 from recbole_uip.bank.bank import FeatureBank
@@ -108,10 +109,15 @@ class Event(_Body):
 
 
 class Update(_Body):
-    """Events that enter the bank; ``late`` says what becomes of one before its user's last."""
+    """Events that enter the bank; ``late`` says what becomes of one before its user's last.
+
+    ``position`` is how far the stream has come with them, in its own words: the next commit keeps
+    it, and /health tells it to a producer that goes on after a crash. Left out, it stays.
+    """
 
     events: list[Event]
     late: Literal["refuse", "drop", "apply"] = "refuse"
+    position: Token | None = None
 
 
 class Score(_Body):
@@ -149,6 +155,7 @@ class BankService:
         #: What the last commit or refresh on the timer failed by.
         self.problem: str | None = None
         self._uncommitted = 0
+        self._position = bank.position  # of the events that have entered
         self._writing = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._files = ThreadPoolExecutor(1, "bank-files")
@@ -166,7 +173,7 @@ class BankService:
         if self._timer is not None:
             await self._timer
         try:
-            if self._uncommitted:
+            if self._is_behind:
                 await self.commit()
         finally:
             self._files.shutdown()
@@ -179,6 +186,7 @@ class BankService:
             "status": "ok" if self.problem is None else "degraded",
             "problem": self.problem,
             "generation": bank.generation,
+            "position": bank.position,
             "users": len(bank),
             "items": len(bank.model.items) - 1,
             "fields": bank.fields,
@@ -255,6 +263,8 @@ class BankService:
                     late=request.late,
                 )
             self._uncommitted += entered
+            if request.position is not None:
+                self._position = request.position
         return {"entered": entered}
 
     async def commit(self) -> dict[str, Any]:
@@ -271,9 +281,15 @@ class BankService:
             logger.exception("the bank %s could not be committed", self.bank.folder)
             raise ServiceError(500, self.problem) from error
 
+    @property
+    def _is_behind(self) -> bool:
+        """Whether there is anything to commit."""
+        return self._uncommitted > 0 or self._position != self.bank.position
+
     async def _commit(self) -> int:
         async with self._writing:
-            generation = await self._in_thread(self._files, self.bank.commit)
+            position = self._position
+            generation = await self._in_thread(self._files, lambda: self.bank.commit(position))
             self._uncommitted = 0
         self.problem = None
         return generation
@@ -282,7 +298,7 @@ class BankService:
         """As a reader, serve what has been committed since; whether there was anything."""
         bank, current = self.bank, await self._in_thread(self._files, self.bank.is_current)
         if not current:
-            fresh = await self._in_thread(self._files, lambda: FeatureBank.open(bank.folder))
+            fresh = await self._in_thread(self._files, bank.refreshed)
             if self.scorer is not None and self.scorer.bank is not None:
                 self.scorer.bank = fresh
             self.bank = fresh
@@ -299,7 +315,7 @@ class BankService:
             try:
                 if not writes:
                     await self.refresh()
-                elif self._uncommitted:
+                elif self._is_behind:
                     await self.commit()
             except ServiceError:
                 pass  # said and logged; the next turn tries again
@@ -359,7 +375,8 @@ def create_app(service: Callable[[], BankService]) -> FastAPI:
     -------
     FastAPI
         Errors are ``{"error": "..."}`` with a status of 400 (no JSON), 403 (not a writer), 404,
-        405, 413 (too large), 415 (no JSON by its header), 422 (a value that cannot be used) or 500.
+        405, 408 (half a body), 413 (too large), 415 (no JSON by its header), 422 (a value that
+        cannot be used) or 500.
     """
     running: list[BankService] = []
 
@@ -379,8 +396,7 @@ def create_app(service: Callable[[], BankService]) -> FastAPI:
             raise ServiceError(
                 415, f"content-type={told!r} is not taken: send application/json as what it is"
             )
-        limit = running[0].settings.max_bytes
-        return kind.model_validate_json(await _body(request, limit))
+        return kind.model_validate_json(await _body(request, running[0].settings))
 
     @app.get("/health")
     async def health() -> Response:
@@ -410,12 +426,19 @@ def create_app(service: Callable[[], BankService]) -> FastAPI:
     @app.post("/commit")
     async def commit(request: Request) -> Response:
         """Make the events so far durable, and visible to readers."""
-        await _body(request, running[0].settings.max_bytes)
+        await _body(request, running[0].settings)
         return _answer(await running[0].commit())
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
-        return _error(error.status, str(error))
+        answer = _error(error.status, str(error))
+        if error.status == 408:
+            answer.headers["connection"] = "close"  # nobody waits for the other half
+        return answer
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return _error(400, "the client went away before the body had come")  # read by nobody
 
     @app.exception_handler(SettingsError)
     async def unusable(request: Request, error: SettingsError) -> Response:
@@ -439,7 +462,18 @@ def create_app(service: Callable[[], BankService]) -> FastAPI:
     return app
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _body(request: Request, settings: ServiceSettings) -> bytes:
+    """A request's body, if it is neither too large nor too slow."""
+    seconds = settings.body_seconds
+    try:
+        return await asyncio.wait_for(_read(request, settings.max_bytes), seconds)
+    except asyncio.TimeoutError:  # not the builtin before Python 3.11
+        raise ServiceError(
+            408, f"the body had not come after {seconds:g} seconds: send it at once"
+        ) from None
+
+
+async def _read(request: Request, limit: int) -> bytes:
     """A request's body, of which no more than ``limit`` bytes are ever held."""
     told = request.headers.get("content-length", "0")
     parts, size = [], 0

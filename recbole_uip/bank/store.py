@@ -4,8 +4,8 @@ A bank is a folder. ``manifest.json`` names its files, and replacing the manifes
 commit point: a process killed at any moment loses at most what it had not committed.
 
 ===================================  ==========================================================
-``manifest.json``                    generation, the caller's metadata, and the size, SHA-256
-                                     and number of rows of each file below
+``manifest.json``                    generation, the caller's metadata and position, and the size,
+                                     SHA-256 and number of rows of each file below
 ``tables-<generation>.safetensors``  fitted arrays
 ``items-<generation>.arrow``         the item catalogue, by the column ``item``
 ``users-<generation>.arrow``         rows of users, by the column ``user``: the base, and deltas
@@ -39,7 +39,15 @@ from safetensors.numpy import load_file, save
 from recbole_uip.files import LockedError, atomic_write, lock, sha256_of, unlock
 from recbole_uip.settings import SettingsError
 
-__all__ = ["BankError", "Snapshot", "Writer", "check_replaceable", "digest_of", "read"]
+__all__ = [
+    "BankError",
+    "Snapshot",
+    "Writer",
+    "check_folder",
+    "check_replaceable",
+    "digest_of",
+    "read",
+]
 
 FORMAT = 4
 MANIFEST = "manifest.json"
@@ -82,6 +90,10 @@ class Snapshot:
     users : tuple of pyarrow.Table
         The base, then the deltas in the order of their commits, memory-mapped. A table has one
         chunk for each batch that was written.
+    files : dict of (str, str) to object
+        What was opened, by a file's name and SHA-256.
+    position : str or None
+        The caller's word for where its source of rows stood.
     """
 
     folder: Path
@@ -91,9 +103,11 @@ class Snapshot:
     tables: dict[str, np.ndarray]
     items: pa.Table
     users: tuple[pa.Table, ...]
+    files: dict[tuple[str, str], Any]
+    position: str | None
 
 
-def read(folder: str | os.PathLike, verify: bool = True) -> Snapshot:
+def read(folder: str | os.PathLike, verify: bool = True, known: Snapshot | None = None) -> Snapshot:
     """Open what the bank in ``folder`` has committed last.
 
     Parameters
@@ -103,6 +117,8 @@ def read(folder: str | os.PathLike, verify: bool = True) -> Snapshot:
     verify : bool
         Whether to read every file once and check its SHA-256; sizes are checked in any case.
         Without it, damage that keeps the size may show only in wrong values.
+    known : Snapshot, optional
+        Files that it has open are neither read nor checked again: none is ever changed.
 
     Raises
     ------
@@ -112,17 +128,25 @@ def read(folder: str | os.PathLike, verify: bool = True) -> Snapshot:
     folder = Path(folder)
     while True:
         manifest = _read_manifest(folder)
+        key_of = {name: (name, manifest["files"][name]["sha256"]) for name in _named(manifest)}
+        files = {}
         try:
+            for name, key in key_of.items():
+                if known is not None and key in known.files:
+                    files[key] = known.files[key]
+                else:
+                    read_file = _read_tables if name == manifest["tables"] else _read_rows
+                    files[key] = read_file(folder, manifest, name, verify)
             return Snapshot(
                 folder=folder,
                 generation=manifest["generation"],
                 sha256=manifest["sha256"],
                 metadata=manifest["metadata"],
-                tables=_read_tables(folder, manifest, manifest["tables"], verify),
-                items=_read_rows(folder, manifest, manifest["items"], verify),
-                users=tuple(
-                    _read_rows(folder, manifest, name, verify) for name in manifest["users"]
-                ),
+                tables=files[key_of[manifest["tables"]]],
+                items=files[key_of[manifest["items"]]],
+                users=tuple(files[key_of[name]] for name in manifest["users"]),
+                files=files,
+                position=manifest.get("position"),
             )
         except _MissingError:
             # A writer may have replaced the file after its name was read.
@@ -147,11 +171,28 @@ def check_replaceable(folder: str | os.PathLike) -> None:
     Raises
     ------
     BankError
-        If another writer has the bank open, or its manifest cannot be read. A folder without a
-        bank is as good as none.
+        If another writer has the bank open, its manifest cannot be read, or there can be no such
+        folder. A folder without a bank is as good as none.
     """
+    check_folder(folder)
     if (Path(folder) / MANIFEST).exists():
         Writer(folder).close()
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Refuse a path that can be no folder, before any work is done for it.
+
+    Raises
+    ------
+    BankError
+        If it, or one that it lies in, is a file.
+    """
+    folder = Path(folder)
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            return
+        if path.exists():
+            raise BankError(f"{folder} cannot be a folder, because {path} is a file: give another")
 
 
 class Writer:
@@ -170,14 +211,21 @@ class Writer:
     Raises
     ------
     BankError
-        If another writer has the bank open, its manifest is damaged, or there is no bank and
-        ``create`` is False.
+        If another writer has the bank open, its manifest is damaged, there is no bank and
+        ``create`` is False, or its folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike, create: bool = False) -> None:
         self.folder = Path(folder)
         if create:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            check_folder(self.folder)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BankError(
+                    f"the folder {self.folder} cannot be made ({error}): see to its file system, "
+                    "or give another"
+                ) from error
         else:
             _read_manifest(self.folder)  # leaves no lock file where there is no bank
         self._process = os.getpid()
@@ -202,6 +250,8 @@ class Writer:
         items: pa.Table | pa.RecordBatchReader | None = None,
         users: pa.Table | pa.RecordBatchReader | None = None,
         replace_users: bool = False,
+        replace_deltas: bool = False,
+        position: str | None = None,
     ) -> int:
         """Write the parts given, keep the others, and make them the next generation at once.
 
@@ -221,6 +271,11 @@ class Writer:
             (``RecordBatchReader.from_batches`` makes one from an iterator).
         replace_users : bool
             Whether ``users`` becomes the base alone, or a delta of the same schema.
+        replace_deltas : bool
+            Whether that delta takes the place of the others, whose rows it then has as well.
+        position : str, optional
+            Where the caller's source of rows stands after this commit; without one the bank has
+            none, for an earlier one would be wrong.
 
         Returns
         -------
@@ -229,8 +284,8 @@ class Writer:
         Raises
         ------
         BankError
-            If a part cannot be kept as it is, the first commit lacks a part, or the bank has
-            been changed by anything but this writer.
+            If a part cannot be kept as it is, the first commit lacks a part, the bank has been
+            changed by anything but this writer, or its file system takes no more.
         """
         self._check_still_ours()
         old = self._manifest
@@ -240,6 +295,8 @@ class Writer:
             raise BankError(f"the first commit to the bank {self.folder} needs {lacking}")
         if replace_users and users is None:
             raise BankError("replace_users=True needs users, and none are given")
+        if replace_deltas and (users is None or replace_users):
+            raise BankError("replace_deltas=True needs users, and not as the base")
         append = old is not None and not replace_users
         if users is not None and append:
             base = _read_rows(self.folder, old, old["users"][0], verify=False).schema
@@ -257,7 +314,10 @@ class Writer:
             "items": f"items-{generation}.arrow" if items is not None else old["items"],
             "users": list(old["users"]) if append or users is None else [],
             "files": {},
+            "position": position,
         }
+        if replace_deltas:
+            del manifest["users"][1:]
         if users is not None:
             manifest["users"].append(f"users-{generation}.arrow")
         _encode(manifest)  # so that metadata which is no JSON fails before a base is written
@@ -276,6 +336,11 @@ class Writer:
             content = _encode(manifest)
             with atomic_write(self.folder / MANIFEST) as file:
                 file.write(content)
+        except OSError as error:
+            raise BankError(
+                f"the bank {self.folder} could not be written ({error}): make room, or see to its "
+                "file system; what was committed before is as it was"
+            ) from error
         finally:
             # What is committed is what the disk says: an interrupt may come after the replace.
             self._manifest = _committed(self.folder)

@@ -27,7 +27,7 @@ from numba.np.arrayobj import make_array
 
 from recbole_uip.bank.store import BankError
 
-__all__ = ["TokenIndex", "token_array"]
+__all__ = ["TokenIndex", "decodable", "token_array"]
 
 # Tokens found one by one that are kept at hand as a dict: about 10 MB.
 RECENT = 1 << 16
@@ -122,8 +122,17 @@ class TokenIndex:
         return self.slice().take(pa.array(numbers))
 
     def get(self, token: str, default: int = -1) -> int:
-        """Number of one token."""
-        number = self._recent.get(token)
+        """Number of one token.
+
+        Raises
+        ------
+        BankError
+            If it is no string.
+        """
+        try:
+            number = self._recent.get(token)
+        except TypeError:  # it has no hash
+            raise BankError(f"{self.what} {token!r} is no string: give strings") from None
         if number is None:
             try:
                 with_header = self._with_header
@@ -231,6 +240,7 @@ def token_array(tokens: Any, what: str = "user") -> pa.Array | pa.ChunkedArray:
         raise BankError(f"{what}s={tokens!r} is a text: give a list of {what}s")
     if not isinstance(tokens, pa.Array | pa.ChunkedArray):
         tokens = _array_of(tokens, what)
+    tokens = decodable(tokens)
     kind = tokens.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -243,6 +253,14 @@ def token_array(tokens: Any, what: str = "user") -> pa.Array | pa.ChunkedArray:
     if tokens.null_count:
         row = tokens.is_null().index(pa.scalar(True)).as_py()
         raise BankError(f"{what} in row {row} is null: leave that row out")
+    return tokens
+
+
+def decodable(tokens: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The same, without a dictionary of string views, as polars has them and Arrow cannot read."""
+    kind = tokens.type
+    if pa.types.is_dictionary(kind) and pa.types.is_string_view(kind.value_type):
+        return tokens.cast(pa.dictionary(kind.index_type, pa.large_string()))
     return tokens
 
 

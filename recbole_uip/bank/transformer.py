@@ -18,7 +18,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.model import NO_ITEM, UNKNOWN_ITEM, ProfileModel
-from recbole_uip.bank.users import NO_TIME, is_in_unit, user_table
+from recbole_uip.bank.store import check_replaceable
+from recbole_uip.bank.tokens import decodable
+from recbole_uip.bank.users import NO_TIME, user_table
 from recbole_uip.behaviours import TRAIN, Behaviours, folds_of
 from recbole_uip.em.states import Events, index_history, iter_states, whole_history
 from recbole_uip.profiles import Profiles, infer
@@ -166,12 +168,13 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         ----------
         X : pandas.DataFrame, pyarrow.Table, or what Arrow can read
         y : array-like, shape (n_rows,), optional
-            Labels, where ``X`` has no column of them.
+            Labels, where ``X`` has no column of them; else the same as there.
 
         Raises
         ------
         SettingsError
-            If a parameter, a column or a value cannot be used.
+            If a parameter, a column or a value cannot be used, or ``y`` differs from the labels
+            in ``X``.
         """
         self._fit(X, y)
         return self
@@ -184,8 +187,9 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
     def partial_fit(self, X: pd.DataFrame | pa.Table, y: Any = None) -> ProfileEncoder:
         """Let events enter the history; the parameters stay as they are.
 
-        They may come in any order, and users may be new. Items that :meth:`fit` has not seen
-        count for how much and how readily a user likes, not for taste.
+        They may come in any order of time, and users may be new; events of one time keep the
+        order in which they are given. Items that :meth:`fit` has not seen count for how much and
+        how readily a user likes, not for taste.
 
         Parameters
         ----------
@@ -195,7 +199,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         Raises
         ------
         SettingsError
-            If a column or value cannot be used, times are in another unit than those before,
+            If a column or value cannot be used, times are in another unit than the fitted ones,
             or, after :meth:`from_bank`, an event is earlier than one of its user in the bank.
             The history is then as it was.
         """
@@ -220,8 +224,8 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         Raises
         ------
         SettingsError
-            If a column or value cannot be used, or, after :meth:`from_bank`, a row is not later
-            than its user's last event in the bank.
+            If a column or value cannot be used, times are in another unit than the fitted ones,
+            or, after :meth:`from_bank`, a row is not later than its user's last event in the bank.
         """
         check_is_fitted(self)
         table = _Table(X, "X")
@@ -234,6 +238,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         time = np.full(len(table), np.inf)
         if self.time is not None:
             time = table.times("time", self.time)
+            self.model_.check_times(time, " of X")
         return self._known.fields(self.model_, user, users, item, time)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -255,8 +260,14 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         -------
         FeatureBank
             Open for reading: ``look_up`` and ``match`` serve single users.
+
+        Raises
+        ------
+        BankError
+            If another process writes to the bank there, or no bank can be written there.
         """
         check_is_fitted(self)
+        check_replaceable(folder)
         users = self._known.table(self.model_, timed=self.time is not None)
         FeatureBank.create(folder, self.model_, users).close()
         return FeatureBank.open(folder)
@@ -317,7 +328,7 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
             folds=settings["uip_folds"],
             seed=settings["seed"],
         )
-        encoder._learned(model, _Known.of_bank(states, timed=time is not None))
+        encoder._learned(model, _Known.of_bank(states))
         return encoder
 
     def _fit(self, X: Any, y: Any) -> Profiles:
@@ -337,7 +348,9 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         )
         fold = folds_of(rows.users, settings.user_folds, settings.seed)
         profiles = infer(behaviours, texts, settings, fold)
-        model = ProfileModel.from_profiles(profiles, items, settings, behaviours.liked is None)
+        model = ProfileModel.from_profiles(
+            profiles, items, settings, behaviours.liked is None, rows.time
+        )
         self._learned(model, _Known.of_users(rows.users, fold, model).after(rows, model))
         return profiles
 
@@ -414,20 +427,32 @@ class ProfileEncoder(TransformerMixin, BaseEstimator):
         """Events of a table."""
         table, liked = _Table(X, "X"), None
         if self.label is not None:
-            if self.label in table.names or y is None:
-                liked = table.labels("label", self.label)
-            else:
-                liked = _Table(pd.DataFrame({"y": np.asarray(y)}), "y").labels("label", "y")
-                if len(liked) != len(table):
-                    raise SettingsError(
-                        f"y has {len(liked)} rows, but X has {len(table)}: give a label a row"
-                    )
+            liked = self._labels(table, y)
         return _Rows(
             *table.tokens("user", self.user),
             *table.tokens("item", self.item),
             liked,
             None if self.time is None else table.times("time", self.time),
         )
+
+    def _labels(self, table: _Table, y: Any) -> np.ndarray:
+        """Labels of events: a column of the table, or ``y``; where there are both, they agree."""
+        if y is None:
+            return table.labels("label", self.label)
+        liked = _Table(pd.DataFrame({"y": np.asarray(y)}), "y").labels("label", "y")
+        if len(liked) != len(table):
+            raise SettingsError(
+                f"y has {len(liked)} rows, but X has {len(table)}: give a label a row"
+            )
+        if self.label in table.names:
+            there = table.labels("label", self.label)
+            if (differ := liked != there).any():
+                row = int(differ.argmax())
+                raise SettingsError(
+                    f"y is {liked[row]:g} in row {row}, but the column {self.label!r} (label) of "
+                    f"X is {there[row]:g}: leave one of them out"
+                )
+        return liked
 
 
 @dataclass(frozen=True)
@@ -480,17 +505,16 @@ class _Known:
         return cls(number_of, fold, states, np.empty(0, np.int64), np.empty(0))
 
     @classmethod
-    def of_bank(cls, table: pa.Table, timed: bool) -> _Known:
+    def of_bank(cls, table: pa.Table) -> _Known:
         """The users' segment of a bank."""
         width = table.schema.field("state").type.list_size
         states = table["state"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-        last_time = table["last_time"].to_numpy() if timed else np.full(len(table), NO_TIME)
         return cls(
             {user: number for number, user in enumerate(table["user"].to_pylist())},
             table["fold"].to_numpy().astype(np.int64),
             states,
             table["seen"].to_numpy(),
-            last_time,
+            table["last_time"].to_numpy(),
         )
 
     def after(self, rows: _Rows, model: ProfileModel) -> _Known:
@@ -505,6 +529,7 @@ class _Known:
         if time is None:
             time = np.arange(n_events, n_events + n_rows, dtype=np.float64)
         else:
+            model.check_times(time, " of X")
             last = np.full(len(number_of), NO_TIME)
             last[: len(self.seen)] = self.last_time
             if (late := time < last[user]).any():
@@ -513,13 +538,6 @@ class _Known:
                     f"time={time[row]} in row {row} of X is earlier than the last event of user "
                     f"{rows.users[rows.user[row]]!r} in the bank ({last[user[row]]}): give events "
                     "in the order of time, or fit an encoder on all of them"
-                )
-            latest = max(last.max(initial=NO_TIME), self.time.max(initial=NO_TIME))
-            if n_rows and not is_in_unit(time.max(), latest):
-                raise SettingsError(
-                    f"time={time.max()} in row {time.argmax()} of X is not in the unit of the "
-                    f"events before, the latest of which is at {latest}: give times in that unit, "
-                    "such as seconds since 1970"
                 )
         folds = model.folds_of(new)
         liked = np.ones(n_rows) if rows.liked is None else rows.liked
@@ -714,7 +732,7 @@ class _Table:
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
         if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
+            column = decodable(column).dictionary_decode()
         # What has no value at all has no type: an empty table of pandas, say.
         return column.cast(pa.int8()) if pa.types.is_null(column.type) else column
 

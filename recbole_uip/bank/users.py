@@ -25,7 +25,6 @@ __all__ = [
     "by_users",
     "distinct",
     "in_parts",
-    "is_in_unit",
     "put_rows",
     "stable_order",
     "user_schema",
@@ -38,10 +37,6 @@ PARALLEL_EVENTS = 50_000
 PARTS_A_THREAD = 4
 #: Time of the last event of a user without events.
 NO_TIME = -math.inf
-# Timestamps since 1970 are further apart than this factor only if their units (s, ms) differ;
-# a smaller number than that is no such timestamp, in whatever unit.
-UNIT_FACTOR = 100
-SINCE_1970 = 1e8
 #: Columns of users in memory.
 COLUMNS = ("folds", "seen", "last_time", "states", "codes")
 
@@ -209,6 +204,7 @@ class WritableUsers:
         self.n = 0
         self.number = np.empty(0, np.int64)  # of the user in the index
         self.dirty = np.empty(0, bool)  # whether it differs from what is committed
+        self.in_delta = np.empty(0, bool)  # whether a delta has it, and not the base alone
         self.folds = np.empty(0, np.int64)
         self.seen = np.empty(0, np.int64)
         self.last_time = np.empty(0)
@@ -220,7 +216,7 @@ class WritableUsers:
         first, self.n = self.n, self.n + n
         if self.n > len(self.seen):
             capacity = max(self.n, 2 * len(self.seen), 16)
-            for name in ("number", "dirty", *COLUMNS):
+            for name in ("number", "dirty", "in_delta", *COLUMNS):
                 old = getattr(self, name)
                 new = np.empty((capacity, *old.shape[1:]), old.dtype)
                 new[:first] = old[:first]
@@ -277,11 +273,6 @@ def _numpy(column: pa.Array) -> np.ndarray:
     if not pa.types.is_fixed_size_list(column.type):
         return column.to_numpy()
     return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
-
-
-def is_in_unit(time: float, latest: float) -> bool:
-    """Whether a time may be in the unit of others, the latest of which is given."""
-    return latest <= SINCE_1970 or latest / UNIT_FACTOR <= time <= latest * UNIT_FACTOR
 
 
 def distinct(numbers: np.ndarray, n: int) -> np.ndarray:

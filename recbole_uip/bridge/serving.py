@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
@@ -193,10 +195,10 @@ class Scorer:
         Raises
         ------
         SettingsError
-            If ``items`` is a text, or something in ``context`` cannot be used.
+            If the user or an item is no string, ``items`` is a text, or something in ``context``
+            cannot be used.
         """
-        if isinstance(items, str):
-            raise SettingsError(f"items={items!r} is a text: give a list of items")
+        items = _strings("item", items)
         return self.predict(self.interaction([user] * len(items), items, time, context))
 
     def score_many(
@@ -206,7 +208,10 @@ class Scorer:
         time: float | Sequence[float] | None = None,
         context: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
-        """Click probabilities of pairs, ``users[i]`` with ``items[i]``; else as :meth:`score`."""
+        """Click probabilities of pairs, ``users[i]`` with ``items[i]``; else as :meth:`score`.
+
+        Both are sequences of str, or Arrow arrays of strings.
+        """
         return self.predict(self.interaction(users, items, time, context))
 
     def interaction(
@@ -221,6 +226,8 @@ class Scorer:
 
         ``profiles`` has the tokens of each profile field, where they are not to be looked up now.
         """
+        # The tokens of the data's files are text: a number would be nobody, and say so to none.
+        users, items = _strings("user", users), _strings("item", items)
         if len(users) != len(items):
             raise SettingsError(f"items has {len(items)} rows, but users has {len(users)}")
         profiles = self._profiles(users, items) if profiles is None else profiles
@@ -299,7 +306,7 @@ class Scorer:
     def _context_column(self, field: Mapping[str, Any], value: Any, n: int) -> torch.Tensor:
         ftype, name = FeatureType(field["type"]), field["name"]
         if ftype == FeatureType.TOKEN:
-            values = _spread(name, [""] if value is None else value, n)
+            values = _spread(name, "" if value is None else value, n)
             return torch.from_numpy(self._ids(name, [str(token) for token in values]))
         if ftype == FeatureType.TOKEN_SEQ:
             sequences = _sequences(name, value, n)
@@ -315,7 +322,7 @@ class Scorer:
                     f"{name!r} of {self.name} has no finite range, or the run began with a dataset "
                     "saved by an older recbole-uip: delete that file, and train again"
                 )
-            values = _spread(name, [told["fill"]] if value is None else value, n)
+            values = _spread(name, told["fill"] if value is None else value, n)
             return _float_feature(name, told, field["size"], values)
         if value is not None:
             raise SettingsError(
@@ -324,25 +331,54 @@ class Scorer:
         return torch.zeros((n, field["length"], 2))
 
 
+def _strings(what: str, tokens: Any) -> list[str]:
+    """Tokens of users or items as a list."""
+    if isinstance(tokens, str):
+        raise SettingsError(f"{what}s={tokens!r} is a text: give a list of {what}s")
+    tokens = tokens.to_pylist() if isinstance(tokens, pa.Array | pa.ChunkedArray) else list(tokens)
+    for row, token in enumerate(tokens):
+        if not isinstance(token, str):
+            raise SettingsError(f"{what} {token!r} in row {row} is no string: give strings")
+    return tokens
+
+
 def _spread(name: str, value: Any, n: int) -> list:
     """``n`` values of one, of a sequence of one, or of a sequence of ``n``."""
-    values = [value] if isinstance(value, str) or np.ndim(value) == 0 else list(value)
+    value = _plain(value)
+    values = value if isinstance(value, list) else [value]
+    for each in values:
+        if not isinstance(each, str | Number):
+            raise SettingsError(
+                f"context[{name!r}] must be text or a number, or {n} of them, one for each item; "
+                f"got {each!r:.80}"
+            )
     if len(values) not in (1, n):
         raise SettingsError(f"context[{name!r}] has {len(values)} values: give 1, or {n}")
     return values * n if len(values) == 1 else values
+
+
+def _plain(value: Any) -> Any:
+    """A list of Python's values, or one of them, of what came in an array or a series."""
+    for convert in ("tolist", "to_pylist"):
+        if hasattr(value, convert):
+            return getattr(value, convert)()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _sequences(name: str, value: Any, n: int) -> list[list]:
     """``n`` sequences of tokens, of one or of a list of ``n``; none of what is not given."""
     if value is None:
         return [[]] * n
-    if isinstance(value, (list, tuple, np.ndarray)):
-        value = list(value)
-        inner = [isinstance(each, (list, tuple, np.ndarray)) for each in value]
-        if not any(inner):
+    value = _plain(value)
+    if isinstance(value, list):
+        value = [_plain(each) for each in value]
+        if all(isinstance(each, str | Number) for each in value):
             return [value] * n
-        if all(inner) and len(value) == n:
-            return [list(each) for each in value]
+        if len(value) == n and all(
+            isinstance(each, list) and all(isinstance(token, str | Number) for token in each)
+            for each in value
+        ):
+            return value
     raise SettingsError(
         f"context[{name!r}] must be a list of tokens, or {n} such lists, one for each item"
     )
@@ -354,7 +390,7 @@ def _float_feature(
     """Pairs (value, 1) or (1, bucket) of raw values, as RecBole makes them of a column."""
     try:
         value = np.array([float(each) for each in values])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise SettingsError(f"context[{name!r}] must be numbers: {error}") from None
     if not (np.abs(value) <= np.finfo(np.float32).max).all():
         raise SettingsError(

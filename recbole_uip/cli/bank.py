@@ -106,7 +106,8 @@ def _print_info(folder: Path) -> None:
     with FeatureBank.open(folder) as bank:
         model, size = bank.model, bank.bytes_per_user()
         by_facet = ", ".join(f"{name} {number}" for name, number in size.items())
-        print(f"{folder}: generation {bank.generation}")
+        position = "" if bank.position is None else f", position {bank.position}"
+        print(f"{folder}: generation {bank.generation}{position}")
         print(f"users: {len(bank):,}; items: {len(model.items) - 1:,}")
         print(f"bytes a user: {sum(size.values())} ({by_facet}), and the user's token")
         print(f"LM: {model.lm_fingerprint or 'none'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,15 +182,25 @@ def _redis(namespace: Namespace, overrides: list[str], command: str) -> None:
         raise SettingsError(
             "export to Redis needs its client, the extra redis: pip install '.[redis]'"
         ) from None
+    shown = _without_password(namespace.url)
+    try:
+        client = redis.Redis.from_url(namespace.url)
+    except ValueError:  # which may quote a part of the password
+        raise SettingsError(
+            f"--url={shown} is no URL of a Redis server: give redis://host:port/number, rediss:// "
+            "or unix://, with %xx for signs such as # and / in a password"
+        ) from None
     with FeatureBank.open(namespace.bank) as bank:
         try:
-            client = redis.Redis.from_url(namespace.url)
             users = to_redis(bank, client, namespace.prefix, namespace.batch)
-        except (redis.RedisError, ValueError) as error:
-            if isinstance(error, SettingsError):
-                raise
-            raise SettingsError(f"--url={namespace.url}: {error}") from error
-    print(f"wrote {users} users under {namespace.prefix}* to {namespace.url}")
+        except redis.RedisError as error:
+            raise SettingsError(f"--url={shown}: {error}") from error
+    print(f"wrote {users} users under {namespace.prefix}* to {shown}")
+
+
+def _without_password(url: str) -> str:
+    """A URL that may be shown, also where it is none."""
+    return re.sub(r"password=[^&]*", "password=***", re.sub(r"(?<=://).*@", "***@", url))
 
 
 def _peft(namespace: Namespace, overrides: list[str], command: str) -> None:

@@ -21,6 +21,8 @@ __all__ = ["add_serve", "serve"]
 HOST, PORT = "127.0.0.1", 8000
 # More requests at a time are answered by 503; each may hold a body of max_bytes.
 MAX_REQUESTS = 1024
+# That a process that is told to stop waits for the requests that it has begun to read.
+STOP_SECONDS = 5
 
 
 def serve(
@@ -75,7 +77,14 @@ def serve(
 
             scorer = Scorer.load(run, model, arm, bank=bank)
         app = create_app(lambda: BankService(bank, scorer, settings))
-        uvicorn.run(app, host=host, port=port, access_log=False, limit_concurrency=MAX_REQUESTS)
+        uvicorn.run(
+            app,
+            host=host,
+            port=port,
+            access_log=False,
+            limit_concurrency=MAX_REQUESTS,
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
 
 
 def _check_address(host: str, port: int) -> None:

@@ -17,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recbole_uip.bank import bank as bank_module
+from recbole_uip.bank import store
 from recbole_uip.bank import users as users_module
 from recbole_uip.bank.bank import FeatureBank
 from recbole_uip.bank.build import bank_of_profiles
@@ -24,6 +25,7 @@ from recbole_uip.bank.model import ProfileModel
 from recbole_uip.bank.store import BankError
 from recbole_uip.bank.users import user_table
 from recbole_uip.behaviours import folds_of
+from recbole_uip.cli import main
 from recbole_uip.profiles import infer
 from recbole_uip.settings import UIPSettings
 
@@ -212,13 +214,71 @@ def test_items_are_given_as_strings(full_bank, users):
     assert full_bank.match(users[0], ["i1", "unheard of"]).shape[0] == 2
 
 
-def test_many_deltas_are_merged(full_bank, users, items, monkeypatch):
-    monkeypatch.setattr(bank_module, "BATCH_ROWS", 37)
-    for number in range(bank_module.MAX_DELTAS + 2):
-        full_bank.update(users[number], items[0], 1, 1e6 + number)
+def test_a_position_tells_where_a_stream_goes_on(full_bank, capsys):
+    with FeatureBank.open(full_bank.folder) as reader:
+        assert full_bank.position is reader.position is None
+        full_bank.update("a", "i1", 1)
+        assert full_bank.commit("topic:41") == 2 and full_bank.commit() == 2
+        assert reader.refresh() and full_bank.position == reader.position == "topic:41"
+        # It may move where no event has entered, and does not outlive events without one.
+        assert full_bank.commit("topic:42") == 3 and full_bank.commit("topic:42") == 3
+        assert reader.refresh() and reader.position == "topic:42"
+        main(["bank", "info", str(full_bank.folder)])
+        assert "generation 3, position topic:42" in capsys.readouterr().out
+        with pytest.raises(BankError, match="position=43 must be text"):
+            full_bank.commit(43)
+        full_bank.update("a", "i1", 1)
         full_bank.commit()
-    segments = list(full_bank.folder.glob("users-*.arrow"))
-    assert len(segments) == 1 + 1
+        assert reader.refresh() and full_bank.position is reader.position is None
+
+
+def segments(bank):
+    """Rows of the base and of each delta on disk."""
+    return [table.num_rows for table in store.read(bank.folder).users]
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_many_deltas_become_one(full_bank, users, items, reopen):
+    """Whatever their number, small deltas never have the base written anew."""
+    n = len(full_bank)
+    for number in range(bank_module.MAX_DELTAS + 2):
+        if reopen and number % 5 == 3:
+            full_bank.close()
+            full_bank = FeatureBank.open(full_bank.folder, write=True)
+        # The users of every other commit have been in a delta before.
+        full_bank.update_many(
+            [users[number // 2], f"new{number}"], items[:2], [1, 0], np.full(2, 1e6 + number)
+        )
+        full_bank.commit()
+        expected = [n, *[2] * (number + 1)]
+        if number >= bank_module.MAX_DELTAS:
+            expected = [n, 17 + 9, *[2] * (number - bank_module.MAX_DELTAS)]
+        assert segments(full_bank) == expected
+    with FeatureBank.open(full_bank.folder) as reader:
+        assert reader.users() == full_bank.users()
+        assert reader.table_of(reader.users()).equals(full_bank.table_of(reader.users()))
+    full_bank.close()
+
+
+def test_deltas_of_the_same_users_become_one(full_bank, users, items):
+    few = users[: len(full_bank) // 3]
+    for number in range(5):
+        full_bank.update_many(few, [items[number]] * len(few), np.ones(len(few)))
+        full_bank.commit()
+        n = len(few)
+        assert segments(full_bank)[1:] == [n] * [1, 2, 3, 1, 2][number]
+
+
+def test_a_commit_of_most_users_is_a_new_base(full_bank, users, items, monkeypatch):
+    monkeypatch.setattr(bank_module, "BATCH_ROWS", 37)
+    for number in range(2):
+        full_bank.update_many(users, [items[number]] * len(users), np.ones(len(users)))
+        full_bank.commit()
+        assert segments(full_bank) == [len(users)]
+    # What has been in a delta of the base before is not of the next.
+    full_bank.update(users[3], items[0], 1)
+    full_bank.commit()
+    assert segments(full_bank) == [len(users), 1]
     with FeatureBank.open(full_bank.folder) as reader:
         assert reader.users() == full_bank.users()
         np.testing.assert_array_equal(reader.look_up_many(users), full_bank.look_up_many(users))
@@ -236,7 +296,7 @@ def test_unknown_users_have_the_profile_of_no_history(full_bank, inferred, items
 
 def test_late_events(full_bank, users, items):
     state = full_bank.state_of(users[0])[0]
-    with pytest.raises(BankError, match="'u000' is earlier than the user's last event"):
+    with pytest.raises(BankError, match="'u000' is earlier than .* with late 'drop' or 'apply'"):
         full_bank.update(users[0], items[0], 1, time=-5.0)
     batch = ([users[0], users[1]], [items[0]] * 2, [1, 1], [-5.0, 1e6])
     with pytest.raises(BankError, match="'u000' is earlier"):
@@ -281,6 +341,41 @@ def test_bad_batches_change_nothing(full_bank, arguments, message):
     assert "a" not in full_bank
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bank: bank.look_up(["u196"]), r"user \['u196'\] is no string"),
+        (lambda bank: bank.match("u000", [["i1"]]), r"item \['i1'\] is no string"),
+        (lambda bank: bank.match("u000", np.array([["i1"]])), "item array.* is no string"),
+        (lambda bank: bank.match("u000", np.array([[1]])), r"items has the shape \(1, 1\)"),
+        (lambda bank: bank.update("u000", ["i1"], 1), r"item \['i1'\] is no string"),
+        (lambda bank: bank.update("u000", "i1", np.array([1, 0])), "liked=array.*must be 0 or 1"),
+        (lambda bank: bank.update("", "i1", 1), "user='' is empty: an event needs its user"),
+        (lambda bank: bank.update("u000", "", 1), "item='' is empty: an event needs its item"),
+        (lambda bank: bank.update_many(["a", ""], ["i1"] * 2, [1, 1]), "user in row 1 is empty"),
+        (lambda bank: bank.update_many(["a"] * 2, ["i1", ""], [1, 1]), "item in row 1 is empty"),
+        (lambda bank: bank.update_many(["a"], ["i1"], [1], 5.0), r"time has the shape \(\)"),
+        (lambda bank: bank.update_many(["a"], ["i1"], [[1]]), r"liked has the shape \(1, 1\)"),
+        (lambda bank: bank.update_many(["a"] * 2, ["i1"] * 2, [[1], [1, 0]]), "liked must be one"),
+        (lambda bank: bank.update_many([["a"]], ["i1"], [1]), "users must be strings"),
+        (lambda bank: bank.add_items([None], ["a film"]), "item in row 0 is null"),
+        (lambda bank: bank.add_items([7777], ["a film"]), "items must be strings"),
+        (lambda bank: bank.add_items(["7777", np.nan], ["a", "b"]), "items? .*(strings|null)"),
+        (lambda bank: bank.add_items("7777", list("abcd")), "items='7777' is a text"),
+        (lambda bank: bank.add_items([""], ["a film"]), "item in row 0 is empty"),
+        (lambda bank: bank.add_items(["7777"], [np.nan]), "text of item '7777' is nan"),
+        (lambda bank: bank.refit(sample=0), "sample=0 is fewer users"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_changes_nothing(full_bank, call, message):
+    users, items = full_bank.users(), full_bank.model.items
+    state, _, _ = full_bank.state_of("u000")
+    with pytest.raises(BankError, match=message):
+        call(full_bank)
+    assert full_bank.users() == users and full_bank.model.items == items
+    np.testing.assert_array_equal(full_bank.state_of("u000")[0], state)
+
+
 def test_a_closed_bank_takes_no_events(full_bank, users, items):
     full_bank.close()
     for write in (
@@ -293,22 +388,59 @@ def test_a_closed_bank_takes_no_events(full_bank, users, items):
     full_bank.close()
 
 
-def test_times_in_another_unit_are_refused(full_bank, users, items):
-    seconds = 1.7e9
-    full_bank.update("new", items[0], 1, seconds)  # whose bank had numbers that are no timestamps
-    before = full_bank.state_of("new")[0]
-    with pytest.raises(BankError, match="not in the unit of the bank's events, .* 17"):
-        full_bank.update("new", items[0], 1, seconds * 1000)
-    with pytest.raises(BankError, match="time=1700000.0 is not in the unit"):
-        full_bank.update_many(["newer", "new"], items[:2], [1, 0], [seconds / 1000, seconds + 1])
-    assert "newer" not in full_bank
-    np.testing.assert_array_equal(full_bank.state_of("new")[0], before)
-    full_bank.commit()
-    full_bank.close()
-    with FeatureBank.open(full_bank.folder, write=True) as bank:
+@pytest.fixture
+def dated_bank(tmp_path, inferred, world, users, items, bank_settings):
+    """Of events with timestamps in seconds."""
+    behaviours = dataclasses.replace(world.behaviours, time=1.7e9 + world.behaviours.time)
+    with bank_of_profiles(
+        tmp_path / "dated", inferred, behaviours, users, items, bank_settings
+    ) as bank:
+        yield bank
+
+
+def test_times_in_another_unit_are_refused(dated_bank, users, items):
+    seconds = 1.8e9
+    dated_bank.update("new", items[0], 1, seconds)
+    before = dated_bank.state_of("new")[0]
+    with pytest.raises(BankError, match="of user 'new' is not in the unit of the events .* 17"):
+        dated_bank.update("new", items[0], 1, seconds * 1000)
+    with pytest.raises(BankError, match="time=1800000.0 in row 0 is not in the unit"):
+        dated_bank.update_many(["newer", "new"], items[:2], [1, 0], [seconds / 1000, seconds + 1])
+    with pytest.raises(BankError, match="time=1800000000000.0 in row 1 is not in the unit"):
+        dated_bank.update_many(["newer", "new"], items[:2], [1, 0], [seconds, seconds * 1000])
+    assert "newer" not in dated_bank
+    np.testing.assert_array_equal(dated_bank.state_of("new")[0], before)
+    dated_bank.commit()
+    dated_bank.close()
+    with FeatureBank.open(dated_bank.folder, write=True) as bank:
         with pytest.raises(BankError, match="not in the unit"):
             bank.update("newest", items[0], 1, seconds * 1000)
         bank.update("newest", items[0], 1, seconds + 2)
+
+
+def test_wrong_times_of_one_user_stop_no_other(dated_bank, users, items):
+    """Each is within what a unit may be of the one before."""
+    late = 1.7e9 * 99
+    dated_bank.update("wrong", items[0], 1, late)
+    with pytest.raises(BankError, match="not in the unit"):
+        dated_bank.update("wrong", items[0], 1, late * 99)
+    with pytest.raises(BankError, match="not in the unit"):
+        dated_bank.update_many(["wrong"], items[:1], [1], [late * 99])
+    dated_bank.commit()
+    for write in (True, False):  # again, from the files
+        dated_bank.update(users[0], items[0], 1, 1.8e9)
+        assert dated_bank.update_many(users[1:3], items[:2], [1, 0], [1.8e9, 1.8e9 + 1]) == 2
+        if write:
+            dated_bank.close()
+            dated_bank = FeatureBank.open(dated_bank.folder, write=True)
+    dated_bank.close()
+
+
+def test_what_was_fitted_is_in_its_unit(dated_bank, users, items):
+    """Times that count from the first event of a file are no timestamps, however late it ends."""
+    dated_bank.model = dataclasses.replace(dated_bank.model, times=(0.0, 2e8))
+    dated_bank.update("new", items[0], 1, 1.0)
+    assert dated_bank.model.times == (0.0, 2e8)
 
 
 def test_refit_keeps_the_meaning_of_codes(full_bank, users, model):

@@ -149,6 +149,8 @@ def test_what_cannot_be_replaced_is_refused_before_any_work(
         monkeypatch.setattr(EventFile, "item_counts", lambda self: pytest.fail("it was read"))
         with pytest.raises(BankError, match="a bank has one writer"):
             bank_of_events(folder, event_file, bank_settings)
+    with pytest.raises(BankError, match="manifest.json/bank cannot be a folder"):
+        bank_of_events(folder / "manifest.json" / "bank", event_file, bank_settings)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(BankError, match=r"manifest\.json is damaged.* delete and rebuild"):
         bank_of_events(folder, event_file, bank_settings)

@@ -293,6 +293,29 @@ def test_the_dataset_is_not_overwritten(main_job, tmp_path):
         atomic_files(main_job.path, tmp_path / "nowhere", "data", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../x", "..", "", "a/b", "/x"])
+def test_a_name_leads_nowhere_else(main_job, tmp_path, name):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(BankError, match=f"name='{name}' must be the name of a folder in output"):
+        atomic_files(main_job.path, tmp_path / "data", name, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(main_job, one, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BankError, match="file/new cannot be a folder"):
+        atomic_files(main_job.path, tmp_path / "data", "new", tmp_path / "file")
+    with main_job.bank() as bank:
+        with pytest.raises(BankError, match="data is a folder: name the Parquet file"):
+            feature_store_parquet(main_job.path, bank, tmp_path / "data")
+        with pytest.raises(BankError, match="file cannot be a folder"):
+            feature_store_parquet(main_job.path, bank, tmp_path / "file" / "f.parquet")
+    with pytest.raises(BankError, match="file cannot be a folder"):
+        soft_prompts(one[0], tmp_path / "file", "taste", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "file"]
+
+
 # --- feature store -------------------------------------------------------------------------
 
 
@@ -553,6 +576,9 @@ def test_levels_and_half_lives(three):
     for code in (6, -1, (1, 1)):
         with pytest.raises(BankError, match="from 1 to 5"):
             soft_tokens(model, "taste", code)
+    for scale in (np.nan, -np.inf):
+        with pytest.raises(BankError, match=f"scale={scale} must be a finite number"):
+            soft_tokens(model, "taste", 1, scale)
 
 
 @pytest.mark.parametrize("which", ["one", "three"])

@@ -174,6 +174,40 @@ def test_errors_name_the_way_out(bank, client, server):
         to_redis(bank, client, "y:", batch=0)
 
 
+def test_an_empty_prefix_deletes_nobodys_keys(bank, client):
+    client.set("17:session", "another program's")
+    with pytest.raises(BankError, match="prefix=''"):
+        to_redis(bank, client, "")
+    assert keys(client) == ["17:session"]
+
+
+def test_users_are_given_as_strings(bank, client):
+    to_redis(bank, client)
+    lookup = RedisLookup(client)
+    with pytest.raises(BankError, match="users='196' is a text: give a list of users"):
+        lookup.look_up_many("196")
+    for wrong in (196, ["196"], None):
+        with pytest.raises(BankError, match="user"):
+            lookup.look_up(wrong)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter2@127.0.0.1:1/0",
+        "redis://me:hunter2@127.0.0.1:1/0",
+        "redis://:hunter2#@127.0.0.1:1/0",
+        "redis://:p@hunter2@127.0.0.1:1/0",
+        "redis://127.0.0.1:1/0?db=0&password=hunter2",
+        "rdis://:hunter2@127.0.0.1:1/0",
+    ],
+)
+def test_passwords_are_not_shown(main_job, url, capsys):
+    with pytest.raises(SettingsError, match="--url=.*127.0.0.1") as told:
+        command("export", "redis", "--bank", main_job.folder / "bank", "--url", url)
+    assert "hunter2" not in str(told.value) + "".join(capsys.readouterr())
+
+
 def test_the_command(main_job, client, server, capsys, bank):
     place = ["--bank", main_job.folder / "bank", "--url"]
     command("export", "redis", *place, f"unix://{server}", "--prefix", "p:")

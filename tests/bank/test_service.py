@@ -244,15 +244,30 @@ def test_commits_come_on_a_timer_and_at_the_end(empty_bank):
         assert "b" in reader
 
 
+def test_a_position_is_committed_with_its_events(empty_bank):
+    folder = empty_bank.folder
+    late = {"events": [event("a", "i1", 1, 0.0)], "late": "drop", "position": "offset 9"}
+    with serving(empty_bank, commit_seconds=1000) as client:
+        post(client, "/update", {"events": [event("a", "i1", 1, 1.0)], "position": "offset 7"})
+        assert client.get("/health").json()["position"] is None
+        post(client, "/commit", None)
+        post(client, "/update", {"events": [event("b", "i1", 1, 1.0)]})
+        post(client, "/commit", None)
+        assert client.get("/health").json()["position"] == "offset 7"
+        assert post(client, "/update", late) == {"entered": 0}
+    with FeatureBank.open(folder) as reader:  # at the end, though no event has entered
+        assert reader.position == "offset 9"
+
+
 def test_a_commit_that_fails_is_told_and_tried_again(empty_bank, monkeypatch):
     broken = threading.Event()
     broken.set()
     commit = FeatureBank.commit
 
-    def maybe(self):
+    def maybe(self, position=None):
         if broken.is_set():
             raise OSError("no space left")
-        return commit(self)
+        return commit(self, position)
 
     monkeypatch.setattr(FeatureBank, "commit", maybe)
     with serving(empty_bank, commit_seconds=0.05) as client:
@@ -275,9 +290,9 @@ def test_look_ups_go_on_while_files_are_written_and_events_wait(empty_bank, monk
     let_go = threading.Event()
     commit = FeatureBank.commit
 
-    def slow(self):
+    def slow(self, position=None):
         assert let_go.wait(10)
-        return commit(self)
+        return commit(self, position)
 
     monkeypatch.setattr(FeatureBank, "commit", slow)
     with serving(empty_bank, commit_seconds=1000) as client, ThreadPoolExecutor(3) as pool:
@@ -427,6 +442,48 @@ def test_a_stopped_service_commits(empty_bank):
         assert client.post("/look_up", json={"users": ["a"] * 3}).status_code == 413
         server.terminate()
         server.wait(30)
+    with FeatureBank.open(folder) as bank:
+        assert "a" in bank
+
+
+def half_sent(client):
+    """A connection that has sent less of a body than it has said."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
+    connection.sendall(
+        b"POST /look_up HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+        b'content-length: 100\r\n\r\n{"users": ['
+    )
+    return connection
+
+
+def test_half_a_body_is_not_waited_for(empty_bank):
+    with serving(empty_bank, body_seconds=0.2) as client:
+        with half_sent(client) as connection:
+            answer = b""
+            while part := connection.recv(1 << 16):  # until the server closes it
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 408") and b"after 0.2 seconds: send it" in answer
+        assert post(client, "/look_up", {"users": ["a"]})["known"] == [False]
+
+
+def test_a_client_that_goes_away_leaves_no_traceback(empty_bank, capsys):
+    with serving(empty_bank) as client:
+        half_sent(client).close()
+        for _ in range(20):
+            post(client, "/look_up", {"users": ["a"]})
+            time.sleep(0.01)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_service_that_is_told_to_stop_waits_for_no_half_body(empty_bank):
+    folder = empty_bank.folder
+    empty_bank.close()
+    with process(folder, "--write", "--commit_seconds", 1000) as (server, client):
+        post(client, "/update", {"events": [event("a", "i1", 1, 1.0)]})
+        with half_sent(client):
+            time.sleep(0.2)
+            server.terminate()
+            server.wait(20)
     with FeatureBank.open(folder) as bank:
         assert "a" in bank
 

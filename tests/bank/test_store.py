@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,12 +155,16 @@ def test_deltas_are_appended_and_a_base_replaces_them(bank):
         found = read(bank)
         assert found.metadata == {"number": 3}
         assert all(a.equals(b) for a, b in zip(found.users, (base, first, second), strict=True))
+        of_both = users(["u2", "u3", "u4"])
+        assert writer.commit(users=of_both, replace_deltas=True) == 4
+        found = read(bank).users
+        assert all(a.equals(b) for a, b in zip(found, (base, of_both), strict=True))
         merged = users(["u1", "u2", "u3", "u4"])
-        assert writer.commit(users=merged, replace_users=True) == 4
+        assert writer.commit(users=merged, replace_users=True) == 5
     found = read(bank)
     assert len(found.users) == 1
     assert found.users[0].equals(merged)
-    assert {name for name in listing(bank) if name.startswith("users")} == {"users-4.arrow"}
+    assert {name for name in listing(bank) if name.startswith("users")} == {"users-5.arrow"}
 
 
 def test_a_digest_tells_commits_and_banks_apart(bank, tmp_path):
@@ -173,6 +178,31 @@ def test_a_digest_tells_commits_and_banks_apart(bank, tmp_path):
     with Writer(tmp_path / "other", create=True) as writer:
         writer.commit(**parts(7))
     assert len({*digests, digest_of(tmp_path / "other")}) == 4
+
+
+def test_what_is_open_is_not_read_again(bank, monkeypatch):
+    hashed, sha256_of = [], store.sha256_of
+
+    def noted(path):
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(store, "sha256_of", noted)
+    first = read(bank)
+    assert len(hashed) == len(first.files) == 3
+    with Writer(bank) as writer:
+        writer.commit(users=users(["u3"]))
+        hashed.clear()
+        second = read(bank, known=first)
+        assert hashed == ["users-2.arrow"]
+        assert second.users[0] is first.users[0] and second.tables is first.tables
+        assert second.users[1].equals(users(["u3"])) and second.items is first.items
+        # A file of the same name is another file.
+        writer.commit(**parts(3) | {"replace_users": True})
+    shutil.rmtree(bank)
+    build(bank, number=7)
+    found = read(bank, known=second)
+    assert numbers(found) == numbers(read(bank)) and found.users[0] is not first.users[0]
 
 
 def test_rows_and_arrays_cost_no_copy(tmp_path):
@@ -236,6 +266,7 @@ def test_a_base_is_written_batch_by_batch(tmp_path):
         ({"users": users(["a", None])}, "1 null"),
         ({"users": users(["a"]).drop_columns("events")}, "users has the schema user: string"),
         ({"users": None}, "replace_users=True needs users"),
+        ({"replace_deltas": True}, "replace_deltas=True needs users, and not as the base"),
     ],
 )
 def test_what_cannot_be_kept_leaves_no_trace(bank, changes, message):
@@ -289,6 +320,37 @@ def test_an_interrupt_after_the_commit_point_keeps_the_commit(bank, monkeypatch)
         assert numbers(read(bank)) == (2, 2, 2, 2)
         writer.commit(users=users(["u3"]))
     assert read(bank).generation == 3
+
+
+def test_a_full_disk_is_told(bank, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    before = listing(bank)
+    with Writer(bank) as writer:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            with pytest.raises(BankError, match=f"the bank {bank} .* No space left.*make room"):
+                writer.commit(**parts(2))
+        assert listing(bank) == before and numbers(read(bank)) == (1, 1, 1, 1)
+        assert writer.commit(**parts(2)) == 2
+
+
+def test_a_file_is_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "bank"):
+        for act in (lambda at: Writer(at, create=True), store.check_replaceable):
+            with pytest.raises(BankError, match=f"{folder} cannot be a folder.*{tmp_path}/file is"):
+                act(folder)
+    store.check_replaceable(tmp_path / "new" / "bank")
+    assert not (tmp_path / "new").exists()
+
+    def refuse(self, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(BankError, match=f"{tmp_path}/new cannot be made .*Permission denied"):
+        Writer(tmp_path / "new", create=True)
 
 
 # --- damage --------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ FORMS = [
     lambda tokens: pa.array(["before", *tokens, "after"], pa.string())[1:-1],
     lambda tokens: pa.array(["before", *tokens, "after"], pa.large_string())[1:-1],
     lambda tokens: pa.array(tokens, pa.string()).dictionary_encode(),
+    lambda tokens: pa.array(tokens, pa.string_view()).dictionary_encode(),
     lambda tokens: pa.chunked_array([tokens[:2], [], tokens[2:]], pa.string()),
 ]
 

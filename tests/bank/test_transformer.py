@@ -121,6 +121,12 @@ def test_times_in_another_unit(early, late, tmp_path):
     for known in (encoder, ProfileEncoder.from_bank(tmp_path / "bank")):
         with pytest.raises(SettingsError, match="time=17.* of X is not in the unit of the events"):
             known.partial_fit(dated(late, 1000.0))
+        # One row is enough, before or after.
+        for factor in (0.001, 1000.0):
+            rows = pd.concat([dated(late), dated(late[:1], factor)])
+            for call in (known.partial_fit, known.transform):
+                with pytest.raises(SettingsError, match=f"in row {len(late)} of X is not in the"):
+                    call(rows)
         known.partial_fit(dated(late))
     with pytest.raises(SettingsError, match="is not in the unit"):
         ProfileEncoder(FACETS).fit(dated(early, 1000.0)).partial_fit(dated(late))
@@ -211,6 +217,9 @@ def test_kinds_of_tables_and_columns(encoder, early, late):
     np.testing.assert_array_equal(encoder.transform(late.assign(item_id="7")).shape, expected.shape)
     arrow = pa.table(other.assign(user_id=late.user_id, item_id=late.item_id.astype(str)))
     np.testing.assert_array_equal(encoder.transform(arrow), expected)
+    views = arrow["user_id"].combine_chunks().cast(pa.string_view()).dictionary_encode()
+    of_polars = arrow.set_column(arrow.column_names.index("user_id"), "user_id", views)
+    np.testing.assert_array_equal(encoder.transform(of_polars), expected)
 
     def dated(table, unit="ns"):
         days = pd.to_datetime(table.timestamp, unit="D").astype(f"datetime64[{unit}]")
@@ -241,6 +250,16 @@ def test_labels_may_come_as_y(encoder, early, late):
     by_y.partial_fit(late.drop(columns="label"), late.label.tolist())
     encoder.partial_fit(late)
     np.testing.assert_array_equal(by_y.transform(late), encoder.transform(late))
+
+
+def test_labels_in_both_places_must_agree(encoder, early, late):
+    twice = ProfileEncoder(FACETS).fit(early, early.label)
+    np.testing.assert_array_equal(twice.transform(late), encoder.transform(late))
+    other = early.label.to_numpy().copy()
+    other[3] = 1 - other[3]
+    for call in (ProfileEncoder(FACETS).fit, ProfileEncoder().fit_transform, encoder.partial_fit):
+        with pytest.raises(SettingsError, match="y is [01] in row 3, but the column 'label'"):
+            call(early, other)
 
 
 def test_implicit_feedback(early, late):
@@ -448,6 +467,26 @@ def test_banks_without_labels_and_without_times(early, late, tmp_path):
         ProfileEncoder.from_bank(tmp_path / "labelled", label=None)
     with pytest.raises(BankError):
         ProfileEncoder.from_bank(tmp_path / "nothing")
+
+
+def test_last_times_outlive_an_encoder_that_reads_none(encoder, early, late, tmp_path):
+    encoder.to_bank(tmp_path / "bank").close()
+    untimed = ProfileEncoder.from_bank(tmp_path / "bank", time=None)
+    untimed.partial_fit(late[:1])
+    untimed.transform(late)
+    with encoder.to_bank(tmp_path / "before") as before:
+        table = before.table_of(before.users())
+    with untimed.to_bank(tmp_path / "bank") as bank:
+        after = bank.table_of(before.users())
+    assert np.isfinite(after["last_time"].to_numpy()).all()
+    assert after["last_time"].equals(table["last_time"])
+
+
+def test_a_file_is_no_folder_of_a_bank(encoder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(encoder._known.__class__, "table", lambda *_, **__: pytest.fail("for it"))
+    with pytest.raises(BankError, match="cannot be a folder, because .*file is a file"):
+        encoder.to_bank(tmp_path / "file")
 
 
 # --- errors --------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """A served model gives what RecBole's trainer predicted, and something sane for the unknown."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -16,7 +18,7 @@ from recbole_uip.bridge import run as run_module
 from recbole_uip.bridge import served_model
 from recbole_uip.bridge.config import context_models
 from recbole_uip.bridge.run import run_recbole_uip
-from recbole_uip.bridge.serving import Scorer, _sequences
+from recbole_uip.bridge.serving import Scorer, _float_feature, _sequences, _spread
 from recbole_uip.settings import SettingsError
 
 from .conftest import Atomic, make_items, make_rows
@@ -130,6 +132,31 @@ def test_pairs_score_as_candidates_do(output, table):
     np.testing.assert_allclose(scores, one_by_one[order], atol=1e-6)
     assert scores.dtype == np.float32 and ((scores > 0) & (scores < 1)).all()
     assert scorer.score(users[0], []).shape == (0,)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_tokens_are_given_as_strings(output, table, arm):
+    """Numbers would be nobody's tokens, and their scores those of [PAD]."""
+    scorer = Scorer.load(output, "DeepFM", arm)
+    users, items = table["user_id"][:3].tolist(), table["item_id"][:3].tolist()
+    for wrong in (7, None, pa.scalar("i1")):
+        shown = re.escape(repr(wrong))
+        with pytest.raises(SettingsError, match=f"user {shown} in row 0 is no string"):
+            scorer.score(wrong, items)
+        with pytest.raises(SettingsError, match=f"item {shown} in row 1 is no string"):
+            scorer.score(users[0], [items[0], wrong])
+        with pytest.raises(SettingsError, match=f"user {shown} in row 2 is no string"):
+            scorer.score_many([*users[:2], wrong], items)
+    with pytest.raises(SettingsError, match="items='i1' is a text: give a list"):
+        scorer.score(users[0], "i1")
+    with pytest.raises(SettingsError, match="users='u1' is a text: give a list"):
+        scorer.score_many("u1", items[:2])
+    expected = scorer.score_many(users, items)
+    for tokens in (pa.array, np.array, pd.Series, tuple, lambda each: pa.chunked_array([each])):
+        np.testing.assert_array_equal(scorer.score_many(tokens(users), tokens(items)), expected)
+    np.testing.assert_array_equal(
+        scorer.score(users[0], pa.array(items)), scorer.score(users[0], items)
+    )
 
 
 @pytest.mark.parametrize("model", SOME)
@@ -291,9 +318,32 @@ def test_context_sequences_are_lists_of_tokens():
     assert _sequences("tags", ["a", "b", "c"], 2) == [["a", "b", "c"]] * 2
     assert _sequences("tags", [["a"], ["b", "c"]], 2) == [["a"], ["b", "c"]]
     assert _sequences("tags", np.array(["a", "b"]), 1) == [["a", "b"]]
-    for value in ("drama", 3, [["a"]], [["a"], "b"]):
+    assert _sequences("tags", np.array([["a"], ["b"]]), 2) == [["a"], ["b"]]
+    of_no_tokens = ({"a": 1}, [{"a": 1}], [["a"], [["b"]]], [None])
+    for value in ("drama", 3, [["a"]], [["a"], "b"], *of_no_tokens):
         with pytest.raises(SettingsError, match="context.'tags'. must be a list of tokens, or 2"):
             _sequences("tags", value, 2)
+
+
+@pytest.mark.parametrize(
+    "value", [[["a"], ["b", "c"]], {"a": 1}, [["a"]], [None, "a"], [{"a": 1}], object()]
+)
+def test_context_values_are_text_or_numbers(value):
+    with pytest.raises(SettingsError, match=r"context\['device'\] must be text or a number, or 2"):
+        _spread("device", value, 2)
+
+
+def test_context_values_are_one_or_one_for_each_item():
+    for value in ("a", ["a"], ["a", "a"], ("a", "a"), np.array("a"), np.array(["a"]), np.str_("a"),
+                  pd.Series(["a", "a"]), pa.array(["a", "a"])):  # fmt: skip
+        assert _spread("device", value, 2) == ["a", "a"]
+    assert _spread("bid", np.float64(0.5), 2) == [0.5, 0.5]
+
+
+def test_context_numbers_are_finite():
+    told = {"low": 0.0, "high": 1.0, "normalised": False, "method": None}
+    with pytest.raises(SettingsError, match=r"context\['bid'\] must be numbers: int too large"):
+        _float_feature("bid", told, 2, [10**400])
 
 
 def test_static_profiles_are_served_from_the_bank(tmp_path):

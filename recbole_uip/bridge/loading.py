@@ -64,6 +64,7 @@ class LoadedDataset(Dataset):
         if missing:
             raise missing_files_error(token, dataset_path, missing, "files are missing")
         super()._load_data(token, dataset_path)
+        self._check_side_columns()
 
     def _download(self) -> None:
         files = [f"{self.dataset_name}.inter"]
@@ -148,6 +149,41 @@ class LoadedDataset(Dataset):
                 f"the interactions have a column {ROW!r}, which is a name of ours: rename it, or "
                 "leave it out by unload_col"
             )
+
+    def _check_side_columns(self) -> None:
+        """Refuse columns of users and items that have the name of another column.
+
+        A row gets the columns of its user and item by name, in place of those that it has: a
+        column of items that is called label would be what models are trained on.
+        """
+        roles = {self.label_field: "LABEL_FIELD", self.time_field: "TIME_FIELD", ROW: "ours"}
+        # A column that two files have is one of the interactions, or of the users.
+        first = dict.fromkeys(self.inter_feat, FeatureSource.INTERACTION)
+        for source, key in (
+            (FeatureSource.USER, self.uid_field),
+            (FeatureSource.ITEM, self.iid_field),
+        ):
+            feat = getattr(self, f"{source.value}_feat")
+            for name in [] if feat is None else feat:
+                if name == key:
+                    continue
+                if name in first:
+                    what = f"{self.dataset_name}.{first[name].value} has one of this name too"
+                elif name in roles:
+                    what = f"the interactions have one of this name ({roles[name]})"
+                else:
+                    first[name] = source
+                    continue
+                raise SettingsError(
+                    f"{self.dataset_name}.{source.value} has a column {name!r}, and {what}: "
+                    f"{self._way_to_leave_out(source, name)}, or give it another name"
+                )
+
+    def _way_to_leave_out(self, source: FeatureSource, name: str) -> str:
+        # RecBole takes one of load_col and unload_col.
+        if (self.config["load_col"] or {}).get(source.value, "*") == "*":
+            return f"leave it out by unload_col: {{{source.value}: [{name}]}}"
+        return f"take it out of load_col.{source.value}"
 
     def _check_threshold(self, threshold: Any, loaded: list[str]) -> None:
         example = "such as {rating: 4}"

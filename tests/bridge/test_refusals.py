@@ -337,3 +337,32 @@ def test_items_without_a_template_of_their_text_are_answered_with_their_columns(
 def test_a_dataset_that_is_not_there_is_named_before_what_its_settings_lack(tmp_path):
     with pytest.raises(SettingsError, match="dataset 'nosuch' .there is no folder.*uip_item_text"):
         run_recbole_uip("FM", "nosuch", config={"data_path": str(tmp_path)})
+
+
+@pytest.mark.parametrize("role", ["label", "timestamp", "user_id", "uip_row"])
+def test_items_have_no_column_that_is_one_of_the_interactions(role, small):
+    lines = [f"item_id:token\t{role}:float", *(f"i{item}\t{item % 2}" for item in range(15))]
+    (small.folder / "small" / "small.item").write_text("\n".join(lines) + "\n")
+    inter = ["user_id", "item_id", "rating"]
+    load_col = {"inter": inter, "item": ["item_id", role]}
+    with pytest.raises(SettingsError, match=f"small.item has a column '{role}'.*load_col.item"):
+        UIPDataset(small.config(load_col=load_col))
+    load_col["item"] = "*"
+    with pytest.raises(SettingsError, match=rf"unload_col: {{item: \[{role}\]}}"):
+        UIPDataset(small.config(load_col=load_col))
+    UIPDataset(small.config(load_col=load_col, unload_col={"item": [role]}))
+
+
+@pytest.mark.parametrize("files", [("inter", "item"), ("inter", "user"), ("user", "item")])
+def test_a_column_that_two_files_have(files, small):
+    for kind in files:
+        path = small.folder / "small" / f"small.{kind}"
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [f"{header}\tcat:token", *(f"{line}\tx" for line in lines)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    first, second = files
+    with pytest.raises(
+        SettingsError, match=rf"small.{second} has a column 'cat', and small.{first} has one"
+    ):
+        UIPDataset(small.config(load_col=None))
+    UIPDataset(small.config(load_col=None, unload_col={second: ["cat"]}))

@@ -13,9 +13,10 @@ __all__ = ["recbole_refusals"]
 
 logger = logging.getLogger(__name__)
 
-# What RecBole raises, knowingly or not, where a setting or a file is not what it takes.
+# What RecBole raises, knowingly or not, where a setting or a file is not what it takes; the last
+# two are torch's for a size or an optimiser that it cannot make, and for want of memory.
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError)
-_REFUSALS += (ImportError, TypeError, ValueError)
+_REFUSALS += (ImportError, TypeError, ValueError, RuntimeError, MemoryError)
 
 
 @contextlib.contextmanager

@@ -200,11 +200,13 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     for each in configs:
         try:
             outcomes = _train_model(each, dataset, output / "checkpoints")
-        except SettingsError as error:
+        except Exception as error:
             if len(configs) == 1:
                 raise
-            logger.error("%s; going on without %s", error, each["model"])
-            results["failed"][each["model"]] = str(error)
+            # What is no setting's fault is a defect, to be seen as one.
+            defect = not isinstance(error, SettingsError)
+            logger.error("%s; going on without %s", error, each["model"], exc_info=defect)
+            results["failed"][each["model"]] = str(error) or type(error).__name__
             continue
         seconds = {arm: outcome.pop("seconds") for arm, outcome in outcomes.items()}
         results["cost"]["train_seconds"][each["model"]] = seconds
@@ -285,7 +287,8 @@ def train_arm(
         for name, data in (("valid", valid_data), ("test", test_data)):
             # Where candidates are sampled at evaluation, every arm must meet the same ones.
             init_seed(seed, reproducibility)
-            reported = trainer.evaluate(data, show_progress=show_progress) or {}
+            with recbole_refusals():
+                reported = trainer.evaluate(data, show_progress=show_progress) or {}
             predictions[name] = trainer.predictions
             _check_scores(config, arm, name, predictions[name])
             outcome[name] = {

@@ -26,10 +26,10 @@ from .conftest import COMPANY, LENIENCY
 def go(small, tmp_path):
     """Run on the small dataset; the keys are the fixture's config's."""
 
-    def go(**more):
+    def go(model="FM", **more):
         external = dict(small.config().variable_config_dict)
         external["uip_output"] = str(tmp_path / "out")
-        return run_recbole_uip("FM", "small", config={**external, **more})
+        return run_recbole_uip(model, "small", config={**external, **more})
 
     return go
 
@@ -330,6 +330,35 @@ def test_a_model_that_cannot_be_trained_does_not_cost_the_others_results(small, 
     assert cli.main(["run", *given]) == 2
     assert "loss of AFM is NaN" in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("--mlp_hidden_size=[10000000000]", "allocate"),
+        ("--learner=sparse_adam", "SparseAdam does not support dense gradients"),
+    ],
+)
+def test_what_torch_refuses_is_a_setting(setting, words, small, tmp_path, capsys):
+    assert cli.main(["run", *arguments(small, tmp_path, "--model=DeepFM", setting)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "RecBole cannot use a setting or the data" in error and words in error
+
+
+def test_a_model_with_a_defect_does_not_cost_the_others_results(go, monkeypatch, caplog):
+    train_model = run_module._train_model
+
+    def fail_for_fm(config, *args):
+        if config["model"] == "FM":
+            raise RuntimeError("a defect")
+        return train_model(config, *args)
+
+    monkeypatch.setattr(run_module, "_train_model", fail_for_fm)
+    results = go(model=["FM", "LR"])
+    assert list(results["models"]) == ["LR"] and results["failed"] == {"FM": "a defect"}
+    assert "Traceback" in caplog.text
+    with pytest.raises(RuntimeError, match="a defect"):
+        go()
 
 
 @pytest.mark.parametrize(

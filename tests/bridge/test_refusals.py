@@ -366,3 +366,31 @@ def test_a_column_that_two_files_have(files, small):
     ):
         UIPDataset(small.config(load_col=None))
     UIPDataset(small.config(load_col=None, unload_col={second: ["cat"]}))
+
+
+def test_a_line_with_more_fields_than_columns(small):
+    path = small.folder / "small" / "small.item"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[4] = lines[4].replace(" ", "\t", 1)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(
+        SettingsError, match=r"small.item: line 5 has 4 fields, and the header 3 .*'\\t' out"
+    ):
+        UIPDataset(small.config())
+
+
+def test_separators_that_end_lines_or_are_quoted_add_no_fields(small):
+    inter, item = (small.folder / "small" / f"small.{kind}" for kind in ("inter", "item"))
+    expected = UIPDataset(small.config())
+    header, *lines = inter.read_text(encoding="utf-8").replace("\t", ",").splitlines()
+    inter.write_text("\n".join([header, *(f"{line}," for line in lines)]) + "\n", encoding="utf-8")
+    text = item.read_text(encoding="utf-8").replace("\t", ",").replace("Film 3", '"Film, 3"')
+    item.write_text(text, encoding="utf-8")
+    small.users = False
+    (small.folder / "small" / "small.user").unlink()
+    dataset = UIPDataset(small.config(field_separator=","))
+    assert (dataset.field2id_token["user_id"] == expected.field2id_token["user_id"]).all()
+    # Of few columns pandas would take the first for the index.
+    few = {"inter": ["user_id", "item_id"]}
+    dataset = UIPDataset(small.config(field_separator=",", load_col=few, threshold=None))
+    assert (dataset.field2id_token["user_id"] == expected.field2id_token["user_id"]).all()

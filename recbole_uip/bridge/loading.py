@@ -13,10 +13,12 @@ import torch
 from recbole.data.dataset import Dataset
 from recbole.utils import FeatureSource, FeatureType
 
+import recbole_uip
 from recbole_uip.bridge.atomic_files import Frame, read_atomic_file, split_sequences
 from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.bridge.sources import download, missing_files_error
+from recbole_uip.files import sha256_of
 from recbole_uip.settings import SettingsError
 
 __all__ = ["ROW", "LoadedDataset"]
@@ -45,6 +47,10 @@ class LoadedDataset(Dataset):
         float field of time.
     float_ranges : dict of str to tuple of float
         Lowest, highest and mean raw value of each float field of the interactions.
+    files : dict of str to str
+        SHA-256 of the files of interactions, users and items, as they were read.
+    version : str
+        Version of this package that has read them.
     """
 
     def __init__(self, config: UIPConfig) -> None:
@@ -52,12 +58,13 @@ class LoadedDataset(Dataset):
             raise TypeError(f"{type(self).__name__} needs a UIPConfig, not {type(config).__name__}")
         self.raw_time: np.ndarray | None = None
         self.float_ranges: dict[str, tuple[float, float, float]] = {}
+        self.files: dict[str, str] = {}
+        self.version = recbole_uip.__version__
         with recbole_refusals():
             super().__init__(config)
 
     def _load_data(self, token: str, dataset_path: str) -> None:
-        suffixes = [f"{name}.inter" for name in self.benchmark_filename_list or ()] or ["inter"]
-        files = [f"{token}.{suffix}" for suffix in suffixes]
+        files = self._inter_files()
         if not os.path.isdir(dataset_path):
             self._download()
         missing = [name for name in files if not os.path.isfile(os.path.join(dataset_path, name))]
@@ -65,6 +72,17 @@ class LoadedDataset(Dataset):
             raise missing_files_error(token, dataset_path, missing, "files are missing")
         super()._load_data(token, dataset_path)
         self._check_side_columns()
+        self.files = self.hash_files()
+
+    def _inter_files(self) -> list[str]:
+        suffixes = [f"{name}.inter" for name in self.benchmark_filename_list or ()] or ["inter"]
+        return [f"{self.dataset_name}.{suffix}" for suffix in suffixes]
+
+    def hash_files(self) -> dict[str, str]:
+        """SHA-256 of each file of interactions, users and items that is there now, by its name."""
+        names = [*self._inter_files(), f"{self.dataset_name}.user", f"{self.dataset_name}.item"]
+        paths = {name: os.path.join(self.dataset_path, name) for name in names}
+        return {name: sha256_of(path) for name, path in paths.items() if os.path.isfile(path)}
 
     def _download(self) -> None:
         files = [f"{self.dataset_name}.inter"]

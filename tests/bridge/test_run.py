@@ -197,6 +197,22 @@ def test_ranking_metrics_are_printed_too(go):
     assert plain.split() == ["FM", "plain", f"{test['recall@3']:.4f}", f"{test['ndcg@3']:.4f}"]
 
 
+def test_metrics_of_what_is_recommended(go):
+    metrics = ["ItemCoverage", "AveragePopularity", "GiniIndex", "ShannonEntropy", "TailPercentage"]
+    sampled = {
+        "threshold": None,
+        "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1},
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"},
+        "metrics": metrics,
+        "topk": [3],
+        "valid_metric": "ItemCoverage@3",
+        "uip_facets": {"likes": {**COMPANY, "weight": "positive"}},
+    }
+    test = go(**sampled)["models"]["FM"]["uip"]["test"]
+    assert all(test[f"{metric.lower()}@3"] >= 0 for metric in metrics)
+    assert 0 < test["itemcoverage@3"] <= 1
+
+
 def test_no_test_rows_give_no_figures(go):
     eval_args = {"split": {"LS": "valid_only"}, "order": "TO", "mode": "labeled"}
     results = go(eval_args=eval_args)

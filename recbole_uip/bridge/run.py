@@ -289,6 +289,9 @@ def train_arm(
             init_seed(seed, reproducibility)
             with recbole_refusals():
                 reported = trainer.evaluate(data, show_progress=show_progress) or {}
+            if "gauc" in reported:
+                # RecBole's weighs users by positives, ours by rows: another quantity.
+                reported["recbole_gauc"] = reported.pop("gauc")
             predictions[name] = trainer.predictions
             _check_scores(config, arm, name, predictions[name])
             outcome[name] = {

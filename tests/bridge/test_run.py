@@ -213,6 +213,19 @@ def test_metrics_of_what_is_recommended(go):
     assert 0 < test["itemcoverage@3"] <= 1
 
 
+def test_recboles_gauc_has_a_name_of_its_own(go):
+    sampled = {
+        "threshold": None,
+        "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1},
+        "eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO", "mode": "uni5"},
+        "uip_facets": {"likes": {**COMPANY, "weight": "positive"}},
+    }
+    usual = go(**sampled)["models"]["FM"]["plain"]["test"]
+    asked = go(**sampled, metrics=["GAUC"], valid_metric="GAUC")["models"]["FM"]["plain"]["test"]
+    assert "recbole_gauc" not in usual
+    assert asked["gauc"] == usual["gauc"] != asked["recbole_gauc"]
+
+
 def test_no_test_rows_give_no_figures(go):
     eval_args = {"split": {"LS": "valid_only"}, "order": "TO", "mode": "labeled"}
     results = go(eval_args=eval_args)

@@ -9,7 +9,6 @@ import functools
 import importlib.resources
 import itertools
 import logging
-import numbers
 import os
 import pkgutil
 import re
@@ -25,6 +24,7 @@ from recbole.utils import EvaluatorType, ModelType, get_model
 
 import recbole_uip
 from recbole_uip.bridge import compat
+from recbole_uip.bridge.checks import check_settings, check_valid_metric
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.settings import NoItemTextError, SettingsError, UIPSettings
 from recbole_uip.texts import atomic_header
@@ -68,17 +68,6 @@ _OTHER_TYPES = {
 
 # Text as it is: the template "{title}" would else become a mapping, the folder "2024" a number.
 _TEXTS = ("uip_item_text", "uip_lm", "uip_lm_adapter", "uip_lm_device", "uip_cache", "uip_output")
-
-
-# Numbers that RecBole would stumble over when it trains: what they are, and at least.
-_NUMBERS = {
-    "epochs": (numbers.Integral, 0),
-    "stopping_step": (numbers.Integral, 0),
-    "train_batch_size": (numbers.Integral, 1),
-    "eval_batch_size": (numbers.Integral, 1),
-    "learning_rate": (numbers.Real, 0),
-    "weight_decay": (numbers.Real, 0),
-}
 
 
 class _Loader(yaml.FullLoader):
@@ -286,11 +275,10 @@ class UIPConfig(Config):
         self._command_line = tuple(command_line)
         # RecBole converts the strings of the dict in place; the caller's stays as it is.
         config_dict = _native(copy.deepcopy(dict(config_dict or {}))) or None
-        with recbole_refusals():
+        with recbole_refusals(self):
             super().__init__(model, dataset, config_file_list, config_dict)
         self._warn_of_unknown_keys()
-        self._check_numbers()
-        self._check_valid_metric()
+        check_valid_metric(self)
         modes = set(self.final_config_dict["eval_args"]["mode"].values())
         if self["eval_type"] == EvaluatorType.RANKING and "labeled" in modes:
             # RecBole would find out after the first epoch.
@@ -310,22 +298,6 @@ class UIPConfig(Config):
         for key in map(str, self.external_config_dict):
             if key not in known and not key.startswith("uip_"):
                 _warn_of_unknown_key(key, frozenset(known))
-
-    def _check_numbers(self) -> None:
-        for key, (kind, least) in _NUMBERS.items():
-            value = self[key]
-            if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
-                what = "a whole number" if kind is numbers.Integral else "a number"
-                raise SettingsError(f"{key}={value!r} must be {what} of at least {least}")
-
-    def _check_valid_metric(self) -> None:
-        # RecBole would find out after the first epoch.
-        chosen, metrics = self["valid_metric"], self["metrics"]
-        if str(chosen).partition("@")[0].lower() not in {metric.lower() for metric in metrics}:
-            raise SettingsError(
-                f"valid_metric={chosen!r} is not among metrics={metrics}: take one of them, or add "
-                "it to metrics"
-            )
 
     @property
     def uip(self) -> UIPSettings:
@@ -400,6 +372,7 @@ class UIPConfig(Config):
                 self.internal_config_dict.update(parse_yaml(text) or {})
 
     def _set_default_parameters(self) -> None:
+        check_settings(self.final_config_dict)
         try:
             super()._set_default_parameters()
         except (NotImplementedError, RuntimeError) as error:

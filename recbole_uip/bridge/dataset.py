@@ -91,7 +91,7 @@ class UIPDataset(LoadedDataset):
         """
         if self.splits is None:
             self._check_order()
-            with recbole_refusals():
+            with recbole_refusals(self.config):
                 splits = super().build()
             if len(splits) != 3:
                 raise SettingsError(

@@ -60,7 +60,7 @@ class LoadedDataset(Dataset):
         self.float_ranges: dict[str, tuple[float, float, float]] = {}
         self.files: dict[str, str] = {}
         self.version = recbole_uip.__version__
-        with recbole_refusals():
+        with recbole_refusals(config):
             super().__init__(config)
 
     def _load_data(self, token: str, dataset_path: str) -> None:

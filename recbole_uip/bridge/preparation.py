@@ -76,7 +76,7 @@ def data_preparation(
 
 
 def _dataloaders(config: UIPConfig, dataset: UIPDataset, splits: list) -> tuple[Any, Any, Any]:
-    with recbole_refusals():
+    with recbole_refusals(config):
         samplers = create_samplers(config, dataset, splits)
         return tuple(
             get_dataloader(config, phase)(

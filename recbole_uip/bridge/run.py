@@ -266,7 +266,7 @@ def train_arm(
     train_data, valid_data, test_data = data_preparation(config, dataset, arm)
     seed, reproducibility = config["seed"], config["reproducibility"]
     init_seed(seed + config["local_rank"], reproducibility)
-    with recbole_refusals():
+    with recbole_refusals(config):
         model = config.model_class(config, train_data.dataset).to(config["device"])
         trainer = make_trainer(config, model)
     _check_last_batch(config, model, train_data)
@@ -279,7 +279,7 @@ def train_arm(
     predictions = {}
     with _subnormals_as_zero():
         started = time.perf_counter()
-        with recbole_refusals():
+        with recbole_refusals(config):
             trainer.fit(train_data, valid_data, saved=True, show_progress=show_progress)
         outcome["seconds"] = time.perf_counter() - started
         if not checkpoint.is_file():
@@ -287,7 +287,7 @@ def train_arm(
         for name, data in (("valid", valid_data), ("test", test_data)):
             # Where candidates are sampled at evaluation, every arm must meet the same ones.
             init_seed(seed, reproducibility)
-            with recbole_refusals():
+            with recbole_refusals(config):
                 reported = trainer.evaluate(data, show_progress=show_progress) or {}
             if "gauc" in reported:
                 # RecBole's weighs users by positives, ours by rows: another quantity.

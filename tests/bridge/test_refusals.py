@@ -1,6 +1,7 @@
 """Settings and files that cannot be used: one clear error each, and never a silent wrong result."""
 
 import gzip
+import re
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from recbole_uip.settings import SettingsError
 
 from .conftest import BY_TIME, LENIENCY
 
+UNI = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO", "mode": "uni10"}
 LIST = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 
 
@@ -34,7 +36,7 @@ LIST = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
         ({"eval_args": {**BY_TIME, "split": {"XX": 3}}}, "XX.*NotImplementedError in build"),
         ({"eval_args": {**BY_TIME, "order": "XX"}}, "XX.*NotImplementedError in build"),
         ({"eval_args": {**BY_TIME, "mode": "foo"}}, "foo"),
-        ({"eval_args": 3}, "RecBole cannot use a setting"),
+        ({"additional_feat_suffix": "foo"}, r"small.foo.* \(given are .*additional_feat_suffix"),
         ({"user_inter_num_interval": "[2000,inf)"}, "Some feat is empty"),
         ({"val_interval": {"stars": "[1,5]"}}, "stars"),
         ({"encoding": "foo"}, "unknown encoding: foo"),
@@ -47,11 +49,66 @@ def test_settings_that_recbole_cannot_use(settings, words, small):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("epochs", "abc"), ("learning_rate", "fast"), ("train_batch_size", 0), ("stopping_step", 1.5)],
+    [
+        ("epochs", "abc"),
+        ("learning_rate", "fast"),
+        ("train_batch_size", 0),
+        ("stopping_step", 1.5),
+        ("eval_step", "a"),
+        ("worker", -1),
+        ("metric_decimal_place", "a"),
+        ("embedding_size", -3),
+        ("metrics", []),
+        ("metrics", None),
+        ("valid_metric", None),
+        ("numerical_features", "price"),
+        ("mlp_hidden_size", 64),
+        ("mlp_hidden_size", []),
+        ("mlp_hidden_size", [64, "a"]),
+        ("clip_grad_norm", 5),
+        ("clip_grad_norm", {"foo": 5}),
+        ("val_interval", 3),
+        ("seq_len", 2),
+        ("seq_len", {"genre": "a"}),
+        ("benchmark_filename", "train"),
+        ("benchmark_filename", ["train", "test"]),
+        ("field_separator", ""),
+        ("eval_args", 3),
+        ("train_neg_sample_args", "uniform"),
+    ],
 )
-def test_numbers_that_training_would_stumble_over(key, value, small):
-    with pytest.raises(SettingsError, match=f"{key}={value!r} must be a"):
-        small.config(**{key: value})
+def test_values_that_recbole_would_stumble_over(key, value, small):
+    with pytest.raises(SettingsError, match=re.escape(f"{key}={value!r} must be ")):
+        small.config(model="DeepFM", **{key: value})
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"metrics": ["NDCG"], "valid_metric": "NDCG@7"}, "'NDCG@7' must be NDCG@5 or NDCG@10, as"),
+        ({"metrics": ["NDCG"], "valid_metric": "NDCG"}, "'NDCG' must be NDCG@5 or NDCG@10, as"),
+        ({"metrics": ["GAUC"], "valid_metric": "GAUC@5"}, "'GAUC@5' must be GAUC"),
+        ({"metrics": ["AUC"], "valid_metric": "AUC@10"}, "'AUC@10' must be AUC"),
+        ({"eval_args": {**UNI, "mode": "foo"}}, "eval_args.mode='foo' must be labeled, full, or"),
+        ({"eval_args": {**UNI, "mode": "uni0"}}, "eval_args.mode='uni0' must be"),
+        ({"eval_args": {**UNI, "mode": {"valid": "unia"}}}, "eval_args.mode='unia' must be"),
+        ({"eval_args": {**UNI, "mode": {"vald": "uni5"}}}, "eval_args.mode has no key 'vald'.*'va"),
+        ({"eval_args": {**UNI, "splt": 1}}, "eval_args has no key 'splt': did you mean 'split'"),
+        ({"eval_args": {**UNI, "split": {"RS": [0.8, -0.1, 0.3]}}}, "eval_args.split.RS=.*shares"),
+        (
+            {"train_neg_sample_args": {"uniform": 1}},
+            "args has no key 'uniform': write such as {dis",
+        ),
+        ({"train_neg_sample_args": {"sample_num": 0}}, "args.sample_num=0 must be a whole number"),
+        ({"LABEL_FIELD": "user_id"}, "LABEL_FIELD and USER_ID_FIELD are both 'user_id'"),
+        ({"USER_ID_FIELD": "split"}, "USER_ID_FIELD='split' is the name of the column of profiles"),
+        ({"ITEM_ID_FIELD": 3}, "ITEM_ID_FIELD=3 must be the name of a column"),
+    ],
+)
+def test_settings_that_are_another_protocol_than_meant(settings, words, small):
+    sampled = {"eval_args": UNI, "metrics": ["NDCG"], "valid_metric": "NDCG@5", "topk": [5, 10]}
+    with pytest.raises(SettingsError, match=words):
+        small.config(**{**sampled, **settings})
 
 
 def test_no_arm_is_trained_before_one_that_cannot_be(small, tmp_path):

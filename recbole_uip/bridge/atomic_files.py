@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,11 @@ def read_atomic_file(
         header = atomic_header(path, separator, encoding)
     except (UnicodeError, LookupError) as error:
         raise _unreadable(path, encoding, error) from error
+    if header == [""]:
+        raise SettingsError(
+            f"{path} is empty, or begins with an empty line: its first line must name the columns, "
+            "each as name:type"
+        )
     types: dict[str, FeatureType] = {}
     for column in header:
         name, colon, kind = column.partition(":")
@@ -92,7 +98,8 @@ def read_atomic_file(
         return None
     floats = [column for column, ftype in types.items() if ftype == FeatureType.FLOAT]
     options = {
-        "sep": separator,
+        # pandas takes a longer one for a regular expression.
+        "sep": separator if len(separator) == 1 else re.escape(separator),
         "usecols": list(types),
         # Without it a separator at the end of lines would move every column by one.
         "index_col": False,

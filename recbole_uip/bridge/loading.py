@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import urllib.error
 from typing import Any
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 #: Column of ``inter_feat`` with the number of each interaction after filtering. It is data but
 #: not a field (it is missing from ``field2type``), so no model ever sees it.
 ROW = "uip_row"
+
+_INTERVAL = re.compile(r"[\[(]([^,]*),([^,]*)[\])]")
 
 
 class LoadedDataset(Dataset):
@@ -85,7 +88,7 @@ class LoadedDataset(Dataset):
         return {name: sha256_of(path) for name, path in paths.items() if os.path.isfile(path)}
 
     def _download(self) -> None:
-        files = [f"{self.dataset_name}.inter"]
+        files = self._inter_files()
         url = self._get_download_url("url", allow_none=True)
         if url is None:
             raise missing_files_error(
@@ -102,6 +105,19 @@ class LoadedDataset(Dataset):
                 files,
                 f"it is not there, and its download failed ({reason})",
             ) from error
+
+    def _get_load_and_unload_col(self, source: FeatureSource | str) -> tuple:
+        kind = source.value if isinstance(source, FeatureSource) else source
+        loaded, unloaded = (
+            (self.config[key] or {}).get(kind) for key in ("load_col", "unload_col")
+        )
+        if loaded and loaded != "*" and unloaded:
+            raise SettingsError(
+                f"unload_col.{kind}={unloaded} stands beside load_col.{kind}={loaded}, of which "
+                "RecBole takes one: leave the columns out of load_col, or set load_col to ~ "
+                "(--load_col=None) if it is a default of the dataset"
+            )
+        return super()._get_load_and_unload_col(source)
 
     def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
         # RecBole's method fills missing sequences by a chained fillna(inplace=True), which
@@ -292,6 +308,23 @@ class LoadedDataset(Dataset):
         ):
             self.raw_time = self.inter_feat[self.time_field].to_numpy(np.float64, copy=True)
         super()._remap_ID_all()
+
+    def _parse_intervals_str(self, intervals_str: str | None) -> list | None:
+        # RecBole warns of an illegal interval, and goes on without it.
+        for part in [] if intervals_str is None else str(intervals_str).split(";"):
+            match = _INTERVAL.fullmatch(part.strip())
+            try:
+                legal = match is not None and float(match[1]) <= float(match[2])
+            except ValueError:
+                legal = False
+            if not legal:
+                keys = ("user_inter_num_interval", "item_inter_num_interval")
+                key = next((key for key in keys if self.config[key] == intervals_str), None)
+                raise SettingsError(
+                    f"{key or 'val_interval'}: {part!r} is no interval: write a lower and an upper "
+                    "bound, such as '[3,inf)' or '(0,10]'"
+                )
+        return super()._parse_intervals_str(intervals_str)
 
     def _filter_inter_by_user_or_item(self) -> None:
         before = len(self.inter_feat)

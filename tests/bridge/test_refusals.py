@@ -451,3 +451,58 @@ def test_separators_that_end_lines_or_are_quoted_add_no_fields(small):
     few = {"inter": ["user_id", "item_id"]}
     dataset = UIPDataset(small.config(field_separator=",", load_col=few, threshold=None))
     assert (dataset.field2id_token["user_id"] == expected.field2id_token["user_id"]).all()
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"val_interval": {"rating": 3}}, r"val_interval: '3' is no interval: write .*'\[3,inf\)'"),
+        ({"val_interval": {"rating": "[a,5]"}}, r"val_interval: '\[a,5\]' is no interval"),
+        ({"val_interval": {"rating": "[1,2];[5,4]"}}, r"val_interval: '\[5,4\]' is no interval"),
+        ({"user_inter_num_interval": 5}, "user_inter_num_interval: '5' is no interval"),
+        ({"item_inter_num_interval": "[5,)"}, "item_inter_num_interval: .* is no interval"),
+    ],
+)
+def test_illegal_intervals(settings, words, small):
+    with pytest.raises(SettingsError, match=words):
+        UIPDataset(small.config(**settings))
+
+
+def test_legal_intervals(small):
+    settings = {"val_interval": {"rating": "[1,2]; (3,inf)"}, "user_inter_num_interval": "[1,inf)"}
+    dataset = UIPDataset(small.config(**settings))
+    kept = [row for row in small.rows if row[2] != 3]
+    assert 0 < len(dataset) <= len(kept)
+
+
+@pytest.mark.parametrize("separator", ["||", "::", ".", "|"])
+def test_separators_are_no_regular_expressions(separator, small):
+    expected = UIPDataset(small.config())
+    for kind in ("inter", "user", "item"):
+        path = small.folder / "small" / f"small.{kind}"
+        path.write_text(path.read_text(encoding="utf-8").replace("\t", separator), encoding="utf-8")
+    dataset = UIPDataset(small.config(field_separator=separator))
+    assert (dataset.field2id_token["user_id"] == expected.field2id_token["user_id"]).all()
+    assert (dataset.field2id_token["genre"] == expected.field2id_token["genre"]).all()
+
+
+def test_an_empty_file(small):
+    path = small.folder / "small" / "small.item"
+    path.write_text("")
+    with pytest.raises(SettingsError, match="small.item is empty, .*first line must name"):
+        UIPDataset(small.config())
+
+
+def test_load_col_and_unload_col_of_one_file(small):
+    with pytest.raises(
+        SettingsError, match="unload_col.item=.*beside load_col.item=.*--load_col=None"
+    ):
+        UIPDataset(small.config(unload_col={"item": ["genre"]}))
+
+
+def test_benchmark_files_in_a_folder_that_is_not_there(tmp_path, small):
+    names = ["train", "valid", "test"]
+    with pytest.raises(
+        SettingsError, match="Put small.train.inter and small.valid.inter and small.test.inter"
+    ):
+        UIPDataset(small.config(benchmark_filename=names, data_path=str(tmp_path / "none")))

@@ -137,16 +137,21 @@ def context_models() -> list[str]:
     return sorted(names[item.name] for item in pkgutil.iter_modules(package.__path__))
 
 
-def load_config_files(files: Sequence[str]) -> dict[str, Any]:
-    """Settings of YAML ``files``; a later file overrides an earlier one, key by key.
+def load_config_files(files: str | os.PathLike | Sequence[str]) -> dict[str, Any]:
+    """Settings of one YAML file or several; a later file overrides an earlier one, key by key.
 
     A path through ``properties/`` that is not there is looked up in the installed package. What
     an experiment's file says of its runs (``uip_experiment``) is no setting, and left out.
     """
     settings: dict[str, Any] = {}
-    for file in files:
+    for file in [files] if isinstance(files, (str, os.PathLike)) else files:
         path = Path(file)
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        try:
+            text = path.read_text(encoding="utf-8") if path.is_file() else None
+        except UnicodeError as error:
+            raise SettingsError(
+                f"config_files: {str(file)!r} is not UTF-8 ({error}): save it as UTF-8"
+            ) from error
         if text is None and "properties" in path.parts:
             text = read_properties("/".join(path.parts[path.parts.index("properties") + 1 :]))
         if text is None:
@@ -251,7 +256,7 @@ class UIPConfig(Config):
         A context-aware model of RecBole, or a class derived from one.
     dataset : str, optional
         Name of the dataset.
-    config_file_list : sequence of path, optional
+    config_file_list : path or sequence of path, optional
         YAML files; a later one overrides an earlier one.
     config_dict : mapping, optional
         Settings; strings are converted as RecBole does, but never evaluated as code.
@@ -268,7 +273,7 @@ class UIPConfig(Config):
         self,
         model: str | type | None = None,
         dataset: str | None = None,
-        config_file_list: Sequence[str] | None = None,
+        config_file_list: str | os.PathLike | Sequence[str] | None = None,
         config_dict: Mapping[str, Any] | None = None,
         command_line: Sequence[str] = (),
     ) -> None:

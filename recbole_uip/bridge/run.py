@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ _SPLITS = np.array(["train", "valid", "test"])
 def run_recbole_uip(
     model: str | Sequence[str] | None = None,
     dataset: str | Sequence[str] | None = None,
-    config_files: Sequence[str] | None = None,
+    config_files: str | os.PathLike | Sequence[str] | None = None,
     config: Mapping[str, Any] | None = None,
     *,
     command_line: Sequence[str] = (),
@@ -67,7 +68,7 @@ def run_recbole_uip(
         Names; a string may list several, separated by commas. Without them, ``model`` and
         ``dataset`` of the settings, else DeepFM and ml-100k. With several datasets each has a
         subfolder of ``uip_output``.
-    config_files : sequence of path, optional
+    config_files : path or sequence of path, optional
     config : mapping, optional
         Any RecBole or ``uip_*`` settings; stronger than the files.
     command_line : sequence of str, optional
@@ -139,7 +140,13 @@ def _sole_writer(output: Path) -> Iterator[None]:
 
 
 def _names(key: str, value: str | Sequence[str]) -> list[str]:
-    names = value.split(",") if isinstance(value, str) else list(value)
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise SettingsError(
+            f"{key}={value!r} must be a name, or a list of names: a run knows models and datasets "
+            "by their names alone (a class of your own can be trained by UIPConfig, UIPDataset and "
+            "data_preparation)"
+        )
     names = [name.strip() for name in names]
     if not names or not all(names) or len(set(names)) != len(names):
         raise SettingsError(f"{key}={value!r} must list at least one name, each once")
@@ -150,6 +157,14 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     config = configs[0]
     settings = config.uip
     init_seed(config["seed"], config["reproducibility"])
+    try:
+        # RecBole makes it with the first trainer, after the profiles are inferred.
+        os.makedirs(config["checkpoint_dir"], exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"checkpoint_dir={config['checkpoint_dir']!r} cannot be made: {error}; choose another "
+            "folder"
+        ) from error
     started = time.perf_counter()
     dataset = create_dataset(config)
     loaded = time.perf_counter()

@@ -506,3 +506,23 @@ def test_benchmark_files_in_a_folder_that_is_not_there(tmp_path, small):
         SettingsError, match="Put small.train.inter and small.valid.inter and small.test.inter"
     ):
         UIPDataset(small.config(benchmark_filename=names, data_path=str(tmp_path / "none")))
+
+
+def test_a_checkpoint_dir_that_cannot_be_made(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(UIPDataset, "build", None)  # not come to
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="checkpoint_dir='.*file/x' cannot be made: .*another"):
+        run(small, tmp_path / "out", checkpoint_dir=str(tmp_path / "file" / "x"))
+
+
+def test_a_config_file_that_is_not_utf_8(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_bytes("uip_output: Zoë".encode("latin-1"))
+    with pytest.raises(SettingsError, match="config_files: '.*some.yaml' is not UTF-8 .*save it"):
+        run_recbole_uip("FM", "small", config_files=path)
+
+
+@pytest.mark.parametrize("model", [FM, [FM], 3])
+def test_models_are_named(model):
+    with pytest.raises(SettingsError, match="model=.* must be a name, .*of your own .*UIPConfig"):
+        run_recbole_uip(model, "small")

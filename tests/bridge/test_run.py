@@ -453,11 +453,16 @@ def test_exit_codes_of_interrupts_and_accidents(monkeypatch, capsys):
 
 
 def test_config_files_in_any_form(small, tmp_path):
-    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first, second = tmp_path / "1.yaml", tmp_path / "of a, and b.yaml"
     first.write_text("epochs: 2\nlearning_rate: 0.5\n")
     second.write_text("learning_rate: 0.25\n")
     line = [each for each in arguments(small, tmp_path) if not each.startswith("--epochs")]
-    for form in ([str(first), str(second)], [f"{first},{second}"], [f"{first} {second}"]):
+    third = tmp_path / "3.yaml"
+    third.write_text(second.read_text())
+    spaced = tmp_path / "of a.yaml"
+    spaced.write_text(second.read_text())
+    forms = [[str(first), str(second)], [f"{first},{spaced}"], [f"{first}, {third}"]]
+    for form in (*forms, [f"{first} {third}"]):
         assert cli.run_main([*line, "--config_files", *form]) == 0
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         config = results["models"]["FM"]["uip"]["config"]

@@ -190,7 +190,7 @@ class LoadedDataset(Dataset):
         A row gets the columns of its user and item by name, in place of those that it has: a
         column of items that is called label would be what models are trained on.
         """
-        roles = {self.label_field: "LABEL_FIELD", self.time_field: "TIME_FIELD", ROW: "ours"}
+        taken = {self.label_field: "LABEL_FIELD", self.time_field: "TIME_FIELD", ROW: "ours"}
         # A column that two files have is one of the interactions, or of the users.
         first = dict.fromkeys(self.inter_feat, FeatureSource.INTERACTION)
         for source, key in (
@@ -203,14 +203,15 @@ class LoadedDataset(Dataset):
                     continue
                 if name in first:
                     what = f"{self.dataset_name}.{first[name].value} has one of this name too"
-                elif name in roles:
-                    what = f"the interactions have one of this name ({roles[name]})"
+                elif name in taken:
+                    what = f"this name is {taken[name]}, of the interactions"
                 else:
                     first[name] = source
                     continue
+                by_setting = ", the label by LABEL_FIELD" if name == self.label_field else ""
                 raise SettingsError(
                     f"{self.dataset_name}.{source.value} has a column {name!r}, and {what}: "
-                    f"{self._way_to_leave_out(source, name)}, or give it another name"
+                    f"{self._way_to_leave_out(source, name)}, or rename one of the two{by_setting}"
                 )
 
     def _way_to_leave_out(self, source: FeatureSource, name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +76,11 @@ def read_atomic_file(
         header = atomic_header(path, separator, encoding)
     except (UnicodeError, LookupError) as error:
         raise _unreadable(path, encoding, error) from error
+    if header == [""]:
+        raise SettingsError(
+            f"{path} is empty, or begins with an empty line: its first line must name the columns, "
+            "each as name:type"
+        )
     types: dict[str, FeatureType] = {}
     for column in header:
         name, colon, kind = column.partition(":")
@@ -91,8 +98,11 @@ def read_atomic_file(
         return None
     floats = [column for column, ftype in types.items() if ftype == FeatureType.FLOAT]
     options = {
-        "sep": separator,
+        # pandas takes a longer one for a regular expression.
+        "sep": separator if len(separator) == 1 else re.escape(separator),
         "usecols": list(types),
+        # Without it a separator at the end of lines would move every column by one.
+        "index_col": False,
         "encoding": encoding,
         "engine": "c" if len(separator) == 1 else "python",
     }
@@ -104,7 +114,7 @@ def read_atomic_file(
             text = pd.read_csv(path, dtype=object, **options)
             _check_numbers(path, text[floats])
         raise _unreadable(path, encoding, error) from error
-    _check_rows(path, encoding, len(frame))
+    _check_rows(path, separator, encoding, len(header), len(frame))
     frame = Frame(frame)[list(types)]
     frame.columns = [column.partition(":")[0] for column in types]
     return frame, dict(zip(frame.columns, types.values(), strict=True))
@@ -160,12 +170,31 @@ def _check_numbers(path: str, columns: pd.DataFrame) -> None:
             )
 
 
-def _check_rows(path: str, encoding: str | None, n_rows: int) -> None:
+def _check_rows(
+    path: str, separator: str, encoding: str | None, n_columns: int, n_rows: int
+) -> None:
+    """Refuse a file of which pandas reads other rows, or other fields of a row, than it has."""
+    n_lines, long = 0, None
     with open(path, encoding=encoding) as file:
-        n_lines = sum(1 for line in file if line.strip("\n ")) - 1
+        for number, line in enumerate(file, start=1):
+            n_lines += bool(line.strip("\n "))
+            if long is None and line.count(separator) >= n_columns:
+                fields = line.rstrip("\n").split(separator)
+                if len(separator) == 1 and '"' in line:
+                    # so a separator may be quoted
+                    fields = next(csv.reader([line], delimiter=separator))
+                if any(fields[n_columns:]):
+                    long = number, len(fields)
+    n_lines -= 1
     if n_lines != n_rows:
         raise SettingsError(
             f"{path} has {n_lines} rows, of which {n_rows} would be read: a field that begins with "
             'a quotation mark (") runs on to the next one, over the ends of lines; take these '
             "marks out of the file"
+        )
+    if long is not None:
+        number, n_fields = long
+        raise SettingsError(
+            f"{path}: line {number} has {n_fields} fields, and the header {n_columns} columns: "
+            f"take the separator {separator!r} out of the field that has it"
         )

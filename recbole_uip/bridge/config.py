@@ -9,7 +9,6 @@ import functools
 import importlib.resources
 import itertools
 import logging
-import numbers
 import os
 import pkgutil
 import re
@@ -25,6 +24,7 @@ from recbole.utils import EvaluatorType, ModelType, get_model
 
 import recbole_uip
 from recbole_uip.bridge import compat
+from recbole_uip.bridge.checks import check_settings, check_valid_metric
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.settings import NoItemTextError, SettingsError, UIPSettings
 from recbole_uip.texts import atomic_header
@@ -68,17 +68,6 @@ _OTHER_TYPES = {
 
 # Text as it is: the template "{title}" would else become a mapping, the folder "2024" a number.
 _TEXTS = ("uip_item_text", "uip_lm", "uip_lm_adapter", "uip_lm_device", "uip_cache", "uip_output")
-
-
-# Numbers that RecBole would stumble over when it trains: what they are, and at least.
-_NUMBERS = {
-    "epochs": (numbers.Integral, 0),
-    "stopping_step": (numbers.Integral, 0),
-    "train_batch_size": (numbers.Integral, 1),
-    "eval_batch_size": (numbers.Integral, 1),
-    "learning_rate": (numbers.Real, 0),
-    "weight_decay": (numbers.Real, 0),
-}
 
 
 class _Loader(yaml.FullLoader):
@@ -148,16 +137,21 @@ def context_models() -> list[str]:
     return sorted(names[item.name] for item in pkgutil.iter_modules(package.__path__))
 
 
-def load_config_files(files: Sequence[str]) -> dict[str, Any]:
-    """Settings of YAML ``files``; a later file overrides an earlier one, key by key.
+def load_config_files(files: str | os.PathLike | Sequence[str]) -> dict[str, Any]:
+    """Settings of one YAML file or several; a later file overrides an earlier one, key by key.
 
     A path through ``properties/`` that is not there is looked up in the installed package. What
     an experiment's file says of its runs (``uip_experiment``) is no setting, and left out.
     """
     settings: dict[str, Any] = {}
-    for file in files:
+    for file in [files] if isinstance(files, (str, os.PathLike)) else files:
         path = Path(file)
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        try:
+            text = path.read_text(encoding="utf-8") if path.is_file() else None
+        except UnicodeError as error:
+            raise SettingsError(
+                f"config_files: {str(file)!r} is not UTF-8 ({error}): save it as UTF-8"
+            ) from error
         if text is None and "properties" in path.parts:
             text = read_properties("/".join(path.parts[path.parts.index("properties") + 1 :]))
         if text is None:
@@ -262,7 +256,7 @@ class UIPConfig(Config):
         A context-aware model of RecBole, or a class derived from one.
     dataset : str, optional
         Name of the dataset.
-    config_file_list : sequence of path, optional
+    config_file_list : path or sequence of path, optional
         YAML files; a later one overrides an earlier one.
     config_dict : mapping, optional
         Settings; strings are converted as RecBole does, but never evaluated as code.
@@ -279,18 +273,17 @@ class UIPConfig(Config):
         self,
         model: str | type | None = None,
         dataset: str | None = None,
-        config_file_list: Sequence[str] | None = None,
+        config_file_list: str | os.PathLike | Sequence[str] | None = None,
         config_dict: Mapping[str, Any] | None = None,
         command_line: Sequence[str] = (),
     ) -> None:
         self._command_line = tuple(command_line)
         # RecBole converts the strings of the dict in place; the caller's stays as it is.
         config_dict = _native(copy.deepcopy(dict(config_dict or {}))) or None
-        with recbole_refusals():
+        with recbole_refusals(self):
             super().__init__(model, dataset, config_file_list, config_dict)
         self._warn_of_unknown_keys()
-        self._check_numbers()
-        self._check_valid_metric()
+        check_valid_metric(self)
         modes = set(self.final_config_dict["eval_args"]["mode"].values())
         if self["eval_type"] == EvaluatorType.RANKING and "labeled" in modes:
             # RecBole would find out after the first epoch.
@@ -310,22 +303,6 @@ class UIPConfig(Config):
         for key in map(str, self.external_config_dict):
             if key not in known and not key.startswith("uip_"):
                 _warn_of_unknown_key(key, frozenset(known))
-
-    def _check_numbers(self) -> None:
-        for key, (kind, least) in _NUMBERS.items():
-            value = self[key]
-            if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
-                what = "a whole number" if kind is numbers.Integral else "a number"
-                raise SettingsError(f"{key}={value!r} must be {what} of at least {least}")
-
-    def _check_valid_metric(self) -> None:
-        # RecBole would find out after the first epoch.
-        chosen, metrics = self["valid_metric"], self["metrics"]
-        if str(chosen).partition("@")[0].lower() not in {metric.lower() for metric in metrics}:
-            raise SettingsError(
-                f"valid_metric={chosen!r} is not among metrics={metrics}: take one of them, or add "
-                "it to metrics"
-            )
 
     @property
     def uip(self) -> UIPSettings:
@@ -400,6 +377,7 @@ class UIPConfig(Config):
                 self.internal_config_dict.update(parse_yaml(text) or {})
 
     def _set_default_parameters(self) -> None:
+        check_settings(self.final_config_dict)
         try:
             super()._set_default_parameters()
         except (NotImplementedError, RuntimeError) as error:

@@ -22,6 +22,7 @@ from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.loading import ROW, LoadedDataset
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.files import atomic_write
+from recbole_uip.lm.backbone import local_fingerprint
 from recbole_uip.settings import ArmSettings, SettingsError, UIPSettings
 from recbole_uip.texts import item_texts
 
@@ -59,6 +60,8 @@ class UIPDataset(LoadedDataset):
         What it was told, with ``auto`` decided by the data.
     splits : list of UIPDataset or None
         Training, validation and test split, once :meth:`build` or :meth:`restore` has made them.
+    made_of : dict or None
+        What a split's profiles were made of, as :meth:`ingredients` says.
     """
 
     def __init__(self, config: UIPConfig) -> None:
@@ -66,6 +69,7 @@ class UIPDataset(LoadedDataset):
         self.profiles = None
         self.settings: UIPSettings | None = None
         self.splits: list[UIPDataset] | None = None
+        self.made_of: dict[str, str | None] | None = None
         self._hidden: frozenset[str] = frozenset()
         self._match_fields: tuple[str, ...] = ()
         super().__init__(config)
@@ -87,7 +91,7 @@ class UIPDataset(LoadedDataset):
         """
         if self.splits is None:
             self._check_order()
-            with recbole_refusals():
+            with recbole_refusals(self.config):
                 splits = super().build()
             if len(splits) != 3:
                 raise SettingsError(
@@ -106,9 +110,10 @@ class UIPDataset(LoadedDataset):
             self.behaviours = self._make_behaviours(splits)
             self.profiles = self._infer()
             self._check_names()
+            made_of = self.ingredients()
             for split in splits:
                 split.behaviours, split.profiles = self.behaviours, self.profiles
-                split.settings = self.settings
+                split.settings, split.made_of = self.settings, made_of
             self.splits = splits
         return [split.select() for split in self.splits]
 
@@ -117,6 +122,25 @@ class UIPDataset(LoadedDataset):
         self.splits = splits
         self.behaviours, self.profiles = splits[0].behaviours, splits[0].profiles
         self.settings = splits[0].settings
+
+    def ingredients(self) -> dict[str, str | None]:
+        """What profiles are made of beside the settings: the package, the files and the LM.
+
+        Returns
+        -------
+        dict of str to str or None
+            The version of this package; SHA-256 of each file; and, where facets read texts, of
+            the LM and adapter that lie on this machine (None of a hub id).
+        """
+        settings = self.config.uip
+        made_of = {"recbole-uip": self.version, **self.files}
+        if settings.text_facets:
+            for key, name in (
+                ("uip_lm", settings.lm.name),
+                ("uip_lm_adapter", settings.lm.adapter),
+            ):
+                made_of[key] = local_fingerprint(name, settings.cache) if name else None
+        return made_of
 
     def has_rows_of(self, split: UIPDataset) -> bool:
         """Whether a split that was saved is of the same users, items, times and labels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import urllib.error
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from recbole.data.dataset import Dataset
 from recbole.utils import FeatureSource, FeatureType
 
+import recbole_uip
 from recbole_uip.bridge.atomic_files import Frame, read_atomic_file, split_sequences
 from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.refusals import recbole_refusals
 from recbole_uip.bridge.sources import download, missing_files_error
+from recbole_uip.files import sha256_of
 from recbole_uip.settings import SettingsError
 
 __all__ = ["ROW", "LoadedDataset"]
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 #: Column of ``inter_feat`` with the number of each interaction after filtering. It is data but
 #: not a field (it is missing from ``field2type``), so no model ever sees it.
 ROW = "uip_row"
+
+_INTERVAL = re.compile(r"[\[(]([^,]*),([^,]*)[\])]")
 
 
 class LoadedDataset(Dataset):
@@ -45,6 +50,10 @@ class LoadedDataset(Dataset):
         float field of time.
     float_ranges : dict of str to tuple of float
         Lowest, highest and mean raw value of each float field of the interactions.
+    files : dict of str to str
+        SHA-256 of the files of interactions, users and items, as they were read.
+    version : str
+        Version of this package that has read them.
     """
 
     def __init__(self, config: UIPConfig) -> None:
@@ -52,21 +61,34 @@ class LoadedDataset(Dataset):
             raise TypeError(f"{type(self).__name__} needs a UIPConfig, not {type(config).__name__}")
         self.raw_time: np.ndarray | None = None
         self.float_ranges: dict[str, tuple[float, float, float]] = {}
-        with recbole_refusals():
+        self.files: dict[str, str] = {}
+        self.version = recbole_uip.__version__
+        with recbole_refusals(config):
             super().__init__(config)
 
     def _load_data(self, token: str, dataset_path: str) -> None:
-        suffixes = [f"{name}.inter" for name in self.benchmark_filename_list or ()] or ["inter"]
-        files = [f"{token}.{suffix}" for suffix in suffixes]
+        files = self._inter_files()
         if not os.path.isdir(dataset_path):
             self._download()
         missing = [name for name in files if not os.path.isfile(os.path.join(dataset_path, name))]
         if missing:
             raise missing_files_error(token, dataset_path, missing, "files are missing")
         super()._load_data(token, dataset_path)
+        self._check_side_columns()
+        self.files = self.hash_files()
+
+    def _inter_files(self) -> list[str]:
+        suffixes = [f"{name}.inter" for name in self.benchmark_filename_list or ()] or ["inter"]
+        return [f"{self.dataset_name}.{suffix}" for suffix in suffixes]
+
+    def hash_files(self) -> dict[str, str]:
+        """SHA-256 of each file of interactions, users and items that is there now, by its name."""
+        names = [*self._inter_files(), f"{self.dataset_name}.user", f"{self.dataset_name}.item"]
+        paths = {name: os.path.join(self.dataset_path, name) for name in names}
+        return {name: sha256_of(path) for name, path in paths.items() if os.path.isfile(path)}
 
     def _download(self) -> None:
-        files = [f"{self.dataset_name}.inter"]
+        files = self._inter_files()
         url = self._get_download_url("url", allow_none=True)
         if url is None:
             raise missing_files_error(
@@ -83,6 +105,19 @@ class LoadedDataset(Dataset):
                 files,
                 f"it is not there, and its download failed ({reason})",
             ) from error
+
+    def _get_load_and_unload_col(self, source: FeatureSource | str) -> tuple:
+        kind = source.value if isinstance(source, FeatureSource) else source
+        loaded, unloaded = (
+            (self.config[key] or {}).get(kind) for key in ("load_col", "unload_col")
+        )
+        if loaded and loaded != "*" and unloaded:
+            raise SettingsError(
+                f"unload_col.{kind}={unloaded} stands beside load_col.{kind}={loaded}, of which "
+                "RecBole takes one: leave the columns out of load_col, or set load_col to ~ "
+                "(--load_col=None) if it is a default of the dataset"
+            )
+        return super()._get_load_and_unload_col(source)
 
     def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
         # RecBole's method fills missing sequences by a chained fillna(inplace=True), which
@@ -148,6 +183,42 @@ class LoadedDataset(Dataset):
                 f"the interactions have a column {ROW!r}, which is a name of ours: rename it, or "
                 "leave it out by unload_col"
             )
+
+    def _check_side_columns(self) -> None:
+        """Refuse columns of users and items that have the name of another column.
+
+        A row gets the columns of its user and item by name, in place of those that it has: a
+        column of items that is called label would be what models are trained on.
+        """
+        taken = {self.label_field: "LABEL_FIELD", self.time_field: "TIME_FIELD", ROW: "ours"}
+        # A column that two files have is one of the interactions, or of the users.
+        first = dict.fromkeys(self.inter_feat, FeatureSource.INTERACTION)
+        for source, key in (
+            (FeatureSource.USER, self.uid_field),
+            (FeatureSource.ITEM, self.iid_field),
+        ):
+            feat = getattr(self, f"{source.value}_feat")
+            for name in [] if feat is None else feat:
+                if name == key:
+                    continue
+                if name in first:
+                    what = f"{self.dataset_name}.{first[name].value} has one of this name too"
+                elif name in taken:
+                    what = f"this name is {taken[name]}, of the interactions"
+                else:
+                    first[name] = source
+                    continue
+                by_setting = ", the label by LABEL_FIELD" if name == self.label_field else ""
+                raise SettingsError(
+                    f"{self.dataset_name}.{source.value} has a column {name!r}, and {what}: "
+                    f"{self._way_to_leave_out(source, name)}, or rename one of the two{by_setting}"
+                )
+
+    def _way_to_leave_out(self, source: FeatureSource, name: str) -> str:
+        # RecBole takes one of load_col and unload_col.
+        if (self.config["load_col"] or {}).get(source.value, "*") == "*":
+            return f"leave it out by unload_col: {{{source.value}: [{name}]}}"
+        return f"take it out of load_col.{source.value}"
 
     def _check_threshold(self, threshold: Any, loaded: list[str]) -> None:
         example = "such as {rating: 4}"
@@ -238,6 +309,23 @@ class LoadedDataset(Dataset):
         ):
             self.raw_time = self.inter_feat[self.time_field].to_numpy(np.float64, copy=True)
         super()._remap_ID_all()
+
+    def _parse_intervals_str(self, intervals_str: str | None) -> list | None:
+        # RecBole warns of an illegal interval, and goes on without it.
+        for part in [] if intervals_str is None else str(intervals_str).split(";"):
+            match = _INTERVAL.fullmatch(part.strip())
+            try:
+                legal = match is not None and float(match[1]) <= float(match[2])
+            except ValueError:
+                legal = False
+            if not legal:
+                keys = ("user_inter_num_interval", "item_inter_num_interval")
+                key = next((key for key in keys if self.config[key] == intervals_str), None)
+                raise SettingsError(
+                    f"{key or 'val_interval'}: {part!r} is no interval: write a lower and an upper "
+                    "bound, such as '[3,inf)' or '(0,10]'"
+                )
+        return super()._parse_intervals_str(intervals_str)
 
     def _filter_inter_by_user_or_item(self) -> None:
         before = len(self.inter_feat)

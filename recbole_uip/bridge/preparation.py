@@ -9,6 +9,7 @@ from typing import Any
 
 from recbole.data.utils import create_samplers, get_dataloader
 
+import recbole_uip
 from recbole_uip.bridge.config import UIPConfig
 from recbole_uip.bridge.dataset import FIELD_TABLES, PHASES, UIPDataset, saved_dataset
 from recbole_uip.bridge.refusals import recbole_refusals
@@ -30,20 +31,21 @@ _DATA_KEYS = (
 
 
 def create_dataset(config: UIPConfig) -> UIPDataset:
-    """The dataset of ``config``: a saved one, where no setting it depends on has changed.
+    """The dataset of ``config``: a saved one, where nothing that it depends on has changed.
 
-    As in RecBole, files are not looked at: after a change to them, delete what was saved.
+    That is the settings, the files (as far as they are still there) and the version of this
+    package.
     """
     path = config["dataset_save_path"] or saved_dataset(config)
     if os.path.isfile(path):
         dataset = load_pickle(path)
         if isinstance(dataset, UIPDataset) and _unchanged(config, dataset.config, splits=False):
-            logger.warning(
-                "the data are those that save_dataset has kept in %s, whatever the files hold now: "
-                "delete it to read them again", path,
-            )  # fmt: skip
-            dataset.config = config
-            return dataset
+            changed = _changed(dataset)
+            if not changed:
+                logger.info("loading the filtered dataset from %s", path)
+                dataset.config = config
+                return dataset
+            logger.warning("%s has changed since %s was saved: made anew", changed, path)
     dataset = UIPDataset(config)
     if config["save_dataset"]:
         dataset.save()
@@ -74,7 +76,7 @@ def data_preparation(
 
 
 def _dataloaders(config: UIPConfig, dataset: UIPDataset, splits: list) -> tuple[Any, Any, Any]:
-    with recbole_refusals():
+    with recbole_refusals(config):
         samplers = create_samplers(config, dataset, splits)
         return tuple(
             get_dataloader(config, phase)(
@@ -109,6 +111,15 @@ def _unchanged(config: UIPConfig, saved: UIPConfig, splits: bool = True) -> bool
     return not different - (set() if splits else {"eval_args"})
 
 
+def _changed(dataset: UIPDataset) -> str | None:
+    """What a saved dataset was made of and is another now; files that are gone are not."""
+    # An early version did not say.
+    if getattr(dataset, "version", None) != recbole_uip.__version__:
+        return "recbole-uip"
+    now = dataset.hash_files()
+    return next((name for name in now if now[name] != dataset.files.get(name)), None)
+
+
 def _save_dataloaders(config: UIPConfig, dataset: UIPDataset) -> None:
     path = _saved_dataloaders(config)
     logger.info("saving the split dataloaders to %s", path)
@@ -134,6 +145,13 @@ def _load_splits(config: UIPConfig, dataset: UIPDataset) -> list[UIPDataset] | N
     if not dataset.has_rows_of(splits[0]):
         logger.warning(
             "the dataloaders in %s are of other rows than the files hold now: made anew", path
+        )
+        return None
+    made_of, now = getattr(splits[0], "made_of", None) or {}, dataset.ingredients()
+    changed = [name for name in {**made_of, **now} if made_of.get(name) != now.get(name)]
+    if changed:
+        logger.warning(
+            "%s has changed since the dataloaders in %s were saved: made anew", changed[0], path
         )
         return None
     logger.info("loading the split dataloaders from %s", path)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 from recbole_uip.settings import SettingsError
 
@@ -13,14 +14,17 @@ __all__ = ["recbole_refusals"]
 
 logger = logging.getLogger(__name__)
 
-# What RecBole raises, knowingly or not, where a setting or a file is not what it takes.
+# What RecBole raises, knowingly or not, where a setting or a file is not what it takes; the last
+# two are torch's for a size or an optimiser that it cannot make, and for want of memory.
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError)
-_REFUSALS += (ImportError, TypeError, ValueError)
+_REFUSALS += (ImportError, TypeError, ValueError, RuntimeError, MemoryError)
 
 
 @contextlib.contextmanager
-def recbole_refusals() -> Iterator[None]:
+def recbole_refusals(config: Any = None) -> Iterator[None]:
     """Turn an exception that RecBole's own code raised into a :class:`SettingsError`.
+
+    The error names the settings of RecBole's that ``config`` was given.
 
     RecBole checks few of its settings, so most that it cannot use end in a plain exception
     somewhere within it. An exception of this package's own code is a defect, and goes on.
@@ -35,10 +39,14 @@ def recbole_refusals() -> Iterator[None]:
             raise
         logger.debug("what RecBole raised", exc_info=True)
         reason = " ".join(str(error).split()) or "no message"
+        # A config that is not whole yet may not know them.
+        given = vars(config).get("external_config_dict", {}) if config is not None else {}
+        keys = ", ".join(sorted(key for key in given if not key.startswith("uip_")))
+        yours = f" (given are {keys})" if keys else ""
         raise SettingsError(
             f"RecBole cannot use a setting or the data: {reason} ({type(error).__name__} in "
-            f"{where}). Check the settings that this names, and that the files have the columns "
-            "and types that load_col and the other settings ask for"
+            f"{where}). Check the settings that this names{yours}, and that the files have the "
+            "columns and types that load_col and the other settings ask for"
         ) from error
 
 

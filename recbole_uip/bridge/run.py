@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ _SPLITS = np.array(["train", "valid", "test"])
 def run_recbole_uip(
     model: str | Sequence[str] | None = None,
     dataset: str | Sequence[str] | None = None,
-    config_files: Sequence[str] | None = None,
+    config_files: str | os.PathLike | Sequence[str] | None = None,
     config: Mapping[str, Any] | None = None,
     *,
     command_line: Sequence[str] = (),
@@ -67,7 +68,7 @@ def run_recbole_uip(
         Names; a string may list several, separated by commas. Without them, ``model`` and
         ``dataset`` of the settings, else DeepFM and ml-100k. With several datasets each has a
         subfolder of ``uip_output``.
-    config_files : sequence of path, optional
+    config_files : path or sequence of path, optional
     config : mapping, optional
         Any RecBole or ``uip_*`` settings; stronger than the files.
     command_line : sequence of str, optional
@@ -139,7 +140,13 @@ def _sole_writer(output: Path) -> Iterator[None]:
 
 
 def _names(key: str, value: str | Sequence[str]) -> list[str]:
-    names = value.split(",") if isinstance(value, str) else list(value)
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise SettingsError(
+            f"{key}={value!r} must be a name, or a list of names: a run knows models and datasets "
+            "by their names alone (a class of your own can be trained by UIPConfig, UIPDataset and "
+            "data_preparation)"
+        )
     names = [name.strip() for name in names]
     if not names or not all(names) or len(set(names)) != len(names):
         raise SettingsError(f"{key}={value!r} must list at least one name, each once")
@@ -150,6 +157,14 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     config = configs[0]
     settings = config.uip
     init_seed(config["seed"], config["reproducibility"])
+    try:
+        # RecBole makes it with the first trainer, after the profiles are inferred.
+        os.makedirs(config["checkpoint_dir"], exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"checkpoint_dir={config['checkpoint_dir']!r} cannot be made: {error}; choose another "
+            "folder"
+        ) from error
     started = time.perf_counter()
     dataset = create_dataset(config)
     loaded = time.perf_counter()
@@ -200,11 +215,13 @@ def _run_dataset(configs: list[UIPConfig], output: Path, command: str | None) ->
     for each in configs:
         try:
             outcomes = _train_model(each, dataset, output / "checkpoints")
-        except SettingsError as error:
+        except Exception as error:
             if len(configs) == 1:
                 raise
-            logger.error("%s; going on without %s", error, each["model"])
-            results["failed"][each["model"]] = str(error)
+            # What is no setting's fault is a defect, to be seen as one.
+            defect = not isinstance(error, SettingsError)
+            logger.error("%s; going on without %s", error, each["model"], exc_info=defect)
+            results["failed"][each["model"]] = str(error) or type(error).__name__
             continue
         seconds = {arm: outcome.pop("seconds") for arm, outcome in outcomes.items()}
         results["cost"]["train_seconds"][each["model"]] = seconds
@@ -264,7 +281,7 @@ def train_arm(
     train_data, valid_data, test_data = data_preparation(config, dataset, arm)
     seed, reproducibility = config["seed"], config["reproducibility"]
     init_seed(seed + config["local_rank"], reproducibility)
-    with recbole_refusals():
+    with recbole_refusals(config):
         model = config.model_class(config, train_data.dataset).to(config["device"])
         trainer = make_trainer(config, model)
     _check_last_batch(config, model, train_data)
@@ -277,7 +294,7 @@ def train_arm(
     predictions = {}
     with _subnormals_as_zero():
         started = time.perf_counter()
-        with recbole_refusals():
+        with recbole_refusals(config):
             trainer.fit(train_data, valid_data, saved=True, show_progress=show_progress)
         outcome["seconds"] = time.perf_counter() - started
         if not checkpoint.is_file():
@@ -285,7 +302,11 @@ def train_arm(
         for name, data in (("valid", valid_data), ("test", test_data)):
             # Where candidates are sampled at evaluation, every arm must meet the same ones.
             init_seed(seed, reproducibility)
-            reported = trainer.evaluate(data, show_progress=show_progress) or {}
+            with recbole_refusals(config):
+                reported = trainer.evaluate(data, show_progress=show_progress) or {}
+            if "gauc" in reported:
+                # RecBole's weighs users by positives, ours by rows: another quantity.
+                reported["recbole_gauc"] = reported.pop("gauc")
             predictions[name] = trainer.predictions
             _check_scores(config, arm, name, predictions[name])
             outcome[name] = {

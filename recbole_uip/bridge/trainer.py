@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import recbole.trainer.trainer as recbole_trainer
 import torch
+from recbole.evaluator import Collector
 from recbole.utils import EvaluatorType, get_trainer
 
 from recbole_uip.bridge import compat
@@ -43,6 +44,21 @@ def _tensorboard_in(folder: str) -> Iterator[None]:
         recbole_trainer.get_tensorboard = original
 
 
+class _Collector(Collector):
+    """RecBole's collector, which moves all that it has to the CPU, numbers and counts too."""
+
+    def get_data_struct(self) -> Any:
+        found = self.data_struct._data_dict
+        others = {key: value for key, value in found.items() if not torch.is_tensor(value)}
+        for key in others:
+            del found[key]
+        collected = super().get_data_struct()
+        # They are of the training rows, and stay for the next evaluation.
+        for struct in (self.data_struct, collected):
+            struct._data_dict.update(others)
+        return collected
+
+
 class UIPTrainerMixin:
     """Goes before a trainer class of RecBole.
 
@@ -73,6 +89,7 @@ class UIPTrainerMixin:
         ]
         with _tensorboard_in(os.path.join(config["checkpoint_dir"], "log_tensorboard")):
             super().__init__(config, model)
+        self.eval_collector = _Collector(config)
         # On a GPU RecBole's mixed precision is float16.
         if self.enable_amp and self.device.type == "cpu" and not multiplies_bfloat16(self.device):
             self.logger.warning(

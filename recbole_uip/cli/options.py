@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -83,10 +84,19 @@ def start(namespace: Namespace, overrides: list[str]) -> list[str]:
     """Log as the setting ``state`` says; the names given to ``--config_files``."""
     from recbole_uip.bridge.config import load_config_files, parse_command_line
 
-    files = [name for part in namespace.config_files for name in re.split(r"[,\s]+", part) if name]
+    files = [name for part in namespace.config_files for name in _file_names(part)]
     given = {**load_config_files(files), **parse_command_line(overrides)}
     log_as(given.get("state"))
     return files
+
+
+def _file_names(part: str) -> list[str]:
+    """The names that one argument lists; a file's own name may have commas and spaces."""
+    if os.path.isfile(part):
+        return [part]
+    if "," in part:
+        return [name for piece in part.split(",") for name in _file_names(piece.strip())]
+    return part.split()
 
 
 def log_as(state: str | None, ours: str | None = None) -> None:

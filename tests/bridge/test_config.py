@@ -41,6 +41,12 @@ def test_user_settings_override_our_protocol():
     assert result["valid_neg_sample_args"] == {"distribution": "uniform", "sample_num": 5}
 
 
+def test_one_config_file_needs_no_list(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("epochs: 7\n")
+    assert config(files=path)["epochs"] == config(files=str(path))["epochs"] == 7
+
+
 def test_sys_argv_is_not_read(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest", "--epochs=77", "--uip_nonsense=1"])
     assert config()["epochs"] == 300

@@ -10,6 +10,7 @@ import torch
 from recbole.data import data_preparation as recbole_data_preparation
 from recbole.utils import FeatureSource, FeatureType, init_seed
 
+import recbole_uip
 from recbole_uip.behaviours import TEST, TRAIN, VALID, folds_of
 from recbole_uip.bridge import UIPDataset, create_dataset, data_preparation
 from recbole_uip.bridge.loading import ROW
@@ -433,6 +434,69 @@ def test_dataloaders_of_other_rows_are_made_anew(small, caplog):
         fresh.build()
         for one, other in zip(dataset.profiles.fields, fresh.profiles.fields, strict=True):
             np.testing.assert_array_equal(one.values, other.values)
+
+
+def change_item_file(small):
+    small.items = [(item, f"{title} again", genre) for item, title, genre in small.items]
+    small.write()
+
+
+def test_dataloaders_of_other_titles_or_of_another_version_are_made_anew(
+    small, caplog, monkeypatch
+):
+    def loaded():
+        dataset = UIPDataset(small.config(save_dataloaders=True))
+        caplog.clear()
+        data_preparation(dataset.config, dataset)
+        return "made anew" not in caplog.text
+
+    loaded()
+    assert loaded()
+    change_item_file(small)
+    assert not loaded() and "small.item has changed since the dataloaders in" in caplog.text
+    assert loaded()
+    monkeypatch.setattr(recbole_uip, "__version__", "9.9")
+    assert not loaded() and "recbole-uip has changed since the dataloaders in" in caplog.text
+    assert loaded()
+
+
+def test_dataloaders_of_another_lm_in_the_same_folder_are_made_anew(small, caplog, monkeypatch):
+    from recbole_uip import profiles
+
+    monkeypatch.setattr(
+        profiles,
+        "infer",
+        lambda behaviours, texts, settings, fold, original=profiles.infer: original(
+            behaviours, None, dataclasses.replace(settings, facets=()), fold
+        ),
+    )
+    folder = small.folder / "lm"
+    folder.mkdir()
+    facets = {"interests": {"prompt": "interests", "source": "lm"}}
+    keys = {"uip_facets": facets, "uip_item_text": "{title}", "uip_lm": str(folder)}
+    keys["uip_cache"] = str(small.folder / "cache")
+    for content, anew in (("one", False), ("one", False), ("other", True), ("other", False)):
+        (folder / "model.safetensors").write_text(content)
+        dataset = UIPDataset(small.config(save_dataloaders=True, **keys))
+        caplog.clear()
+        data_preparation(dataset.config, dataset)
+        assert ("uip_lm has changed since the dataloaders" in caplog.text) == anew
+
+
+def test_a_saved_dataset_of_other_files_or_another_version_is_made_anew(small, caplog, monkeypatch):
+    config = small.config(save_dataset=True)
+    create_dataset(config)
+    create_dataset(config)
+    assert "made anew" not in caplog.text
+    small.rows[0][2] = 6 - small.rows[0][2]
+    small.write()
+    dataset = create_dataset(config)
+    assert "small.inter has changed since" in caplog.text
+    assert dataset.inter_feat["label"][0] == (small.rows[0][2] >= 4)
+    caplog.clear()
+    monkeypatch.setattr(recbole_uip, "__version__", "9.9")
+    create_dataset(config)
+    assert "recbole-uip has changed since" in caplog.text
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,6 +1,7 @@
 """Settings and files that cannot be used: one clear error each, and never a silent wrong result."""
 
 import gzip
+import re
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from recbole_uip.settings import SettingsError
 
 from .conftest import BY_TIME, LENIENCY
 
+UNI = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO", "mode": "uni10"}
 LIST = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 
 
@@ -34,7 +36,7 @@ LIST = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
         ({"eval_args": {**BY_TIME, "split": {"XX": 3}}}, "XX.*NotImplementedError in build"),
         ({"eval_args": {**BY_TIME, "order": "XX"}}, "XX.*NotImplementedError in build"),
         ({"eval_args": {**BY_TIME, "mode": "foo"}}, "foo"),
-        ({"eval_args": 3}, "RecBole cannot use a setting"),
+        ({"additional_feat_suffix": "foo"}, r"small.foo.* \(given are .*additional_feat_suffix"),
         ({"user_inter_num_interval": "[2000,inf)"}, "Some feat is empty"),
         ({"val_interval": {"stars": "[1,5]"}}, "stars"),
         ({"encoding": "foo"}, "unknown encoding: foo"),
@@ -47,11 +49,66 @@ def test_settings_that_recbole_cannot_use(settings, words, small):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("epochs", "abc"), ("learning_rate", "fast"), ("train_batch_size", 0), ("stopping_step", 1.5)],
+    [
+        ("epochs", "abc"),
+        ("learning_rate", "fast"),
+        ("train_batch_size", 0),
+        ("stopping_step", 1.5),
+        ("eval_step", "a"),
+        ("worker", -1),
+        ("metric_decimal_place", "a"),
+        ("embedding_size", -3),
+        ("metrics", []),
+        ("metrics", None),
+        ("valid_metric", None),
+        ("numerical_features", "price"),
+        ("mlp_hidden_size", 64),
+        ("mlp_hidden_size", []),
+        ("mlp_hidden_size", [64, "a"]),
+        ("clip_grad_norm", 5),
+        ("clip_grad_norm", {"foo": 5}),
+        ("val_interval", 3),
+        ("seq_len", 2),
+        ("seq_len", {"genre": "a"}),
+        ("benchmark_filename", "train"),
+        ("benchmark_filename", ["train", "test"]),
+        ("field_separator", ""),
+        ("eval_args", 3),
+        ("train_neg_sample_args", "uniform"),
+    ],
 )
-def test_numbers_that_training_would_stumble_over(key, value, small):
-    with pytest.raises(SettingsError, match=f"{key}={value!r} must be a"):
-        small.config(**{key: value})
+def test_values_that_recbole_would_stumble_over(key, value, small):
+    with pytest.raises(SettingsError, match=re.escape(f"{key}={value!r} must be ")):
+        small.config(model="DeepFM", **{key: value})
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"metrics": ["NDCG"], "valid_metric": "NDCG@7"}, "'NDCG@7' must be NDCG@5 or NDCG@10, as"),
+        ({"metrics": ["NDCG"], "valid_metric": "NDCG"}, "'NDCG' must be NDCG@5 or NDCG@10, as"),
+        ({"metrics": ["GAUC"], "valid_metric": "GAUC@5"}, "'GAUC@5' must be GAUC"),
+        ({"metrics": ["AUC"], "valid_metric": "AUC@10"}, "'AUC@10' must be AUC"),
+        ({"eval_args": {**UNI, "mode": "foo"}}, "eval_args.mode='foo' must be labeled, full, or"),
+        ({"eval_args": {**UNI, "mode": "uni0"}}, "eval_args.mode='uni0' must be"),
+        ({"eval_args": {**UNI, "mode": {"valid": "unia"}}}, "eval_args.mode='unia' must be"),
+        ({"eval_args": {**UNI, "mode": {"vald": "uni5"}}}, "eval_args.mode has no key 'vald'.*'va"),
+        ({"eval_args": {**UNI, "splt": 1}}, "eval_args has no key 'splt': did you mean 'split'"),
+        ({"eval_args": {**UNI, "split": {"RS": [0.8, -0.1, 0.3]}}}, "eval_args.split.RS=.*shares"),
+        (
+            {"train_neg_sample_args": {"uniform": 1}},
+            "args has no key 'uniform': write such as {dis",
+        ),
+        ({"train_neg_sample_args": {"sample_num": 0}}, "args.sample_num=0 must be a whole number"),
+        ({"LABEL_FIELD": "user_id"}, "LABEL_FIELD and USER_ID_FIELD are both 'user_id'"),
+        ({"USER_ID_FIELD": "split"}, "USER_ID_FIELD='split' is the name of the column of profiles"),
+        ({"ITEM_ID_FIELD": 3}, "ITEM_ID_FIELD=3 must be the name of a column"),
+    ],
+)
+def test_settings_that_are_another_protocol_than_meant(settings, words, small):
+    sampled = {"eval_args": UNI, "metrics": ["NDCG"], "valid_metric": "NDCG@5", "topk": [5, 10]}
+    with pytest.raises(SettingsError, match=words):
+        small.config(**{**sampled, **settings})
 
 
 def test_no_arm_is_trained_before_one_that_cannot_be(small, tmp_path):
@@ -337,3 +394,135 @@ def test_items_without_a_template_of_their_text_are_answered_with_their_columns(
 def test_a_dataset_that_is_not_there_is_named_before_what_its_settings_lack(tmp_path):
     with pytest.raises(SettingsError, match="dataset 'nosuch' .there is no folder.*uip_item_text"):
         run_recbole_uip("FM", "nosuch", config={"data_path": str(tmp_path)})
+
+
+@pytest.mark.parametrize("role", ["label", "timestamp", "user_id", "uip_row"])
+def test_items_have_no_column_that_is_one_of_the_interactions(role, small):
+    lines = [f"item_id:token\t{role}:float", *(f"i{item}\t{item % 2}" for item in range(15))]
+    (small.folder / "small" / "small.item").write_text("\n".join(lines) + "\n")
+    inter = ["user_id", "item_id", "rating"]
+    load_col = {"inter": inter, "item": ["item_id", role]}
+    with pytest.raises(SettingsError, match=f"small.item has a column '{role}'.*load_col.item"):
+        UIPDataset(small.config(load_col=load_col))
+    load_col["item"] = "*"
+    with pytest.raises(SettingsError, match=rf"unload_col: {{item: \[{role}\]}}"):
+        UIPDataset(small.config(load_col=load_col))
+    UIPDataset(small.config(load_col=load_col, unload_col={"item": [role]}))
+
+
+@pytest.mark.parametrize("files", [("inter", "item"), ("inter", "user"), ("user", "item")])
+def test_a_column_that_two_files_have(files, small):
+    for kind in files:
+        path = small.folder / "small" / f"small.{kind}"
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [f"{header}\tcat:token", *(f"{line}\tx" for line in lines)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    first, second = files
+    with pytest.raises(
+        SettingsError, match=rf"small.{second} has a column 'cat', and small.{first} has one"
+    ):
+        UIPDataset(small.config(load_col=None))
+    UIPDataset(small.config(load_col=None, unload_col={second: ["cat"]}))
+
+
+def test_a_line_with_more_fields_than_columns(small):
+    path = small.folder / "small" / "small.item"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[4] = lines[4].replace(" ", "\t", 1)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(
+        SettingsError, match=r"small.item: line 5 has 4 fields, and the header 3 .*'\\t' out"
+    ):
+        UIPDataset(small.config())
+
+
+def test_separators_that_end_lines_or_are_quoted_add_no_fields(small):
+    inter, item = (small.folder / "small" / f"small.{kind}" for kind in ("inter", "item"))
+    expected = UIPDataset(small.config())
+    header, *lines = inter.read_text(encoding="utf-8").replace("\t", ",").splitlines()
+    inter.write_text("\n".join([header, *(f"{line}," for line in lines)]) + "\n", encoding="utf-8")
+    text = item.read_text(encoding="utf-8").replace("\t", ",").replace("Film 3", '"Film, 3"')
+    item.write_text(text, encoding="utf-8")
+    small.users = False
+    (small.folder / "small" / "small.user").unlink()
+    dataset = UIPDataset(small.config(field_separator=","))
+    assert (dataset.field2id_token["user_id"] == expected.field2id_token["user_id"]).all()
+    # Of few columns pandas would take the first for the index.
+    few = {"inter": ["user_id", "item_id"]}
+    dataset = UIPDataset(small.config(field_separator=",", load_col=few, threshold=None))
+    assert (dataset.field2id_token["user_id"] == expected.field2id_token["user_id"]).all()
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"val_interval": {"rating": 3}}, r"val_interval: '3' is no interval: write .*'\[3,inf\)'"),
+        ({"val_interval": {"rating": "[a,5]"}}, r"val_interval: '\[a,5\]' is no interval"),
+        ({"val_interval": {"rating": "[1,2];[5,4]"}}, r"val_interval: '\[5,4\]' is no interval"),
+        ({"user_inter_num_interval": 5}, "user_inter_num_interval: '5' is no interval"),
+        ({"item_inter_num_interval": "[5,)"}, "item_inter_num_interval: .* is no interval"),
+    ],
+)
+def test_illegal_intervals(settings, words, small):
+    with pytest.raises(SettingsError, match=words):
+        UIPDataset(small.config(**settings))
+
+
+def test_legal_intervals(small):
+    settings = {"val_interval": {"rating": "[1,2]; (3,inf)"}, "user_inter_num_interval": "[1,inf)"}
+    dataset = UIPDataset(small.config(**settings))
+    kept = [row for row in small.rows if row[2] != 3]
+    assert 0 < len(dataset) <= len(kept)
+
+
+@pytest.mark.parametrize("separator", ["||", "::", ".", "|"])
+def test_separators_are_no_regular_expressions(separator, small):
+    expected = UIPDataset(small.config())
+    for kind in ("inter", "user", "item"):
+        path = small.folder / "small" / f"small.{kind}"
+        path.write_text(path.read_text(encoding="utf-8").replace("\t", separator), encoding="utf-8")
+    dataset = UIPDataset(small.config(field_separator=separator))
+    assert (dataset.field2id_token["user_id"] == expected.field2id_token["user_id"]).all()
+    assert (dataset.field2id_token["genre"] == expected.field2id_token["genre"]).all()
+
+
+def test_an_empty_file(small):
+    path = small.folder / "small" / "small.item"
+    path.write_text("")
+    with pytest.raises(SettingsError, match="small.item is empty, .*first line must name"):
+        UIPDataset(small.config())
+
+
+def test_load_col_and_unload_col_of_one_file(small):
+    with pytest.raises(
+        SettingsError, match="unload_col.item=.*beside load_col.item=.*--load_col=None"
+    ):
+        UIPDataset(small.config(unload_col={"item": ["genre"]}))
+
+
+def test_benchmark_files_in_a_folder_that_is_not_there(tmp_path, small):
+    names = ["train", "valid", "test"]
+    with pytest.raises(
+        SettingsError, match="Put small.train.inter and small.valid.inter and small.test.inter"
+    ):
+        UIPDataset(small.config(benchmark_filename=names, data_path=str(tmp_path / "none")))
+
+
+def test_a_checkpoint_dir_that_cannot_be_made(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(UIPDataset, "build", None)  # not come to
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="checkpoint_dir='.*file/x' cannot be made: .*another"):
+        run(small, tmp_path / "out", checkpoint_dir=str(tmp_path / "file" / "x"))
+
+
+def test_a_config_file_that_is_not_utf_8(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_bytes("uip_output: Zoë".encode("latin-1"))
+    with pytest.raises(SettingsError, match="config_files: '.*some.yaml' is not UTF-8 .*save it"):
+        run_recbole_uip("FM", "small", config_files=path)
+
+
+@pytest.mark.parametrize("model", [FM, [FM], 3])
+def test_models_are_named(model):
+    with pytest.raises(SettingsError, match="model=.* must be a name, .*of your own .*UIPConfig"):
+        run_recbole_uip(model, "small")

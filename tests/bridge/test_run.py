@@ -26,10 +26,10 @@ from .conftest import COMPANY, LENIENCY
 def go(small, tmp_path):
     """Run on the small dataset; the keys are the fixture's config's."""
 
-    def go(**more):
+    def go(model="FM", **more):
         external = dict(small.config().variable_config_dict)
         external["uip_output"] = str(tmp_path / "out")
-        return run_recbole_uip("FM", "small", config={**external, **more})
+        return run_recbole_uip(model, "small", config={**external, **more})
 
     return go
 
@@ -197,6 +197,35 @@ def test_ranking_metrics_are_printed_too(go):
     assert plain.split() == ["FM", "plain", f"{test['recall@3']:.4f}", f"{test['ndcg@3']:.4f}"]
 
 
+def test_metrics_of_what_is_recommended(go):
+    metrics = ["ItemCoverage", "AveragePopularity", "GiniIndex", "ShannonEntropy", "TailPercentage"]
+    sampled = {
+        "threshold": None,
+        "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1},
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni5"},
+        "metrics": metrics,
+        "topk": [3],
+        "valid_metric": "ItemCoverage@3",
+        "uip_facets": {"likes": {**COMPANY, "weight": "positive"}},
+    }
+    test = go(**sampled)["models"]["FM"]["uip"]["test"]
+    assert all(test[f"{metric.lower()}@3"] >= 0 for metric in metrics)
+    assert 0 < test["itemcoverage@3"] <= 1
+
+
+def test_recboles_gauc_has_a_name_of_its_own(go):
+    sampled = {
+        "threshold": None,
+        "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1},
+        "eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO", "mode": "uni5"},
+        "uip_facets": {"likes": {**COMPANY, "weight": "positive"}},
+    }
+    usual = go(**sampled)["models"]["FM"]["plain"]["test"]
+    asked = go(**sampled, metrics=["GAUC"], valid_metric="GAUC")["models"]["FM"]["plain"]["test"]
+    assert "recbole_gauc" not in usual
+    assert asked["gauc"] == usual["gauc"] != asked["recbole_gauc"]
+
+
 def test_no_test_rows_give_no_figures(go):
     eval_args = {"split": {"LS": "valid_only"}, "order": "TO", "mode": "labeled"}
     results = go(eval_args=eval_args)
@@ -333,6 +362,35 @@ def test_a_model_that_cannot_be_trained_does_not_cost_the_others_results(small, 
 
 
 @pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("--mlp_hidden_size=[10000000000]", "allocate"),
+        ("--learner=sparse_adam", "SparseAdam does not support dense gradients"),
+    ],
+)
+def test_what_torch_refuses_is_a_setting(setting, words, small, tmp_path, capsys):
+    assert cli.main(["run", *arguments(small, tmp_path, "--model=DeepFM", setting)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "RecBole cannot use a setting or the data" in error and words in error
+
+
+def test_a_model_with_a_defect_does_not_cost_the_others_results(go, monkeypatch, caplog):
+    train_model = run_module._train_model
+
+    def fail_for_fm(config, *args):
+        if config["model"] == "FM":
+            raise RuntimeError("a defect")
+        return train_model(config, *args)
+
+    monkeypatch.setattr(run_module, "_train_model", fail_for_fm)
+    results = go(model=["FM", "LR"])
+    assert list(results["models"]) == ["LR"] and results["failed"] == {"FM": "a defect"}
+    assert "Traceback" in caplog.text
+    with pytest.raises(RuntimeError, match="a defect"):
+        go()
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         (["--uip_facet=1"], "did you mean 'uip_facets'"),
@@ -395,11 +453,16 @@ def test_exit_codes_of_interrupts_and_accidents(monkeypatch, capsys):
 
 
 def test_config_files_in_any_form(small, tmp_path):
-    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first, second = tmp_path / "1.yaml", tmp_path / "of a, and b.yaml"
     first.write_text("epochs: 2\nlearning_rate: 0.5\n")
     second.write_text("learning_rate: 0.25\n")
     line = [each for each in arguments(small, tmp_path) if not each.startswith("--epochs")]
-    for form in ([str(first), str(second)], [f"{first},{second}"], [f"{first} {second}"]):
+    third = tmp_path / "3.yaml"
+    third.write_text(second.read_text())
+    spaced = tmp_path / "of a.yaml"
+    spaced.write_text(second.read_text())
+    forms = [[str(first), str(second)], [f"{first},{spaced}"], [f"{first}, {third}"]]
+    for form in (*forms, [f"{first} {third}"]):
         assert cli.run_main([*line, "--config_files", *form]) == 0
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         config = results["models"]["FM"]["uip"]["config"]

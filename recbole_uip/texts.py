@@ -175,10 +175,15 @@ def _rows(
         rows = csv.reader(file) if quoted else lines
         header = [_unquote(column).split(":")[0] for column in next(rows, [])]
         places = _places(header, names, template, path)
-        for row in rows:
+        for number, row in enumerate(rows, start=2):
             if len(row) > len(header) and not quoted and len(separator) == 1:
                 # so a separator may be quoted
                 row = next(csv.reader([separator.join(row)], delimiter=separator))
+            if any(row[len(header) :]):
+                raise SettingsError(
+                    f"{path}: row {number} has {len(row)} fields, and the header {len(header)} "
+                    f"columns: take the separator {separator!r} out of the field that has it"
+                )
             yield [row[place] if place < len(row) else "" for place in places]
 
 

@@ -52,6 +52,13 @@ def test_quoted_separators_and_quotation_marks(item_file):
     assert texts == [None, "A Tab (Drama)", 'A "quoted" film (Drama)']
 
 
+def test_a_row_with_more_fields_than_the_header_is_named(item_file):
+    with item_file.open("a", encoding="utf-8") as file:
+        file.write("d\tTabs\tin it\tDrama\n")
+    with pytest.raises(SettingsError, match="x.item: row 6 has 4 fields, and the header 3"):
+        item_texts(item_file, "{title}", "item_id", TOKENS, 5)
+
+
 def test_a_field_the_file_lacks_is_an_error(item_file):
     with pytest.raises(SettingsError, match="'year'.*item_id, title, genre"):
         item_texts(item_file, "{title} {year}", "item_id", TOKENS, 5)

@@ -146,9 +146,8 @@ class ProfileModel:
         cls, metadata: Mapping[str, Any], tables: Mapping[str, np.ndarray], items: pa.Table
     ) -> ProfileModel:
         """The model that :meth:`metadata`, :meth:`all_tables` and :meth:`item_table` describe."""
-        # Banks of versions before do not say their times; those of their events go unchecked.
-        times = metadata.get("times")
         try:
+            times = metadata["times"]
             return cls(
                 encoder=Encoder.from_arrays(tables, metadata["encoder"]),
                 items=items["item"].to_pylist(),

@@ -139,7 +139,8 @@ class UIPDataset(LoadedDataset):
                 ("uip_lm", settings.lm.name),
                 ("uip_lm_adapter", settings.lm.adapter),
             ):
-                made_of[key] = local_fingerprint(name, settings.cache) if name else None
+                adapter = key == "uip_lm_adapter"
+                made_of[key] = name and local_fingerprint(name, settings.cache, adapter)
         return made_of
 
     def has_rows_of(self, split: UIPDataset) -> bool:

@@ -475,9 +475,9 @@ def test_facets_without_a_prompt_do_not_make_another_run_of_an_arm_with_one(key)
 
 def test_benchmark_files_are_known_by_their_size(written, data):
     def of_size(size):
-        for part in ("one", "two"):
+        for part in ("one", "two", "three"):
             (data / "tiny" / f"tiny.{part}.inter").write_text("x" * size)
-        return run_of(written(benchmark_filename=["one", "two"]), "uip").key
+        return run_of(written(benchmark_filename=["one", "two", "three"]), "uip").key
 
     assert of_size(10) != of_size(11)
     assert of_size(10) == of_size(10)

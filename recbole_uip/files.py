@@ -37,6 +37,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     it was. Once the block has been left, the new file survives a loss of power too.
     """
     path = Path(path)
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -54,7 +55,8 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
     # The file has its name by now, so an exception would say what is not so.
     with contextlib.suppress(OSError):
-        sync(path.parent)
+        for folder in (path.parent, *(new.parent for new in made)):
+            sync(folder)
 
 
 def remove_temporaries(folder: str | os.PathLike) -> None:

@@ -47,6 +47,10 @@ def test_content_then_name_reach_the_disk(tmp_path, monkeypatch):
     with atomic_write(path, "w") as file:
         file.write("content")
     assert steps == ["7 bytes", "replace", "folder"]
+    steps.clear()
+    with atomic_write(tmp_path / "a" / "b" / "file", "w") as file:
+        file.write("content")
+    assert steps == ["7 bytes", "replace", *["folder"] * 3]  # b, and the names of b and a
 
 
 def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):

@@ -44,11 +44,10 @@ from recbole_uip.records import finite, versions
 from recbole_uip.settings import ArmSettings, SettingsError
 from recbole_uip.work import stop_with_parent
 
-__all__ = ["DEFAULT_OUTPUT", "run_experiment"]
+__all__ = ["run_experiment"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_OUTPUT = Path("saved", "experiments")
 # Runs that one worker makes on one set of profiles, at most: many share their cost, few spread over
 # workers.
 RUNS_A_TASK = 4
@@ -56,7 +55,7 @@ RUNS_A_TASK = 4
 
 def run_experiment(
     experiment: Experiment,
-    output: Path = DEFAULT_OUTPUT,
+    output: Path,
     *,
     workers: int = 1,
     whole: Experiment | None = None,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -727,87 +728,103 @@ def _parse_texts(key: str, value: Any) -> tuple[str, ...]:
     return tuple(values)
 
 
+def _one_of(*choices: Any) -> Callable[[str, Any], Any]:
+    return lambda key, value: _choice(key, value, choices)
+
+
+def _parse_share(key: str, value: Any) -> float:
+    number = float(_typed(key, value, (int, float)))
+    if not 0 <= number < 1:
+        raise SettingsError(f"{key}={number!r} must be at least 0 and below 1")
+    return number
+
+
+def _parse_tolerance(key: str, value: Any) -> float:
+    number = float(_typed(key, value, (int, float)))
+    if not 0 <= number < math.inf:
+        raise SettingsError(f"{key}={number!r} must be at least 0")
+    return number
+
+
+def _parse_learning_rate(key: str, value: Any) -> float | None:
+    if value in (None, "auto"):
+        return None
+    rate = float(_typed(key, value, (int, float)))
+    if not 0 < rate < math.inf:
+        raise SettingsError(f"{key}={rate!r} must be positive and finite, or auto")
+    return rate
+
+
+def _parse_snapshots(key: str, value: Any) -> tuple[int, ...]:
+    sizes = list(value) if isinstance(value, (list, tuple)) else [value]
+    return tuple(sorted({_positive(key, size) for size in sizes}))
+
+
+def _parse_match(key: str, value: Any) -> MatchSettings | None:
+    return None if value is None else _parse_section(MatchSettings, key, value)
+
+
+# How each setting of a section is parsed, by its key and value.
+_PARSERS: dict[type, dict[str, Callable[[str, Any], Any]]] = {
+    MatchSettings: {
+        "posterior": _one_of(*POSTERIORS),
+        "rank": _positive,
+        "bins": _positive,
+        "half_life": _parse_half_life,
+    },
+    FacetSettings: {
+        "source": _one_of(*SOURCES),
+        "weight": _one_of(*WEIGHTS),
+        "prompt": functools.partial(_typed, kind=str),
+        "codes": functools.partial(_positive, minimum=0),
+        "rank": _positive,
+        "directions": _one_of(*DIRECTIONS),
+        "levels": _positive,
+        "half_life": _parse_half_life,
+        "bins": _positive,
+        "match": _parse_match,
+        "texts": _parse_texts,
+    },
+    CodebookSettings: {
+        "method": _one_of(*METHODS),
+        "sample": _positive,
+        "n_init": _positive,
+        "max_iter": _positive,
+        "tol": _parse_tolerance,
+    },
+    GradientSettings: {
+        "e_step": _one_of("adam", "relinearize"),
+        "steps": _positive,
+        "behaviours": _positive,
+        "batch": _positive,
+        "learning_rate": _parse_learning_rate,
+        "snapshots": _parse_snapshots,
+        "rounds": _positive,
+        "tol": _parse_share,
+        "held_out": _parse_share,
+        "space": _one_of("frame", "token"),
+        "prior": _one_of("mixture", "none"),
+        "recompute": _one_of(True, False),
+    },
+}
+
+
 def _parse_section(kind: type, key: str, value: Any, **fixed: Any) -> Any:
-    """Build the dataclass ``kind`` from a mapping, checking names and types of its fields."""
+    """Build the dataclass ``kind`` from a mapping of its fields, but those that are ``fixed``."""
     if not isinstance(value, Mapping):
         raise SettingsError(f"{key}={value!r} must be a mapping")
-    names = tuple(item.name for item in dataclasses.fields(kind) if item.name not in fixed)
-    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
-    parsed = dict(fixed)
+    parsers, parsed = _PARSERS[kind], dict(fixed)
     for name, item in value.items():
         path = f"{key}.{name}"
-        if name not in names:
-            raise SettingsError(f"unknown setting {path!r}{_nearest(str(name), names)}")
-        if name == "half_life":
-            item = _parse_half_life(path, item)
-        elif name == "match":
-            item = None if item is None else _parse_section(MatchSettings, path, item)
-        elif name == "source":
-            _choice(path, item, SOURCES)
-        elif name == "texts":
-            item = _parse_texts(path, item)
-        elif name == "weight":
-            _choice(path, item, WEIGHTS)
-        elif name == "posterior":
-            _choice(path, item, POSTERIORS)
-        elif name == "method":
-            _choice(path, item, METHODS)
-        elif name == "directions":
-            _choice(path, item, DIRECTIONS)
-        elif isinstance(defaults[name], int):
-            _positive(path, item, minimum=0 if name == "codes" else 1)
-        elif isinstance(defaults[name], float):
-            item = float(_typed(path, item, (int, float)))
-            if not 0 <= item < math.inf:
-                raise SettingsError(f"{path}={item!r} must be at least 0")
-        else:
-            _typed(path, item, str)
-        parsed[name] = item
+        if name not in parsers:
+            raise SettingsError(f"unknown setting {path!r}{_nearest(str(name), tuple(parsers))}")
+        parsed[name] = parsers[name](path, item)
     return kind(**parsed)
 
 
 def _parse_gradient(value: Any) -> GradientSettings:
     key = "uip_gradient"
-    if not isinstance(value, Mapping):
-        raise SettingsError(f"{key}={value!r} must be a mapping")
-    value = dict(value)
-    parsed: dict[str, Any] = {}
-    if "learning_rate" in value:
-        rate = value.pop("learning_rate")
-        if rate not in (None, "auto"):
-            rate = float(_typed(f"{key}.learning_rate", rate, (int, float)))
-            if not 0 < rate < math.inf:
-                raise SettingsError(
-                    f"{key}.learning_rate={rate!r} must be positive and finite, or auto"
-                )
-            parsed["learning_rate"] = rate
-    if "snapshots" in value:
-        sizes = value.pop("snapshots")
-        sizes = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes]
-        for size in sizes:
-            _positive(f"{key}.snapshots", size)
-        parsed["snapshots"] = tuple(sorted(set(sizes)))
-    for name, choices in (
-        ("e_step", ("adam", "relinearize")),
-        ("space", ("frame", "token")),
-        ("prior", ("mixture", "none")),
-    ):
-        if name in value:
-            parsed[name] = _choice(f"{key}.{name}", value.pop(name), choices)
-    if "recompute" in value:
-        parsed["recompute"] = _choice(f"{key}.recompute", value.pop("recompute"), (True, False))
-    for name in ("tol", "held_out"):
-        if name in value:
-            number = float(_typed(f"{key}.{name}", value.pop(name), (int, float)))
-            if not 0 <= number < 1:
-                raise SettingsError(f"{key}.{name}={number!r} must be at least 0 and below 1")
-            parsed[name] = number
-    names = tuple(item.name for item in dataclasses.fields(GradientSettings))
-    for name, item in value.items():
-        if name not in names:
-            raise SettingsError(f"unknown setting {f'{key}.{name}'!r}{_nearest(str(name), names)}")
-        parsed[name] = _positive(f"{key}.{name}", item)
-    gradient = GradientSettings(**parsed)
+    gradient = _parse_section(GradientSettings, key, value)
     if gradient.e_step == "relinearize":
         for name in ("steps", "batch", "learning_rate", "prior"):
             if getattr(gradient, name) != getattr(GradientSettings, name):

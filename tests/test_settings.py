@@ -1,9 +1,10 @@
+import dataclasses
 import json
 import math
 
 import pytest
 
-from recbole_uip.settings import SettingsError, UIPSettings, parse_duration
+from recbole_uip.settings import _PARSERS, SettingsError, UIPSettings, parse_duration
 
 FACETS = {
     "interests": {"weight": "positive"},
@@ -287,3 +288,9 @@ def test_the_gradient_posterior_is_parsed():
 def test_gradient_settings_that_cannot_be_used(keys, message):
     with pytest.raises(SettingsError, match=message):
         parse(**keys)
+
+
+@pytest.mark.parametrize("kind", _PARSERS)
+def test_every_field_of_a_section_can_be_set(kind):
+    names = {field.name for field in dataclasses.fields(kind)} - {"name"}
+    assert set(_PARSERS[kind]) == names

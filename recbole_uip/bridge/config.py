@@ -283,6 +283,7 @@ class UIPConfig(Config):
         with recbole_refusals(self):
             super().__init__(model, dataset, config_file_list, config_dict)
         self._warn_of_unknown_keys()
+        self._warn_of_unread_data()
         check_valid_metric(self)
         modes = set(self.final_config_dict["eval_args"]["mode"].values())
         if self["eval_type"] == EvaluatorType.RANKING and "labeled" in modes:
@@ -303,6 +304,15 @@ class UIPConfig(Config):
         for key in map(str, self.external_config_dict):
             if key not in known and not key.startswith("uip_"):
                 _warn_of_unknown_key(key, frozenset(known))
+
+    def _warn_of_unread_data(self) -> None:
+        # RecBole takes its own copy of this one, wherever the data are said to be.
+        given = Path(self.external_config_dict.get("data_path") or "dataset", "ml-100k")
+        if self.dataset == "ml-100k" and given.is_dir():
+            logger.warning(
+                "dataset ml-100k is RecBole's own, and the files in %s are not read: give folder "
+                "and files another name to have these", given,
+            )  # fmt: skip
 
     @property
     def uip(self) -> UIPSettings:

@@ -133,6 +133,14 @@ def test_metrics_that_cannot_be_had():
         config(metrics=["AUC", "GAUC"])
 
 
+def test_files_that_recbole_passes_over_are_told(tmp_path, caplog):
+    config(data_path=str(tmp_path))
+    assert "are not read" not in caplog.text
+    (tmp_path / "ml-100k").mkdir()
+    config(data_path=str(tmp_path))
+    assert f"the files in {tmp_path / 'ml-100k'} are not read" in caplog.text
+
+
 def test_unknown_keys_are_named(caplog):
     config(learning_rte=0.1)
     assert "learning_rte is no setting" in caplog.text

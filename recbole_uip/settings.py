@@ -551,6 +551,11 @@ class UIPSettings:
         return names, of_feedback, endings if any(of_feedback) else None
 
     @property
+    def reads_lm(self) -> bool:
+        """Whether the LM reads the items' texts, for any facet."""
+        return any(set(facet.text_sources) & set(LM_SOURCES) for facet in self.facets)
+
+    @property
     def text_facets(self) -> list[str]:
         """Names of the facets that read the items' texts."""
         return [facet.name for facet in self.facets if facet.text_sources]

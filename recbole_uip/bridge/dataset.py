@@ -135,12 +135,9 @@ class UIPDataset(LoadedDataset):
         settings = self.config.uip
         made_of = {"recbole-uip": self.version, **self.files}
         if settings.text_facets:
-            for key, name in (
-                ("uip_lm", settings.lm.name),
-                ("uip_lm_adapter", settings.lm.adapter),
-            ):
-                adapter = key == "uip_lm_adapter"
-                made_of[key] = name and local_fingerprint(name, settings.cache, adapter)
+            lm, cache = settings.lm, settings.cache
+            made_of["uip_lm"] = local_fingerprint(lm.name, cache)
+            made_of["uip_lm_adapter"] = lm.adapter and local_fingerprint(lm.adapter, cache, True)
         return made_of
 
     def has_rows_of(self, split: UIPDataset) -> bool:

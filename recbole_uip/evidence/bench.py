@@ -29,7 +29,7 @@ from recbole_uip.lm.backbone import resolve_dtype
 from recbole_uip.lm.prefix import n_moved
 from recbole_uip.lm.scoring import MAX_WORKERS
 from recbole_uip.records import peak_memory, versions
-from recbole_uip.settings import LM_SOURCES, SettingsError
+from recbole_uip.settings import SettingsError
 
 __all__ = [
     "Matrices",
@@ -293,7 +293,7 @@ def bench_profiles(
     data_seconds = time.perf_counter() - started
     here = machine()
     figures: list[Figure] = []
-    if _reads_lm(task):
+    if task.settings.reads_lm:
         device, dtype = resolve_dtype(task.settings.lm)
         here |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
         if device.type == "cuda":
@@ -425,11 +425,6 @@ def _lm_figures(task: Task, texts: list[str], cache: Path, repeats: int) -> list
     return [scoring, rate, prefix, reading]
 
 
-def _reads_lm(task: Task) -> bool:
-    """Whether a facet's evidence is of the LM."""
-    return any(set(facet.text_sources) & set(LM_SOURCES) for facet in task.settings.facets)
-
-
 def _holds_scores(task: Task) -> bool:
     """Whether the user's cache holds all that the LM makes of every text."""
     settings, texts = task.settings, task.distinct
@@ -454,7 +449,7 @@ def _stage_figures(task: Task, bandwidth: float, repeats: int) -> list[Figure]:
         results.clear()  # before the next: one run's memory, not two's
         results.append(profiles.infer(task.behaviours, task.texts, task.settings, task.fold))
 
-    if _reads_lm(task):
+    if task.settings.reads_lm:
         # What the LM makes of texts is cached then, also what the scoring above had no part in.
         infer()
     cpu_started = time.process_time()

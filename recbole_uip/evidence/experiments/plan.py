@@ -358,7 +358,7 @@ def _essence(config: UIPConfig) -> dict[str, Any]:
             essence["profiles"]["texts"] = TEXTS
         if settings.posterior == "gradient":
             essence["profiles"]["tuning"] = TUNING
-        if {each for facet in settings.facets for each in facet.text_sources} & set(LM_SOURCES):
+        if settings.reads_lm:
             essence |= _lm_essence(settings)
     return essence
 
